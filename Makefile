@@ -1,0 +1,36 @@
+# `make book` and `make test` need Python 3.11 or newer (choose one with PYTHON=...), git and make; the rest they fetch.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+RUNS   := _build/runs
+BOOK   := _build/book
+
+# One thread a process: two or more processes on few cores otherwise fight for them.
+QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
+
+.PHONY: setup book test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+book: $(STAMP)
+	$(QUIET) $(BIN)/sdnb run zoo/llama --results-dir $(RUNS)
+	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS) --out $(BOOK)
+
+test: $(STAMP)
+	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files -z '*.ipynb' | xargs -0 -r $(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
+
+clean:
+	rm -rf _build .pytest_cache .ruff_cache
