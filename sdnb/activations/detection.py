@@ -1,0 +1,98 @@
+"""Which tokens are high-norm, and which layers make and unmake them: one written rule, no per-model threshold.
+
+The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
+
+1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over tokens.
+2. The peak of a token is its largest norm; `peak` is the lower decile of the peaks of the high-norm tokens and
+   `ordinary` the largest norm that any other token reaches. A *state* is high-norm above
+   `threshold` = peak / 2, or, where ordinary tokens come higher than that (they grow late in some models),
+   sqrt(peak * ordinary).
+3. The step of a token at layer l is (N[l] - N[l-1]) / peak. Layer l is an explosion (decay) layer when the step is
+   at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter of the high-norm tokens. Lists are sorted by
+   the mean step, the largest first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdnb.errors import ParameterError, TextError
+
+MIN_RATIO = 5.0
+MIN_STEP = 0.15
+MIN_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What the rule found.
+
+    Args:
+        peak_ratio: the largest ratio of a token's norm to its layer's median over tokens, layers 1..L.
+        threshold: norm above which a hidden state is high-norm; None when no token is.
+        explosion_layers: layers (1..L) where the norm jumps, the largest step first.
+        decay_layers: layers (1..L) where it collapses, the largest step first.
+        high_norm: which tokens are high-norm, (T,) bool.
+    """
+
+    peak_ratio: float
+    threshold: float | None
+    explosion_layers: list[int]
+    decay_layers: list[int]
+    high_norm: Tensor
+
+
+def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
+    """Find the high-norm tokens, the threshold and the explosion and decay layers by the rule of this module.
+
+    Args:
+        norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
+        threshold: a norm that replaces the automatic one: tokens that pass it at some layer 1..L are high-norm.
+
+    Returns:
+        The detection; without a high-norm token its lists are empty and its threshold None (or the one given).
+
+    Raises:
+        TextError: fewer than three tokens: a median over them means nothing.
+        ParameterError: norms that are not finite, or a threshold that is not positive.
+    """
+    if norms.shape[1] < 3:
+        raise TextError(f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give at least 3")
+    if not torch.isfinite(norms).all():
+        raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
+    if threshold is not None and threshold <= 0:
+        raise ParameterError(f"threshold is {threshold}; give a positive norm, or null for the automatic one")
+    ratio = norms[1:] / norms[1:].median(dim=1, keepdim=True).values.clamp(min=torch.finfo(norms.dtype).tiny)
+    peaks = norms[1:].amax(dim=0)
+    high = ratio.amax(dim=0) >= MIN_RATIO if threshold is None else peaks > threshold
+    peak_ratio = ratio.max().item()
+    if not high.any():
+        return Detection(peak_ratio, threshold, [], [], high)
+    if threshold is None:
+        threshold = _automatic_threshold(peaks, high)
+    mean_step, rises, falls = layer_steps(norms[:, high])
+    explosion = [layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE]
+    decay = [layer for layer in torch.argsort(mean_step).tolist() if falls[layer] >= MIN_SHARE]
+    return Detection(peak_ratio, threshold, [n + 1 for n in explosion], [n + 1 for n in decay], high)
+
+
+def _automatic_threshold(peaks: Tensor, high: Tensor) -> float:
+    """Rule 2: peaks (T,), high (T,) bool -> the norm that separates high-norm states from the others."""
+    peak = torch.quantile(peaks[high].double(), 0.1).item()
+    ordinary = peaks[~high].max().item() if (~high).any() else 0.0
+    return peak / 2 if ordinary <= peak / 2 else (peak * ordinary) ** 0.5
+
+
+def layer_steps(norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 3: how far each layer moves the norm of high-norm tokens, in units of their peak.
+
+    Args:
+        norms: norms of the high-norm tokens, (L+1, n).
+
+    Returns:
+        The mean of (N[l] - N[l-1]) / max_l N over tokens, and the shares of tokens for which it is at least
+        `MIN_STEP` and at most -`MIN_STEP`; each (L,), layer 1 first.
+    """
+    step = norms.diff(dim=0) / norms[1:].amax(dim=0)
+    return step.mean(dim=1), (step >= MIN_STEP).double().mean(dim=1), (step <= -MIN_STEP).double().mean(dim=1)

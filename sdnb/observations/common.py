@@ -1,0 +1,175 @@
+"""What several observations share: the encoded text, the empirical direction, one linear view a layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdnb import text as texts
+from sdnb.activations import collect_high_norm_states, detect, hidden_norms, token_batches
+from sdnb.anatomy import LayerView, decoder_layers, layer_view
+from sdnb.errors import LayerRefused
+from sdnb.loading import Loaded
+from sdnb.records import cached
+
+DETECTION_LINES = 32
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One template's result, as it goes into its record.
+
+    Args:
+        values: the record's JSON keys; lists over layers have L entries, layer 1 first.
+        arrays: the record's arrays, float32 on the CPU.
+        text_hash: hash of the text that was run, or None.
+        begin_token: whether position 0 was a begin token, or None where no text was run.
+    """
+
+    values: dict
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    text_hash: str | None = None
+    begin_token: bool | None = None
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Lines of a text as token ids.
+
+    Args:
+        lines: token ids of each line, (T_i,).
+        text_hash: hash of the lines' text.
+        begin_token: whether every line starts with the tokenizer's begin token.
+    """
+
+    lines: list[Tensor]
+    text_hash: str
+    begin_token: bool
+
+
+def encode_text(loaded: Loaded, text: str | list[str], max_lines: int, add_special_tokens: bool) -> EncodedText:
+    """Encode the first `max_lines` usable lines of a text.
+
+    Args:
+        loaded: model and tokenizer.
+        text: a named corpus, a path, or literal lines.
+        max_lines: number of lines.
+        add_special_tokens: whether the tokenizer adds its own (a begin token at position 0, usually).
+
+    Returns:
+        The encoded lines.
+    """
+    chosen = texts.lines_of(text, max_lines)
+    lines = [texts.encode(loaded, line, add_special_tokens) for line in chosen]
+    begin = getattr(loaded.tokenizer, "bos_token_id", None)
+    return EncodedText(lines, texts.text_hash(chosen), begin is not None and all(int(x[0]) == begin for x in lines))
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The empirical direction of a model on a text, and the layers where it comes and goes.
+
+    Args:
+        vector: (d,), the mean of the high-norm states; zero when there is none.
+        count: number of high-norm states.
+        threshold: norm above which a state counts; None when no token is high-norm.
+        mean_low_norm: mean norm of the other states.
+        explosion_layers: 1..L, largest step first.
+        decay_layers: 1..L, largest step first.
+        peak_ratio: largest norm over its layer's median.
+    """
+
+    vector: Tensor
+    count: int
+    threshold: float | None
+    mean_low_norm: float
+    explosion_layers: list[int]
+    decay_layers: list[int]
+    peak_ratio: float
+
+    @property
+    def found(self) -> bool:
+        """Whether the model has a high-norm state on this text."""
+        return self.count > 0
+
+
+def text_norms(loaded: Loaded, lines: list[Tensor]) -> Tensor:
+    """Return |h_l| of every real token of the lines, one after the other, (L+1, N)."""
+    batches = token_batches(lines)
+    return torch.cat([hidden_norms(loaded.model, ids)[:, real] for ids, real, _ in batches], dim=1)
+
+
+def empirical_direction(
+    loaded: Loaded, encoded: EncodedText, *, threshold: float | None, results_dir: str | Path
+) -> Direction:
+    """Find the threshold on the first lines and the mean high-norm state on all; kept in the cache of `results_dir`.
+
+    Args:
+        loaded: the model.
+        encoded: the lines.
+        threshold: a norm that replaces the automatic one.
+        results_dir: where records and their cache live.
+
+    Returns:
+        The direction, the same for every notebook that asks with the same text and threshold.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        found = detect(text_norms(loaded, encoded.lines[:DETECTION_LINES]), threshold=threshold)
+        result = {
+            "explosion_layers": torch.tensor(found.explosion_layers, dtype=torch.int64),
+            "decay_layers": torch.tensor(found.decay_layers, dtype=torch.int64),
+            "peak_ratio": torch.tensor(found.peak_ratio, dtype=torch.float64),
+            "threshold": torch.tensor(found.threshold or 0.0, dtype=torch.float64),
+        }
+        limit = found.threshold if found.threshold is not None else float("inf")
+        states = collect_high_norm_states(loaded.model, encoded.lines, limit)
+        vector = states.direction if len(states.states) else torch.zeros(states.states.shape[1])
+        return result | {
+            "vector": vector,
+            "count": torch.tensor(len(states.states)),
+            "mean_low_norm": torch.tensor(states.mean_low_norm, dtype=torch.float64),
+        }
+
+    parts = {
+        "text": encoded.text_hash, "lines": len(encoded.lines), "begin_token": encoded.begin_token,
+        "first": [int(line[0]) for line in encoded.lines[:3]], "threshold": threshold, "dtype": loaded.dtype,
+        "weights": loaded.fingerprint,
+    }  # fmt: skip
+    kept = cached(results_dir, loaded.slug, "empirical_direction", parts, compute)
+    return Direction(
+        kept["vector"],
+        int(kept["count"]),
+        float(kept["threshold"]) or None,
+        float(kept["mean_low_norm"]),
+        kept["explosion_layers"].tolist(),
+        kept["decay_layers"].tolist(),
+        float(kept["peak_ratio"]),
+    )
+
+
+def layer_views(loaded: Loaded, refused: dict[int, str]) -> Iterator[tuple[int, LayerView | None]]:
+    """Yield (number, view) for every decoder layer, one float32 copy at a time.
+
+    Args:
+        loaded: the model.
+        refused: filled with the reason of every layer that has no linear view; its view is None.
+
+    Yields:
+        The layer's number 1..L and its view.
+
+    Raises:
+        LayerRefused: when not one layer has a linear view.
+    """
+    count = len(decoder_layers(loaded.model))
+    for number in range(1, count + 1):
+        try:
+            view = layer_view(loaded.model, number)
+        except LayerRefused as problem:
+            refused[number] = str(problem)
+            if len(refused) == count:
+                raise
+            view = None
+        yield number, view

@@ -1,0 +1,114 @@
+"""03: how linear a layer is: the linear view against the real branches, and closed form against sampled."""
+
+import torch
+from torch import Tensor
+
+from sdnb.activations import hidden_states
+from sdnb.anatomy import LayerView
+from sdnb.linearize import (
+    LinearLayer,
+    branch_scales,
+    closed_form_fit,
+    linear_layer,
+    sampled_fit,
+)
+from sdnb.loading import Loaded
+from sdnb.observations.common import Observation, encode_text, layer_views
+
+BRANCHES = ("attention", "ffn", "layer")
+
+
+def linearity(
+    loaded: Loaded,
+    *,
+    text: str | list[str],
+    max_lines: int,
+    add_special_tokens: bool,
+    max_states: int = 512,
+    sample_layer: int | None = None,
+    sample_counts: list[int],
+    centre: bool = False,
+    seed: int = 0,
+) -> Observation:
+    """Compare each layer's linear view with the real layer, on Gaussian inputs and on real hidden states.
+
+    For an input x the view predicts A x / rho1 (attention), F x' / rho2 (FFN, x' the residual stream in front of
+    it) and L_rho x (layer), with x's own divisors rho. Reported: the mean cosine between prediction and real
+    output (for attention and FFN the divisors drop out of it), and the relative error |real - predicted| / |real|,
+    root of the ratio of summed squares.
+
+    Args:
+        loaded: the model.
+        text: a named corpus, a path, or literal lines, for the real states.
+        max_lines: number of lines.
+        add_special_tokens: whether the tokenizer adds its own.
+        max_states: number of hidden states that are compared (seeded draw).
+        sample_layer: layer whose FFN is also fitted by sampling (1..L); the middle one when None.
+        sample_counts: numbers of samples, increasing.
+        centre: include a LayerNorm's mean subtraction.
+        seed: of every random draw.
+
+    Returns:
+        The record of template 03.
+    """
+    encoded = encode_text(loaded, text, max_lines, add_special_tokens)
+    inputs = _real_inputs(loaded, encoded.lines, max_states, seed)
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(inputs.shape[1:], generator=generator)
+    columns: dict[str, list] = {}
+    sampled: dict = {"sample_layer": sample_layer or (len(inputs) + 1) // 2, "sample_counts": [], "sampled_error": []}
+    refused: dict[int, str] = {}
+    for number, view in layer_views(loaded, refused):
+        for scale in ("paper", "gain"):
+            layer = None if view is None else linear_layer(view, input_scale=scale, centre=centre, seed=seed)
+            for kind, rows in (("", inputs[number - 1]), ("_gaussian", gaussian)):
+                for name, value in _agreement(view, layer, rows).items():
+                    key = name.replace("_", f"{'_gain' if scale == 'gain' else ''}{kind}_", 1)
+                    columns.setdefault(key, []).append(value)
+        if view is not None and number == sampled["sample_layer"]:
+            sampled |= _sampled_against_closed(view, sample_counts, seed)
+    values = columns | sampled | {"refused": {str(number): reason for number, reason in refused.items()}}
+    return Observation(values, {}, encoded.text_hash, encoded.begin_token)
+
+
+def _real_inputs(loaded: Loaded, lines: list[Tensor], max_states: int, seed: int) -> Tensor:
+    """What enters each layer, for a seeded draw of at most `max_states` tokens: (L, n, d)."""
+    states = torch.cat([hidden_states(loaded.model, line[None])[:-1, 0] for line in lines], dim=1)
+    pick = torch.randperm(states.shape[1], generator=torch.Generator().manual_seed(seed))[:max_states]
+    return states[:, pick]
+
+
+@torch.no_grad()
+def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> dict[str, float | None]:
+    """Mean cosine and relative error of the three linear predictions for inputs x (n, d)."""
+    if view is None or layer is None:
+        return {f"{name}_{what}": None for name in BRANCHES for what in ("cosine", "error")}
+    rho1, rho2 = (rho.reshape(-1, 1) for rho in branch_scales(view, x))
+    attention = view.attention_branch(x)
+    ffn_input = x if view.parallel else x + attention
+    linear_attention = (x @ layer.A.T) / rho1
+    linear_ffn_input = x if view.parallel else x + linear_attention
+    pairs = {
+        "attention": (attention, linear_attention),
+        "ffn": (view.ffn_branch(ffn_input), (ffn_input @ layer.F.T) / rho2),
+        "layer": (view.layer(x), x + linear_attention + (linear_ffn_input @ layer.F.T) / rho2),
+    }
+    result = {}
+    for name, (real, predicted) in pairs.items():
+        result[f"{name}_cosine"] = torch.nn.functional.cosine_similarity(real, predicted, dim=1).mean().item()
+        result[f"{name}_error"] = ((real - predicted).norm() / real.norm()).item()
+    return result
+
+
+def _sampled_against_closed(view: LayerView, counts: list[int], seed: int) -> dict:
+    """Relative Frobenius error of the sampled B against the closed form, for each number of samples."""
+    if view.ffn is None:
+        return {}
+    unit = view.ffn
+    exact = closed_form_fit(unit.w, unit.activation, unit.b, unit.v, unit.c)
+    fits = [sampled_fit(unit.inner, view.hidden_size, count, seed=seed) for count in counts]
+    return {
+        "sample_counts": list(counts),
+        "sampled_error": [((fit.B - exact).norm() / exact.norm()).item() for fit in fits],
+        "sampled_standard_error": [fit.standard_error for fit in fits],
+    }

@@ -1,0 +1,6 @@
+"""What a page says in words and tables: this run's numbers from its record, the published ones with their source."""
+
+from sdnb.report.findings import findings
+from sdnb.report.tables import Markdown, numbers_table, provenance_table
+
+__all__ = ["Markdown", "findings", "numbers_table", "provenance_table"]
