@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy import decoder_layers
-from sdnb.anatomy.trace import hidden_input, unwrap
+from sdnb.anatomy.trace import Call, unwrap
 
 
 class _Stop(Exception):
@@ -42,7 +42,7 @@ def visit_states(
         return hook
 
     def show_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        visit(0, hidden_input(args, kwargs))
+        visit(0, Call.of(args, kwargs).hidden)
         if last == 0:
             raise _Stop
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdnb import text as texts
 from sdnb.activations import HighNormStates, collect_high_norm_states, mean_pairwise_angle
+from sdnb.anatomy import decoder_layers
 from sdnb.decompose import angle_deg
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation, empirical_direction, encode_text
@@ -49,6 +50,7 @@ def direction_over_text(
         "peak_ratio": summary.peak_ratio,
         "explosion_layers": summary.explosion_layers,
         "decay_layers": summary.decay_layers,
+        "layer_count": len(decoder_layers(loaded.model)),
         "line_count": len(encoded.lines),
         "initial_count": int(initial.sum()),
         "noninitial_count": int((~initial).sum()),

@@ -1,0 +1,40 @@
+"""What linear algebra sees inside a transformer language model: singular defects and small singular values.
+
+Every public name of the numerics is importable from here; a name is loaded when it is first used, so that
+`import sdnb` costs nothing and needs neither matplotlib nor Jupyter.
+"""
+
+from importlib import import_module
+
+_WHERE = {
+    "sdnb.errors": (
+        "LayerRefused", "MemoryShortage", "ModelError", "ParameterError", "RecordError", "SdnbError", "TextError",
+    ),
+    "sdnb.loading": ("Loaded", "load"),
+    "sdnb.anatomy": ("FFNFormula", "LayerView", "Norm", "branch_contributions", "decoder_layers", "layer_view"),
+    "sdnb.linearize": (
+        "LinearLayer", "SampledFit", "attention_matrix", "branch_scales", "closed_form_fit", "ffn_matrix",
+        "gaussian_moments", "linear_layer", "sampled_fit",
+    ),
+    "sdnb.decompose": (
+        "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain", "leading_triplets",
+        "nearest_eigenpair", "random_angle", "random_angle_quantile",
+    ),
+    "sdnb.activations": (
+        "Detection", "HighNormStates", "Ledger", "collect_high_norm_states", "detect", "hidden_norms",
+        "hidden_states", "ledger", "mean_pairwise_angle",
+    ),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - one table serves both uses
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sdnb' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
