@@ -1,0 +1,145 @@
+"""Perplexity by the protocol of the quantization literature: one long text, full windows, no overlap."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.errors import ParameterError, TextError
+
+LONGEST_WINDOW = 2048
+LOGITS_AT_ONCE = 2**26
+"""Logits held at a time, in numbers: a quarter of a GiB in float32."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a text and the loss of each of its windows.
+
+    Args:
+        value: exp of the mean negative log-likelihood of a predicted token.
+        nll: mean negative log-likelihood in each window, in nats, (W,), float64 on the CPU.
+        tokens: number of predicted tokens.
+        window: tokens in a window, a begin token included.
+    """
+
+    value: float
+    nll: Tensor
+    tokens: int
+    window: int
+
+
+def position_count(model: nn.Module) -> int | None:
+    """Return the number of positions that a model's configuration states, or None where it states none.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        The length of the longest input, in tokens.
+    """
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    return next((count for name in names if isinstance(count := getattr(config, name, None), int)), None)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    window: int | None = None,
+    batch: int | None = None,
+    begin_token: int | None = None,
+) -> Perplexity:
+    """Return exp( -mean log p(x_t | x_<t) ), the text cut into windows, each predicted from within itself.
+
+    The protocol of GPTQ and SmoothQuant: the text is one string of tokens, cut into windows of the model's
+    length up to 2048 without overlap; the incomplete window at the end is dropped, and the first token of a
+    window is not predicted. A text shorter than one window is one window of its own length.
+
+    Args:
+        model: a causal language model.
+        ids: token ids of the whole text, (N,).
+        window: tokens in a window; the smaller of the model's number of positions and 2048 when None.
+        batch: windows in one forward pass; as many as keep the logits within `LOGITS_AT_ONCE` when None.
+        begin_token: an id put in front of every window, which then holds one token of text less, all
+            predicted.
+
+    Returns:
+        The perplexity; all windows weigh the same.
+
+    Raises:
+        ParameterError: a batch below one, or logits that are not finite.
+    """
+    windows = text_windows(ids, window_length(model, window), begin_token)
+    if batch is not None and batch < 1:
+        raise ParameterError(f"batch is {batch}; give at least 1 window a forward pass, or null")
+    length = windows.shape[1]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    batch = batch or max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    nll = torch.cat([_window_losses(model, part) for part in windows.split(batch)])
+    if nll.isnan().any():
+        raise ParameterError("the model's logits are not finite; load it with dtype float32 or bfloat16")
+    return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1), length)
+
+
+def window_length(model: nn.Module, window: int | None = None) -> int:
+    """Return the tokens in a window: the one asked for, or the smaller of the model's positions and 2048.
+
+    Args:
+        model: a causal language model.
+        window: the length asked for, or None.
+
+    Returns:
+        The length in tokens.
+
+    Raises:
+        ParameterError: shorter than two tokens, or longer than the model's positions.
+    """
+    positions = position_count(model)
+    if window is None:
+        return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
+    if window < 2 or (positions is not None and window > positions):
+        limit = f"from 2 to {positions}" if positions else "of 2 or more"
+        raise ParameterError(
+            f"window is {window}; give a number of tokens {limit}, or null for the automatic one"
+        )
+    return window
+
+
+def text_windows(ids: Tensor, window: int, begin_token: int | None = None) -> Tensor:
+    """Cut a text into full windows without overlap.
+
+    Args:
+        ids: token ids of the whole text, (N,).
+        window: tokens in a window, 2 or more.
+        begin_token: an id put in front of every window, counted in `window`.
+
+    Returns:
+        (W, window), or (1, what there is) for a text shorter than one window.
+
+    Raises:
+        TextError: too few tokens to predict one.
+    """
+    body = window - (begin_token is not None)
+    if len(ids) < (2 if begin_token is None else 1):
+        raise TextError(f"{len(ids)} tokens are too few for a perplexity; give a longer text")
+    count = len(ids) // body
+    windows = (ids[: count * body].reshape(count, body) if count else ids[None]).cpu()
+    if begin_token is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), begin_token, dtype=ids.dtype), windows], dim=1)
+
+
+def _window_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats of each window, (B, T) ids -> (B,) in float64 on the CPU."""
+    device = model.get_input_embeddings().weight.device
+    ids = windows.to("cpu" if device.type == "meta" else device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    # One window at a time: a float32 copy of all logits would double the memory.
+    losses = [
+        nn.functional.cross_entropy(scores[:-1].float(), row[1:].to(scores.device), reduction="none")
+        for scores, row in zip(logits, ids, strict=True)
+    ]
+    return torch.stack(losses).double().mean(dim=1).cpu()
