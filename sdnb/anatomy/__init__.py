@@ -1,0 +1,17 @@
+"""What a Hugging Face decoder looks like, found by watching it; the only place that knows."""
+
+from sdnb.anatomy.attention import AttentionMatrix
+from sdnb.anatomy.ffn import FFNFormula
+from sdnb.anatomy.norms import Norm
+from sdnb.anatomy.trace import decoder_layers
+from sdnb.anatomy.view import LayerView, branch_contributions, layer_view
+
+__all__ = [
+    "AttentionMatrix",
+    "FFNFormula",
+    "LayerView",
+    "Norm",
+    "branch_contributions",
+    "decoder_layers",
+    "layer_view",
+]

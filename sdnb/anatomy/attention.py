@@ -1,0 +1,138 @@
+"""Attention, found by what it does: it moves the last token's output when only an earlier token is changed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.anatomy.probe import LayerProbe, Seen
+from sdnb.errors import LayerRefused
+
+LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
+
+
+@dataclass(frozen=True)
+class AttentionMatrix:
+    """What attention does to one-token sequences: attention(u) = matrix u + bias.
+
+    Args:
+        matrix: W_O rep(W_V), shape (d, d).
+        bias: the answer to zero, shape (d,).
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The affine map.
+
+        Args:
+            rows: normed rows, shape (n, d).
+
+        Returns:
+            Shape (n, d).
+        """
+        return rows @ self.matrix.T + self.bias
+
+
+def trial_rows(d: int, device: torch.device, seed: int = 0) -> Tensor:
+    """Rows as a norm makes them, about sqrt(d) long, some of their multiples, and their sums.
+
+    A clip shows on rows of real length only, a sink on sums only.
+
+    Args:
+        d: hidden size.
+        device: where the rows live.
+        seed: of the random rows.
+
+    Returns:
+        Shape (24, d).
+    """
+    rows = torch.randn(8, d, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])
+
+
+@torch.no_grad()
+def nonlinearity(probe: LayerProbe, module: nn.Module) -> float:
+    """How far a module is from affine on one-token sequences, on multiples and on sums of rows sqrt(d) long.
+
+    Args:
+        probe: the layer.
+        module: a submodule of its copy.
+
+    Returns:
+        The larger of the two relative errors.
+    """
+    rows = trial_rows(probe.hidden_size, probe.device)
+    zero = probe.feed([module], module, torch.zeros_like(rows[:1]))
+    single, multiple, total = (probe.feed([module], module, rows) - zero).chunk(3)
+    errors = [(8 * single - multiple).norm() / multiple.norm()]
+    errors.append((single + single.roll(1, 0) - total).norm() / total.norm())
+    return torch.stack(errors).nan_to_num(torch.inf).max().item()
+
+
+def mixing_modules(probe: LayerProbe) -> list[Seen]:
+    """Submodules whose output at the last token moves though their input there stays, outermost first.
+
+    Args:
+        probe: the layer.
+
+    Returns:
+        Their calls; empty if no submodule mixes tokens.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 3, probe.hidden_size, generator=generator)
+    changed = torch.cat([torch.randn(1, 1, probe.hidden_size, generator=generator), x[:, 1:]], dim=1)
+    found = []
+    seen, seen_changed = (probe.watch(rows.to(probe.device)) for rows in (x, changed))
+    others = {other.name: other for other in seen_changed}
+    for one in seen:
+        other = others.get(one.name)
+        if not one.name or other is None or one.given.shape != x.shape or one.returned.shape != x.shape:
+            continue
+        still = torch.equal(one.given[:, -1], other.given[:, -1])
+        moved = (one.returned - other.returned)[:, -1].norm() > 1e-4 * one.returned[:, -1].norm()
+        if still and moved:
+            found.append(one)
+    return sorted(found, key=lambda seen: seen.name.count("."))
+
+
+def find_attention(probe: LayerProbe) -> Seen:
+    """Finds the attention module: of those that mix tokens, the outermost that is affine at length one.
+
+    Where none is (clips, sinks, gates), the one nearest to affine.
+
+    Args:
+        probe: the layer.
+
+    Returns:
+        Its call.
+
+    Raises:
+        LayerRefused: no submodule mixes tokens.
+    """
+    candidates = mixing_modules(probe)
+    if not candidates:
+        raise LayerRefused(probe.number, "layer", "no submodule with hidden states in and out mixes tokens")
+    errors = []
+    for seen in candidates:
+        errors.append(nonlinearity(probe, seen.module))
+        if errors[-1] < LINEAR:
+            return seen
+    return candidates[errors.index(min(errors))]
+
+
+@torch.no_grad()
+def read_attention(probe: LayerProbe, module: nn.Module) -> AttentionMatrix:
+    """Reads attention's matrix off the real module: its answers to the basis, less its answer to zero.
+
+    Args:
+        probe: the layer.
+        module: the attention module of its copy.
+
+    Returns:
+        The matrix and the bias.
+    """
+    eye = torch.eye(probe.hidden_size, device=probe.device)
+    bias = probe.feed([module], module, torch.zeros_like(eye[:1]))[0]
+    return AttentionMatrix((probe.feed([module], module, eye) - bias).T.contiguous(), bias)

@@ -1,0 +1,142 @@
+"""The check that nothing passes unseen: what was read off a layer against the real layer, and the verdict."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdnb.anatomy.attention import AttentionMatrix, trial_rows
+from sdnb.anatomy.ffn import FFNFormula, ffn_error
+from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.wiring import Branch, Wiring, module_output, relative, without
+from sdnb.errors import LayerRefused
+
+EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
+APPROXIMATE = 0.5  # above it a matrix says too little about attention
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the check measured, all relative to the branch in question.
+
+    Args:
+        attention: matrix and bias against the real module, on normed rows at their real length, multiples and sums.
+        ffn: the formula against the real module on the same kinds of rows; None if no formula was recognised.
+        layer: norms, multipliers and their sum, around the real modules, against the real layer.
+    """
+
+    attention: float
+    ffn: float | None
+    layer: float
+
+
+def normed(branch: Branch, x: Tensor) -> Tensor:
+    """The rows that a branch's module reads, by the measured formula of its norm.
+
+    Args:
+        branch: the branch.
+        x: hidden states, shape (n, d).
+
+    Returns:
+        Shape (n, d).
+    """
+    return x if branch.norm is None else branch.norm(x)
+
+
+def composed(probe: LayerProbe, branch: Branch, x: Tensor) -> Tensor:
+    """What a branch adds, put together from the measured norms and multiplier around the real module.
+
+    Args:
+        probe: the layer.
+        branch: the branch.
+        x: hidden states, shape (n, d).
+
+    Returns:
+        multiplier * post_norm(module(norm(x))), shape (n, d).
+    """
+    out = module_output(probe, branch, normed(branch, x))
+    return branch.multiplier * (out if branch.post_norm is None else branch.post_norm(out))
+
+
+def attention_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
+    """How far attention's matrix and bias are from the real module on one-token sequences.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+        affine: the matrix and the bias.
+
+    Returns:
+        The largest relative error over normed rows, random rows, their multiples and their sums.
+    """
+    rows = normed(wiring.attention, probe.states())
+    groups = [rows, rows + rows.roll(1, 0), *trial_rows(probe.hidden_size, probe.device).chunk(3)]
+    reals = [module_output(probe, wiring.attention, group) for group in groups]
+    return max(relative(affine(group) - real, real) for group, real in zip(groups, reals, strict=True))
+
+
+def layer_error(probe: LayerProbe, wiring: Wiring) -> float:
+    """How far the composed branches, each alone and both added up, are from the real layer.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+
+    Returns:
+        The largest of the three relative errors.
+    """
+    x = probe.states()
+    a, f = composed(probe, wiring.attention, x), composed(probe, wiring.ffn, x)
+    real_a, real_f = without(probe, x, wiring.ffn.silenced), without(probe, x, wiring.attention.silenced)
+    total = a + (f if wiring.parallel else composed(probe, wiring.ffn, x + a))
+    pairs = ((a, real_a), (f, real_f), (total, without(probe, x)))
+    return max(relative(ours - real, real) for ours, real in pairs)
+
+
+@torch.no_grad()
+def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFNFormula | None) -> Errors:
+    """Measures what was read off a layer against the real layer.
+
+    Args:
+        probe: the layer.
+        wiring: its branches, norms and multipliers.
+        affine: attention's matrix and bias.
+        ffn: the FFN's formula, or None.
+
+    Returns:
+        The errors.
+    """
+    rows = normed(wiring.ffn, probe.states())
+    of_ffn = None if ffn is None else ffn_error(probe, wiring, ffn, rows)
+    return Errors(attention_error(probe, wiring, affine), of_ffn, layer_error(probe, wiring))
+
+
+def verdict(probe: LayerProbe, wiring: Wiring, errors: Errors) -> str:
+    """What may be said of a layer with these errors.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+        errors: what was measured.
+
+    Returns:
+        "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN's formula is not recognised.
+
+    Raises:
+        LayerRefused: the errors are too large for any use.
+    """
+    if not errors.layer < EXACT:
+        reason = f"norms and branches do not add up to the layer (error {errors.layer:.1e} of a branch)"
+        raise LayerRefused(probe.number, "layer", reason)
+    if errors.ffn is not None and not errors.ffn < EXACT:
+        reason = f"the feed-forward formula is not the module's (error {errors.ffn:.1e})"
+        raise LayerRefused(probe.number, wiring.ffn.name, reason)
+    if not errors.attention < APPROXIMATE:
+        reason = (
+            f"is not a linear map of one-token sequences (error {errors.attention:.1e} of its output): "
+            f"a state-space or linear-attention mixer, or strongly gated attention"
+        )
+        raise LayerRefused(probe.number, wiring.attention.name, reason)
+    if errors.ffn is None:
+        return "sampled"
+    return "exact" if errors.attention < EXACT else "approximate"

@@ -1,0 +1,221 @@
+"""The feed-forward formula, recognised from the real module's linear maps and kept only if it reproduces the module."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from sdnb.anatomy.probe import LayerProbe, Seen, same
+from sdnb.anatomy.weights import is_linear, linear_weight
+from sdnb.anatomy.wiring import Wiring, module_output, relative
+
+RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FFNFormula:
+    """A feed-forward network down(phi(w u + b) [* (v u + c)]), one row of w (and v) for each inner unit.
+
+    Args:
+        w: rows w_i, shape (f, d).
+        b: biases b_i, shape (f,), or None.
+        v: rows v_i of a gated unit, shape (f, d), or None.
+        c: biases c_i, shape (f,), or None.
+        activation: phi, element by element, in float32 and in float64.
+        down: the matrix behind the units, shape (d, f).
+        down_bias: its bias, shape (d,), or None.
+    """
+
+    w: Tensor
+    b: Tensor | None
+    v: Tensor | None
+    c: Tensor | None
+    activation: Activation
+    down: Tensor
+    down_bias: Tensor | None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The inner units: phi(w_i.x + b_i) [* (v_i.x + c_i)].
+
+        Args:
+            x: normed rows, shape (n, d).
+
+        Returns:
+            Shape (n, f).
+        """
+        y = self.activation(nn.functional.linear(x, self.w, self.b))
+        return y if self.v is None else y * nn.functional.linear(x, self.v, self.c)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The whole network.
+
+        Args:
+            x: normed rows, shape (n, d).
+
+        Returns:
+            down inner(x) + down_bias, shape (n, d).
+        """
+        return nn.functional.linear(self.inner(x), self.down, self.down_bias)
+
+
+def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator[Activation]:
+    """Functions that may be the activation: those the layer holds, those its configuration names, then all others.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+        seen: the calls of a pass.
+
+    Yields:
+        Element-wise functions.
+    """
+    outside = [s for s in seen if s.name and not s.name.startswith(wiring.attention.name)]
+    small = [s for s in outside if all(p.ndim < 2 for p in s.module.parameters())]
+    yield from (s.module for s in small if s.given.shape == s.returned.shape)
+    owners = [m for name, m in probe.layer.named_modules() if not name.startswith(wiring.attention.name)]
+    for owner in owners:
+        held = [
+            value
+            for value in vars(owner).values()
+            if callable(value) and not isinstance(value, PretrainedConfig)
+        ]
+        yield from (value for value in held if not isinstance(value, type))
+    config = probe.decoder.model.config.get_text_config()
+    named = [value for value in vars(config).values() if isinstance(value, str) and value in ACT2FN]
+    yield from (ACT2FN[name] for name in [*dict.fromkeys(named)])
+
+
+def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], Seen] | None:
+    """Sorts the linear maps outside attention into those that read the FFN's input and the one that writes its output.
+
+    Args:
+        wiring: the layer's wiring.
+        seen: the calls of a pass.
+
+    Returns:
+        The inner maps and the call of the last one; None if there are others, or the last is not a linear map.
+    """
+    outside = [s for s in seen if is_linear(s.module) and not s.name.startswith(wiring.attention.name + ".")]
+    down = next((s for s in outside if s.module is wiring.ffn.exit), None)
+    if down is None:
+        return None
+    inner = [s for s in outside if s is not down and same(s.given, outside[0].given)]
+    return ([s.module for s in inner], down) if len(inner) == len(outside) - 1 else None
+
+
+def pairings(inner: list[nn.Module], width: int) -> Iterator[tuple[tuple, tuple | None]]:
+    """The ways in which linear maps can make inner units: plain, gated, fused in halves or alternately, either order.
+
+    Args:
+        inner: the maps that read the FFN's input.
+        width: inner units f.
+
+    Yields:
+        (w, b) and (v, c), or None where the unit is not gated.
+    """
+    maps = [(linear_weight(module), module.bias) for module in inner]
+    if [len(weight) for weight, _ in maps] == [width]:
+        yield maps[0], None
+    elif [len(weight) for weight, _ in maps] == [width, width]:
+        yield from permutations(maps)
+    elif [len(weight) for weight, _ in maps] == [2 * width]:
+        weight, bias = maps[0]
+        halves = (slice(None, width), slice(width, None))
+        alternate = (slice(0, None, 2), slice(1, None, 2))
+        for cut in (halves, alternate):
+            yield from permutations([(weight[rows], None if bias is None else bias[rows]) for rows in cut])
+
+
+def double_safe(activation: Activation) -> Activation:
+    """An activation that takes float64 and keeps it.
+
+    Args:
+        activation: an element-wise function, tried in float32.
+
+    Returns:
+        The function itself if it can do that, else one that goes through float32.
+    """
+    try:
+        if activation(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64:
+            return activation
+    except RuntimeError:
+        pass
+    return lambda x: activation(x.float()).to(x.dtype)
+
+
+def tried(formula: FFNFormula, rows: Tensor, target: Tensor) -> float:
+    """How far a candidate's inner units are from the real ones; infinite where the candidate does not run.
+
+    Args:
+        formula: the candidate.
+        rows: the FFN's normed input, shape (n, d).
+        target: the real inner units, shape (n, f).
+
+    Returns:
+        The relative error.
+    """
+    try:
+        inner = formula.inner(rows)
+    except (TypeError, ValueError, RuntimeError):
+        return float("inf")
+    return (
+        relative(inner - target, target)
+        if torch.is_tensor(inner) and inner.shape == target.shape
+        else float("inf")
+    )
+
+
+@torch.no_grad()
+def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
+    """Finds the formula of the feed-forward network, by trying what its linear maps and activations can make.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+
+    Returns:
+        The formula; None if no candidate reproduces the real module.
+    """
+    seen = probe.watch(probe.states(seed=3)[:, None])
+    parts = linear_parts(wiring, seen)
+    if parts is None:
+        return None
+    inner, down = parts
+    target = down.given.reshape(-1, down.given.shape[-1])
+    rows = next(s.given for s in seen if s.module is inner[0]).reshape(len(target), -1)
+    found: list[tuple[float, FFNFormula]] = []
+    for (w, b), gate in pairings(inner, target.shape[-1]):
+        v, c = gate or (None, None)
+        for activation in activations(probe, wiring, seen):
+            formula = FFNFormula(w, b, v, c, activation, linear_weight(down.module), down.module.bias)
+            found.append((tried(formula, rows, target), formula))
+    error, best = min(found, key=lambda item: item[0], default=(float("inf"), None))
+    if not error < RECOGNISED or ffn_error(probe, wiring, best, rows) > RECOGNISED:
+        return None
+    return FFNFormula(best.w, best.b, best.v, best.c, double_safe(best.activation), best.down, best.down_bias)
+
+
+def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tensor) -> float:
+    """How far the formula is from the real module, on random rows and on the rows given, and on multiples of them.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+        formula: the FFN's formula.
+        rows: normed rows, shape (n, d).
+
+    Returns:
+        The largest relative error.
+    """
+    random = torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)).to(rows.device)
+    errors = []
+    for u in (random, rows, 8 * rows):
+        real = module_output(probe, wiring.ffn, u, wiring.stand_in)
+        errors.append(relative(formula(u) - real, real))
+    return max(errors)

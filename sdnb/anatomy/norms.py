@@ -1,0 +1,129 @@
+"""Norms, measured by feeding them: gain, bias, centring and epsilon of y = gain * (x - c mean(x)) / scale(x) + bias.
+
+Nothing is read from attributes, so Gemma's 1 + w, LayerNorms without parameters and L2 norms come out alike.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.anatomy.probe import Seen, same
+
+LARGE = 1e3  # entries at which an epsilon does not matter
+SMALL = 1e-3  # entries at which it does
+TOLERANCE = 1e-5  # relative, on random rows
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm or a LayerNorm: norm(x) = gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0.
+
+    Args:
+        gain: the diagonal of the linear part, shape (d,).
+        bias: the answer to a row whose normed value is zero, shape (d,).
+        centred: whether the mean is subtracted (LayerNorm) or not (RMS norm).
+        epsilon: what is added to the mean square.
+        module: the real module, in float32.
+        name: its name in the layer.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    centred: bool
+    epsilon: float
+    module: nn.Module
+    name: str
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The divisor that depends on the data: sqrt(mean((x - c mean(x))^2) + epsilon).
+
+        Args:
+            x: rows, shape (n, d).
+
+        Returns:
+            The root mean square (or the standard deviation) of each row, shape (n, 1).
+        """
+        return (self.centre(x).square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+    def centre(self, x: Tensor) -> Tensor:
+        """The rows without their mean, if the norm subtracts it.
+
+        Args:
+            x: rows, shape (n, d).
+
+        Returns:
+            x - c mean(x), shape (n, d).
+        """
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The formula, on any rows.
+
+        Args:
+            x: rows, shape (n, d).
+
+        Returns:
+            gain * (x - c mean(x)) / scale(x) + bias, shape (n, d).
+        """
+        return self.gain * self.centre(x) / self.scale(x) + self.bias
+
+
+@torch.no_grad()
+def measure_norm(seen: Seen) -> Norm | None:
+    """Measures a norm by feeding it rows, and checks the formula on others.
+
+    Args:
+        seen: a call of the module in question.
+
+    Returns:
+        The norm; None if the module does not follow the formula.
+    """
+    module, d = seen.module, seen.given.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, d, generator=generator).to(seen.given.device)
+    if seen.returned.shape[-1] != d:
+        return None
+    bias = (module(LARGE * x) + module(-LARGE * x)).mean(0) / 2
+    shifted = (module(LARGE * (x + 1)) - module(LARGE * x)).norm() / (module(LARGE * x) - bias).norm()
+    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, module, seen.name)
+    signs = torch.where(torch.arange(d, device=x.device) % 2 == 0, 1.0, -1.0)[None]
+    gain = ((module(LARGE * signs) - bias) / rough(LARGE * signs))[0]
+    # at entries of size t the answer shrinks by t / sqrt(t^2 + epsilon)
+    shrunk = ((module(SMALL * signs) - bias).norm() / (gain * rough(SMALL * signs)).norm()).double()
+    size = rough.scale(SMALL * signs).double().square()
+    epsilon = (size * (shrunk**-2 - 1)).clamp(min=0).item()
+    norm = Norm(gain, bias, rough.centred, epsilon, module, seen.name)
+    for rows in (x, 0.1 * x, 30 * x + 3):
+        real = module(rows)
+        if not (norm(rows) - real).norm() <= TOLERANCE * real.norm():
+            return None
+    return norm
+
+
+def before(seen: list[Seen], reader: Tensor) -> Seen | None:
+    """The module that wrote a tensor which others read: its output is that tensor and its input is not.
+
+    Args:
+        seen: the calls of one pass.
+        reader: the tensor that is read.
+
+    Returns:
+        The outermost such module, or None.
+    """
+    found = [s for s in seen if same(s.returned, reader) and not same(s.given, reader)]
+    return min(found, key=lambda s: s.name.count("."), default=None)
+
+
+def after(seen: list[Seen], writer: Tensor) -> Seen | None:
+    """The module that reads a tensor and changes it.
+
+    Args:
+        seen: the calls of one pass.
+        writer: the tensor that was written.
+
+    Returns:
+        The outermost such module, or None.
+    """
+    found = [s for s in seen if same(s.given, writer) and not same(s.returned, writer)]
+    return min(found, key=lambda s: s.name.count("."), default=None)

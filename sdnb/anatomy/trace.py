@@ -1,0 +1,337 @@
+"""Watching a forward pass: which modules are the decoder layers, and what each of them is called with.
+
+Nothing here changes the model: hooks and replaced `forward` methods live inside context managers, and a pass is cut
+short as soon as it has shown what was asked for, so the logits are never computed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.errors import LayerRefused, ModelError
+
+
+class _SeenEnough(Exception):
+    """Ends a forward pass that has shown what was asked for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, and where among them the hidden state stands.
+
+    Args:
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        place: the index or the keyword of the hidden state; None if no argument is a floating-point tensor.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    place: int | str | None
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Call":
+        """Finds the hidden state: the first floating-point tensor, positional before `hidden_states` before others.
+
+        Args:
+            args: the positional arguments.
+            kwargs: the keyword arguments.
+
+        Returns:
+            The call.
+        """
+        names = sorted(kwargs, key=lambda name: name != "hidden_states")
+        places = [*range(len(args)), *names]
+        values = [*args, *(kwargs[name] for name in names)]
+        found = (place for place, value in zip(places, values, strict=True) if is_float(value))
+        return cls(args, kwargs, next(found, None))
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The hidden state, or None."""
+        if self.place is None:
+            return None
+        return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+
+    def replaced(self, change: Callable[[Any], Any]) -> "Call":
+        """The same call with every top-level argument passed through a function.
+
+        Args:
+            change: takes and returns an argument.
+
+        Returns:
+            The changed call.
+        """
+        args = tuple(change(value) for value in self.args)
+        return Call(args, {name: change(value) for name, value in self.kwargs.items()}, self.place)
+
+    def with_hidden(self, hidden: Tensor | None) -> "Call":
+        """The same call with another hidden state.
+
+        Args:
+            hidden: what stands in the hidden state's place.
+
+        Returns:
+            The changed call.
+        """
+        if isinstance(self.place, int):
+            args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
+            return Call(args, self.kwargs, self.place)
+        return Call(self.args, self.kwargs | {self.place: hidden}, self.place)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model seen as a stack of decoder layers.
+
+    Args:
+        model: the model as it was given.
+        layers: its decoder layers, in order.
+        hidden_size: d.
+        width: how many items a layer returns; None where it returns a bare tensor.
+    """
+
+    model: nn.Module
+    layers: list[nn.Module]
+    hidden_size: int
+    width: int | None
+
+
+def is_float(value: object) -> bool:
+    """Whether a value is a floating-point tensor.
+
+    Args:
+        value: anything.
+
+    Returns:
+        True for a floating-point tensor.
+    """
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def unwrap(result: object) -> Tensor | None:
+    """The tensor that a module returns: the result itself, or the first item of a tuple or list.
+
+    Args:
+        result: what a module returned.
+
+    Returns:
+        The floating-point tensor, or None if there is none in that place.
+    """
+    first = result[0] if isinstance(result, (tuple, list)) and result else result
+    return first if is_float(first) else None
+
+
+def rewrap(result: object, hidden: Tensor) -> object:
+    """The same result with another tensor in the place that `unwrap` reads.
+
+    Args:
+        result: what a module returned.
+        hidden: the new tensor.
+
+    Returns:
+        A tensor or a tuple, as the module returns it.
+    """
+    return (hidden, *result[1:]) if isinstance(result, (tuple, list)) else hidden
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to every tensor in nested tuples, lists and dicts.
+
+    Args:
+        value: an argument of a layer.
+        change: takes and returns a tensor.
+
+    Returns:
+        The value with its tensors changed.
+    """
+    if torch.is_tensor(value):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def replaced_forward(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Gives modules another `forward` for the length of a block, and takes it away again exactly.
+
+    Args:
+        forwards: module -> the function that stands in for its `forward`.
+
+    Yields:
+        Nothing.
+    """
+    missing = object()
+    before = {module: vars(module).get("forward", missing) for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is missing:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = forward
+
+
+def plain_token(model: nn.Module) -> int:
+    """The smallest token id that has no special role in the configuration (padding changes positions or masks).
+
+    Args:
+        model: the model.
+
+    Returns:
+        A token id.
+    """
+    config = model.config.get_text_config()
+    special: set[int] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        special.update(value if isinstance(value, (list, tuple)) else [value])
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def run_until(model: nn.Module, ids: Tensor, forwards: dict[nn.Module, Callable]) -> None:
+    """Runs the base model, with some forwards replaced, until one of them has seen enough.
+
+    Args:
+        model: the model; its head is not run.
+        ids: token ids, shape (n, T).
+        forwards: module -> the function that stands in for its `forward`.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    with torch.no_grad(), replaced_forward(forwards):
+        try:
+            model.base_model(input_ids=ids.to(device), use_cache=False)
+        except _SeenEnough:
+            pass
+
+
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost module lists of the base model, those with most parameters first.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Candidates for the stack of decoder layers.
+    """
+    found = {
+        name: m for name, m in model.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
+    outer = [m for name, m in found.items() if not any(name.startswith(other + ".") for other in found)]
+    return sorted(outer, key=lambda stack: -sum(p.numel() for p in stack.parameters()))
+
+
+def first_call(model: nn.Module, layer: nn.Module, ids: Tensor) -> tuple[Call, object] | None:
+    """Watches the first call of one module in a forward pass, which ends there.
+
+    Args:
+        model: the model.
+        layer: the module to watch.
+        ids: token ids, shape (n, T).
+
+    Returns:
+        The call and what the module returned; None if it was not called.
+    """
+    seen: list[tuple[Call, object]] = []
+    real = layer.forward
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        seen.append((Call.of(args, kwargs), real(*args, **kwargs)))
+        raise _SeenEnough
+
+    run_until(model, ids, {layer: watched})
+    return seen[0] if seen else None
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Finds the decoder layers: the largest module list whose members turn hidden states into hidden states.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Returns:
+        The model as a stack of layers.
+
+    Raises:
+        ModelError: the model is an encoder-decoder, or no such list of modules takes part in its forward pass.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder: a decoder-only language model is needed"
+        )
+    ids = torch.full((1, 3), plain_token(model))
+    for stack in stacks(model):
+        try:
+            seen = first_call(model, stack[0], ids)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
+        if seen is None:
+            continue
+        call, result = seen
+        given, returned = call.hidden, unwrap(result)
+        if (
+            given is not None
+            and returned is not None
+            and given.shape == returned.shape
+            and given.shape[:2] == (1, 3)
+        ):
+            width = len(result) if isinstance(result, (tuple, list)) else None
+            return Decoder(model, list(stack), given.shape[-1], width)
+    raise ModelError(
+        f"{type(model).__name__} has no list of modules that turn hidden states into hidden states"
+    )
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Finds the decoder layers of a model by watching the beginning of a forward pass.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Returns:
+        The layers in order: item l - 1 is layer l.
+    """
+    return find_decoder(model).layers
+
+
+def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
+    """What a layer is called with, at the cost of embedding the tokens: the layers before it pass their input on.
+
+    Args:
+        decoder: the model as a stack of layers.
+        number: the layer, 1..L.
+        ids: token ids, shape (n, T).
+
+    Returns:
+        The call, without its hidden state (None in its place).
+
+    Raises:
+        LayerRefused: the layer was not called, or its hidden state is not of shape (n, T, d).
+    """
+    seen: list[Call] = []
+
+    def passed_on(*args: Any, **kwargs: Any) -> object:
+        hidden = Call.of(args, kwargs).hidden
+        return hidden if decoder.width is None else (hidden, *[None] * (decoder.width - 1))
+
+    def recorded(*args: Any, **kwargs: Any) -> None:
+        seen.append(Call.of(args, kwargs))
+        raise _SeenEnough
+
+    forwards: dict[nn.Module, Callable] = dict.fromkeys(decoder.layers[: number - 1], passed_on)
+    run_until(decoder.model, ids, forwards | {decoder.layers[number - 1]: recorded})
+    if not seen or seen[0].hidden is None or seen[0].hidden.shape[:2] != ids.shape:
+        raise LayerRefused(
+            number, "layer", f"is not called with hidden states of shape {tuple(ids.shape)} + (d,)"
+        )
+    return seen[0].with_hidden(None)

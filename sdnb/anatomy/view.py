@@ -1,0 +1,217 @@
+"""One decoder layer as linear algebra sees it, read off the real modules and checked against them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.anatomy.attention import AttentionMatrix, read_attention
+from sdnb.anatomy.check import Errors, measure, verdict
+from sdnb.anatomy.ffn import FFNFormula, recognise_ffn
+from sdnb.anatomy.norms import Norm
+from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.trace import find_decoder
+from sdnb.anatomy.wiring import Wiring, branch_output, find_wiring, module_output
+from sdnb.errors import LayerRefused
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A decoder layer: x + a(x) + f(x + a(x)), or x + a(x) + f(x) if parallel, with each branch taken apart.
+
+    Each branch is multiplier * post_norm(module(norm(x))). All tensors are float32, on the layer's device.
+
+    Args:
+        probe: the float32 copy of the layer that is watched.
+        wiring: branches, norms, multipliers, serial or parallel.
+        affine: attention's matrix and bias, without any norm's gain.
+        ffn: the feed-forward formula; None if it is not recognised and has to be sampled.
+        errors: what the check measured.
+        status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
+            feed-forward formula is not recognised; "refused" only where the check was told not to raise.
+    """
+
+    probe: LayerProbe
+    wiring: Wiring
+    affine: AttentionMatrix
+    ffn: FFNFormula | None
+    errors: Errors
+    status: str
+
+    @property
+    def number(self) -> int:
+        """The layer's number, 1..L."""
+        return self.probe.number
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the residual stream."""
+        return self.probe.hidden_size
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the FFN reads the layer's input instead of the residual stream after attention."""
+        return self.wiring.parallel
+
+    @property
+    def attention_matrix(self) -> Tensor:
+        """W_O rep(W_V), shape (d, d): attention on one-token sequences, without bias and without gains."""
+        return self.affine.matrix
+
+    @property
+    def attention_bias(self) -> Tensor:
+        """Attention's answer to zero, shape (d,)."""
+        return self.affine.bias
+
+    @property
+    def attention_norm(self) -> Norm | None:
+        """The norm before attention."""
+        return self.wiring.attention.norm
+
+    @property
+    def attention_post_norm(self) -> Norm | None:
+        """The norm between attention and the residual stream."""
+        return self.wiring.attention.post_norm
+
+    @property
+    def attention_multiplier(self) -> float:
+        """The coefficient of attention in the layer's sum."""
+        return self.wiring.attention.multiplier
+
+    @property
+    def ffn_norm(self) -> Norm | None:
+        """The norm before the FFN."""
+        return self.wiring.ffn.norm
+
+    @property
+    def ffn_post_norm(self) -> Norm | None:
+        """The norm between the FFN and the residual stream."""
+        return self.wiring.ffn.post_norm
+
+    @property
+    def ffn_multiplier(self) -> float:
+        """The coefficient of the FFN in the layer's sum."""
+        return self.wiring.ffn.multiplier
+
+    @property
+    def attention_error(self) -> float:
+        """Matrix and bias against the real attention module, relative to its output, on normed rows of real length."""
+        return self.errors.attention
+
+    @property
+    def ffn_error(self) -> float | None:
+        """The formula against the real FFN, relative to its output; None without a formula."""
+        return self.errors.ffn
+
+    @property
+    def layer_error(self) -> float:
+        """Norms, multipliers and sum around the real modules against the real layer, relative to a branch."""
+        return self.errors.layer
+
+    def attention_module(self, u: Tensor) -> Tensor:
+        """The real attention module on normed one-token sequences.
+
+        Args:
+            u: normed rows, shape (n, d).
+
+        Returns:
+            Its output before post-norm and multiplier, shape (n, d).
+        """
+        return module_output(self.probe, self.wiring.attention, u)
+
+    def ffn_module(self, u: Tensor) -> Tensor:
+        """The real feed-forward network on normed rows.
+
+        Args:
+            u: normed rows, shape (n, d).
+
+        Returns:
+            Its output before post-norm and multiplier, shape (n, d).
+        """
+        return module_output(self.probe, self.wiring.ffn, u, self.wiring.stand_in)
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """What attention adds to the residual stream of one-token sequences, on the real modules; differentiable.
+
+        Args:
+            x: hidden states, shape (n, d).
+
+        Returns:
+            multiplier * post_norm(attention(norm(x))), shape (n, d).
+        """
+        return branch_output(self.probe, self.wiring.attention, x)
+
+    def ffn_branch(self, x: Tensor) -> Tensor:
+        """What the FFN adds to the residual stream that it reads, on the real modules; differentiable.
+
+        Args:
+            x: hidden states (after attention, in a serial layer), shape (n, d).
+
+        Returns:
+            multiplier * post_norm(FFN(norm(x))), shape (n, d).
+        """
+        return branch_output(self.probe, self.wiring.ffn, x, self.wiring.stand_in)
+
+    def layer(self, x: Tensor) -> Tensor:
+        """The real layer on one-token sequences; differentiable.
+
+        Args:
+            x: hidden states, shape (n, d).
+
+        Returns:
+            The layer's output, shape (n, d).
+        """
+        return self.probe.rows(x)
+
+
+@torch.no_grad()
+def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerView:
+    """Takes one decoder layer apart by watching a float32 copy of it, and checks the parts against the real layer.
+
+    Args:
+        model: a causal language model of transformers, on any device, in any dtype, offloaded or not.
+        number: the layer, 1..L.
+        check: raise if the errors are too large; otherwise the status is "refused" and the errors tell why.
+
+    Returns:
+        The layer's view.
+
+    Raises:
+        LayerRefused: the layer is not recognised, or does not pass the check.
+    """
+    probe = LayerProbe(find_decoder(model), number)
+    wiring = find_wiring(probe)
+    affine = read_attention(probe, wiring.attention.exit)
+    ffn = recognise_ffn(probe, wiring)
+    errors = measure(probe, wiring, affine, ffn)
+    try:
+        status = verdict(probe, wiring, errors)
+    except LayerRefused:
+        if check:
+            raise
+        status = "refused"
+    return LayerView(probe, wiring, affine, ffn, errors, status)
+
+
+@torch.no_grad()
+def branch_contributions(model: nn.Module, number: int, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention and FFN of one layer add to the hidden states of whole sequences, for the ledger.
+
+    The two add up to the layer's output minus its input exactly: the FFN's share is what attention's leaves.
+
+    Args:
+        model: a causal language model of transformers.
+        number: the layer, 1..L.
+        states: the hidden states that enter the layer, shape (B, T, d).
+        ids: the token ids that they belong to, shape (B, T).
+
+    Returns:
+        Attention's and the FFN's contributions, each of shape (B, T, d), float32.
+    """
+    probe = LayerProbe(find_decoder(model), number)
+    wiring = find_wiring(probe)
+    x = states.to(probe.device, torch.float32)
+    total = probe.output(x, ids) - x
+    with probe.muted(wiring.ffn.silenced):
+        attention = probe.output(x, ids) - x
+    return attention, total - attention

@@ -1,0 +1,125 @@
+"""Reading weights: a float32 copy of one layer, offloaded weights included, and never a `meta` tensor.
+
+Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and arithmetic on a
+`meta` tensor silently gives another one. So every leaf module is aligned by itself, read, and let go again.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from sdnb.errors import ModelError
+
+LINEAR_CLASSES = (nn.Linear, Conv1D)
+HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """Clones a tensor, floating point as float32, everything else as it is.
+
+    Args:
+        tensor: any tensor with data.
+
+    Returns:
+        A tensor of the same shape that shares no memory with the argument.
+    """
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(dtype, copy=True)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterates over a module's direct parameters and buffers.
+
+    Args:
+        module: any module; its children are not visited.
+
+    Yields:
+        The name and the tensor of each parameter or buffer that is not None.
+    """
+    for table in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in table.items() if tensor is not None)
+
+
+def read_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Reads a module's direct parameters and buffers as float32, fetching them where they are offloaded.
+
+    Args:
+        module: any module; its children are not visited.
+
+    Returns:
+        Name -> tensor, clones with data.
+
+    Raises:
+        ModelError: a tensor has no data even after it was fetched.
+    """
+    tensors = {}
+    with align_module_device(module):
+        for name, tensor in own_tensors(module):
+            if tensor.is_meta:
+                raise ModelError(
+                    f"the weight {name!r} of {type(module).__name__} has no data (meta device): load the model with "
+                    f"its weights, and let accelerate place them (device_map='auto') where they do not fit"
+                )
+            tensors[name] = as_float32(tensor)
+    return tensors
+
+
+def copy_layer(layer: nn.Module) -> nn.Module:
+    """Copies one decoder layer in float32, without hooks and without gradients, in evaluation mode.
+
+    Args:
+        layer: the layer, on any device, in any floating-point dtype, offloaded or not.
+
+    Returns:
+        An independent module that does what the layer does; the original is left as it was.
+    """
+    memo: dict[int, object] = {}
+    for module in layer.modules():
+        tensors = read_tensors(module)
+        for name, tensor in own_tensors(module):  # after reading: fetching may have replaced the objects
+            is_parameter = name in module._parameters
+            memo[id(tensor)] = (
+                nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
+            )
+        for value in vars(module).values():
+            if isinstance(value, PretrainedConfig):
+                memo[id(value)] = value  # shared: a configuration is only read
+        if "_hf_hook" in vars(module):
+            memo[id(module._hf_hook)] = None  # it holds the map of all offloaded weights
+    twin = copy.deepcopy(layer, memo)
+    for module in twin.modules():
+        if "_hf_hook" in vars(module):
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                vars(module).pop(name, None)
+        for table in HOOK_TABLES:
+            getattr(module, table).clear()
+    return twin.eval()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain affine map with a weight matrix: `nn.Linear` or transformers' `Conv1D`.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True for an affine leaf.
+    """
+    return isinstance(module, LINEAR_CLASSES)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix W of an affine leaf y = W x + b, whichever way round it is stored.
+
+    Args:
+        module: an `nn.Linear` (stores W) or a `Conv1D` (stores its transpose).
+
+    Returns:
+        W, shape (out, in).
+    """
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
