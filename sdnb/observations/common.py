@@ -62,9 +62,18 @@ def encode_text(loaded: Loaded, text: str | list[str], max_lines: int, add_speci
         The encoded lines.
     """
     chosen = texts.lines_of(text, max_lines)
-    lines = [texts.encode(loaded, line, add_special_tokens) for line in chosen]
-    begin = getattr(loaded.tokenizer, "bos_token_id", None)
-    return EncodedText(lines, texts.text_hash(chosen), begin is not None and all(int(x[0]) == begin for x in lines))
+    lines = [encode_line(loaded, line, add_special_tokens) for line in chosen]
+    begins = all(texts.begins_with_begin_token(line, loaded.tokenizer) for line in lines)
+    return EncodedText(lines, texts.text_hash(chosen), begins)
+
+
+def encode_line(loaded: Loaded, line: str, add_special_tokens: bool) -> Tensor:
+    """Token ids of one line, (T,), within the model's positions and vocabulary."""
+    limits = {
+        "max_tokens": texts.position_limit(loaded.model.config),
+        "vocabulary": loaded.model.get_input_embeddings().weight.shape[0],
+    }
+    return texts.encode(loaded.tokenizer, line, add_special_tokens, **limits)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnb import text as texts
 from sdnb.activations import HighNormStates, collect_high_norm_states, mean_pairwise_angle
 from sdnb.anatomy import decoder_layers
 from sdnb.decompose import angle_deg
+from sdnb.labels import token_labels
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation, empirical_direction, encode_text
 
@@ -84,4 +84,4 @@ def _most_common(loaded: Loaded, ids: Tensor, count: int = 10) -> list[str]:
     """Labels of the most frequent token ids."""
     values, counts = ids.unique(return_counts=True)
     top = values[counts.argsort(descending=True, stable=True)[:count]]
-    return texts.token_labels(loaded.tokenizer, top)
+    return token_labels(loaded.tokenizer, top)

@@ -1,12 +1,10 @@
 """01: norms per layer and token; which tokens are high-norm, and at which layers that begins and ends."""
 
-import torch
-
 from sdnb import text as texts
 from sdnb.activations import detect, hidden_norms
-from sdnb.errors import ParameterError
+from sdnb.labels import token_labels
 from sdnb.loading import Loaded
-from sdnb.observations.common import Observation
+from sdnb.observations.common import Observation, encode_line
 
 
 def high_norm_tokens(
@@ -29,31 +27,25 @@ def high_norm_tokens(
     Returns:
         The record of template 01.
     """
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     if token_ids is None:
-        ids = texts.encode(loaded, sentence, add_special_tokens)
+        ids = encode_line(loaded, sentence, add_special_tokens)
     else:
-        ids = _checked_ids(loaded, token_ids)
+        limit = texts.position_limit(loaded.model.config)
+        ids = texts.check_ids(token_ids, max_tokens=limit, vocabulary=vocabulary)
     norms = hidden_norms(loaded.model, ids[None])[:, 0]
     found = detect(norms, threshold=threshold)
-    begin = getattr(loaded.tokenizer, "bos_token_id", None)
+    source = texts.text_hash([sentence if token_ids is None else repr(token_ids)])
     values = {
         "peak_ratio": found.peak_ratio,
         "threshold": found.threshold,
         "explosion_layers": found.explosion_layers,
         "decay_layers": found.decay_layers,
-        "tokens": texts.token_labels(loaded.tokenizer, ids),
+        "tokens": token_labels(loaded.tokenizer, ids),
         "token_ids": ids.tolist(),
         "high_norm_positions": found.high_norm.nonzero().flatten().tolist(),
         "peak_norm": norms[1:].max().item(),
         "median_norm": norms[1:].median(dim=1).values.tolist(),
     }
-    return Observation(values, {"norms": norms}, texts.text_hash([sentence]), int(ids[0]) == begin)
+    return Observation(values, {"norms": norms}, source, texts.begins_with_begin_token(ids, loaded.tokenizer))
 
-
-def _checked_ids(loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
-    """Token ids as a tensor (T,), refused when one is not in the vocabulary."""
-    size = loaded.model.get_input_embeddings().weight.shape[0]
-    wrong = [i for i in token_ids if not 0 <= i < size]
-    if wrong or not token_ids:
-        raise ParameterError(f"token_ids {wrong or 'is empty'}: give ids from 0 to {size - 1}")
-    return torch.tensor(token_ids)

@@ -65,7 +65,7 @@ def negative_eigenvalues(
             layer = linear_layer(
                 view, method=method, input_scale=input_scale, centre=centre, samples=samples, seed=seed
             )
-            row |= _plain(layer.L, direction.vector)
+            row |= _plain(layer.R, direction.vector)
             if tokens is not None:
                 row |= _norm_aware(view, layer, tokens[number - 1], direction.vector)
         rows.append(row)
@@ -87,9 +87,9 @@ def _residual(L: Tensor) -> Tensor:
     return L - torch.eye(len(L), dtype=L.dtype, device=L.device)
 
 
-def _plain(L: Tensor, direction: Tensor) -> dict:
-    """The eigenpair of L - I nearest to the direction, as record entries; None where there is none."""
-    pair = nearest_eigenpair(_residual(L), direction)
+def _plain(R: Tensor, direction: Tensor) -> dict:
+    """The eigenpair of R = L - I nearest to the direction, as record entries; none where there is no such pair."""
+    pair = nearest_eigenpair(R, direction)
     if pair is None:
         return {}
     return {
