@@ -1,0 +1,174 @@
+"""Interventions on a running model: context managers that leave it as it was, bit for bit.
+
+All of them are hooks: no weight is touched, and the hooks go when the block ends, by an error too. They may
+be nested, and every forward pass inside the block (hidden states, perplexity, generation) goes through them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.activations.branches import BranchModules, layer_modules
+from sdnb.anatomy import decoder_layers
+from sdnb.anatomy.calls import Call, rewrap, unwrap
+from sdnb.errors import ParameterError
+
+BRANCHES = ("attention", "ffn")
+
+
+@contextmanager
+def zero_output(*modules: nn.Module) -> Iterator[None]:
+    """Make modules return zeros in the place of their (first) output tensor.
+
+    Args:
+        *modules: modules of the model.
+
+    Yields:
+        Nothing.
+    """
+
+    def silence(module: nn.Module, args: tuple, result: object) -> object:
+        # New zeros each time: Falcon adds into what its FFN returns.
+        return rewrap(result, torch.zeros_like(unwrap(result)))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(silence).remove)
+        yield
+
+
+@contextmanager
+def zero_branch(model: nn.Module, branch: str, numbers: Iterable[int] | None = None) -> Iterator[None]:
+    """Take the attention or the FFN of some layers out of the model: the residual stream passes by unchanged.
+
+    Args:
+        model: a causal language model.
+        branch: "attention" or "ffn".
+        numbers: the layers, 1..L; all of them when None.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ParameterError: another branch, or no such layer.
+    """
+    if branch not in BRANCHES:
+        raise ParameterError(f"branch is {branch!r}; a layer has the branches {' and '.join(BRANCHES)}")
+    with zero_output(*(getattr(found, branch).silenced for found in layer_modules(model, numbers))):
+        yield
+
+
+@contextmanager
+def zero_attention(model: nn.Module) -> Iterator[None]:
+    """Take all attention out of the model: every token then goes its way alone (paper A, "explosion path").
+
+    Args:
+        model: a causal language model.
+
+    Yields:
+        Nothing.
+    """
+    with zero_branch(model, "attention"):
+        yield
+
+
+@contextmanager
+def project_out(model: nn.Module, directions: Mapping[int, Tensor]) -> Iterator[None]:
+    """Project a direction out of what the FFN's norm reads: x - (v.x) v with |v| = 1, for the FFN only.
+
+    The residual stream keeps the direction, and so does attention where it shares the norm with the FFN
+    (Falcon, GPT-J). Paper A removes the leading right singular vector of F at the explosion layer there.
+
+    Args:
+        model: a causal language model.
+        directions: layer number 1..L -> the direction, (d,), of any length but zero.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ParameterError: a direction of length zero, or no such layer.
+    """
+    for number, direction in directions.items():
+        if not direction.norm() > 0:
+            raise ParameterError(f"the direction for layer {number} has length zero; give one to project out")
+    with ExitStack() as hooks:
+        for found in layer_modules(model, directions):
+            unit = nn.functional.normalize(directions[found.number].detach().double(), dim=0)
+            _change_input(hooks, found.ffn, lambda x, unit=unit: _without(x, unit))
+        yield
+
+
+def _without(x: Tensor, unit: Tensor) -> Tensor:
+    """Return x - (unit.x) unit over the last axis, in float64 inside, in x's dtype outside."""
+    unit, wide = unit.to(x.device), x.double()
+    return (wide - (wide @ unit)[..., None] * unit).to(x.dtype)
+
+
+def _change_input(hooks: ExitStack, branch: BranchModules, change: Callable[[Tensor], Tensor]) -> None:
+    """Hook a branch so that its modules read norm(change(x)) where they would read norm(x)."""
+    changed: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # `.forward` runs no hooks, so this one is not entered again.
+        call = Call.of(args, kwargs)
+        given = call.with_hidden(change(call.hidden))
+        changed[:] = [unwrap(module.forward(*given.args, **given.kwargs))]
+
+    def substitute(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        call = Call.of(args, kwargs)
+        new = changed[0] if branch.norm is not None else change(call.hidden)
+        call = call.with_hidden(new.reshape(call.hidden.shape))
+        return call.args, call.kwargs
+
+    if branch.norm is not None:
+        hooks.callback(branch.norm.register_forward_pre_hook(remember, with_kwargs=True).remove)
+    for module in branch.entries:
+        hooks.callback(module.register_forward_pre_hook(substitute, with_kwargs=True).remove)
+
+
+@contextmanager
+def set_dimensions(
+    model: nn.Module, values: Mapping[int, Mapping[int, float]], *, above: float | None = None
+) -> Iterator[None]:
+    """Set dimensions of layers' outputs to fixed values (Sun et al., arXiv 2402.17762: zero, or their mean).
+
+    Args:
+        model: a causal language model.
+        values: layer number 1..L -> dimension 0..d-1 -> the value it gets.
+        above: only entries with an absolute value above this are set; every token's when None.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ParameterError: there is no such layer or dimension.
+    """
+    layers = decoder_layers(model)
+    size = model.config.get_text_config().hidden_size
+    for number, entries in values.items():
+        if not 1 <= number <= len(layers):
+            raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {len(layers)}")
+        if wrong := [i for i in entries if not 0 <= i < size]:
+            raise ParameterError(f"dimensions {wrong} do not exist: hidden states have 0 to {size - 1}")
+    with ExitStack() as hooks:
+        for number, entries in values.items():
+            hooks.callback(layers[number - 1].register_forward_hook(_setter(entries, above)).remove)
+        yield
+
+
+def _setter(entries: Mapping[int, float], above: float | None) -> Callable[..., object]:
+    """A forward hook that sets dimensions of a layer's output."""
+
+    def put(module: nn.Module, args: tuple, result: object) -> object:
+        hidden = unwrap(result).clone()
+        for dimension, value in entries.items():
+            column = hidden[..., dimension]
+            chosen = torch.ones_like(column, dtype=torch.bool) if above is None else column.abs() > above
+            column[chosen] = value
+        return rewrap(result, hidden)
+
+    return put
