@@ -1,0 +1,144 @@
+"""A decoder layer as a matrix: attention A, FFN F, and the layer L that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdnb.linearize.branches import attention_matrix, fit_ffn
+from sdnb.linearize.operator import Operator, dense, product_operator, sum_operator
+
+if TYPE_CHECKING:
+    from sdnb.anatomy import LayerView, Norm
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """The linear model of one decoder layer for one token: attention x -> A x, FFN x -> F x.
+
+    Args:
+        A: attention's matrix, shape (d, d).
+        F: the FFN's matrix, shape (d, d), or an operator where it was asked not to be formed.
+        parallel: whether attention and FFN read the same input.
+        method: how the FFN was fitted, "closed_form" or "sampled".
+        input_scale: the inputs it was fitted on, "paper" or "gain" (see `ffn_matrix`).
+        standard_error: of the sampled fit, relative in Frobenius norm; None for the closed form.
+    """
+
+    A: Tensor
+    F: Tensor | Operator
+    parallel: bool
+    method: str
+    input_scale: str
+    standard_error: float | None = None
+
+    @property
+    def R(self) -> Tensor:
+        """L - I, shape (d, d): A + F + F A if serial, A + F if parallel; formed at each call."""
+        F = dense(self.F)
+        return self.A + F if self.parallel else torch.addmm(self.A + F, F, self.A)
+
+    @property
+    def L(self) -> Tensor:
+        """The layer's matrix, shape (d, d): (I + F)(I + A), or I + A + F if parallel; formed at each call."""
+        return _plus_identity(self.R)
+
+    @property
+    def operator(self) -> Operator:
+        """L as an operator: products with A and F, nothing formed."""
+        return (sum_operator if self.parallel else product_operator)(self.A, self.F)
+
+    def norm_aware(self, rho1: float | Tensor, rho2: float | Tensor) -> Tensor:
+        """Return L_rho, the layer with the size of its input put back.
+
+        L_rho = (I + F / rho2)(I + A / rho1), or I + A / rho1 + F / rho2 if parallel. The paper drops the
+        divisors of the norms, which leaves only signs; this one predicts sizes.
+
+        Args:
+            rho1: the divisors in attention's branch for the token in question, from `branch_scales`.
+            rho2: those in the FFN's branch.
+
+        Returns:
+            L_rho, shape (d, d).
+        """
+        scaled = LinearLayer(
+            self.A / rho1, dense(self.F) / rho2, self.parallel, self.method, self.input_scale
+        )
+        return scaled.L
+
+
+def linear_layer(
+    view: LayerView,
+    *,
+    method: str = "closed_form",
+    input_scale: str = "paper",
+    centre: bool = False,
+    samples: int = 100_000,
+    seed: int = 0,
+    form: bool = True,
+) -> LinearLayer:
+    """Return the linear model of a decoder layer.
+
+    Args:
+        view: the layer.
+        method: how to fit the FFN, "closed_form" or "sampled"; an unrecognised FFN is always sampled.
+        input_scale: the inputs to fit it on, "paper" or "gain" (see `ffn_matrix`).
+        centre: put a LayerNorm's mean subtraction beside its gain; the paper leaves it out.
+        samples: number of inputs of the sampled fit.
+        seed: its seed.
+        form: form F; if False a closed-form F stays an operator, which is cheaper where only products are
+            needed.
+
+    Returns:
+        A, F and what they make.
+
+    Source: paper A (arXiv 2502.07004): I + R = (I + F)(I + A), and I + A + F for a parallel residual.
+    """
+    F, fit = fit_ffn(view, method, input_scale, centre, samples, seed)
+    return LinearLayer(
+        attention_matrix(view, centre),
+        dense(F) if form else F,
+        view.parallel,
+        "sampled" if fit else "closed_form",
+        input_scale,
+        fit.standard_error if fit else None,
+    )
+
+
+def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the norms of each branch divide real inputs by.
+
+    rho1 and rho2: the root mean square (the standard deviation if the norm is centred) that the branch's norm
+    meets, times that which its post-norm meets.
+
+    Args:
+        view: the layer.
+        x: the layer's inputs, shape (n, d).
+
+    Returns:
+        rho1 for the attention branch and rho2 for the FFN branch, shape (n,) each; 1 where there is no norm.
+    """
+    with torch.no_grad():
+        inner = x if view.attention_norm is None else view.attention_norm.module(x)
+        attended = inner @ view.attention_matrix.T + view.attention_bias
+        rho1 = _divisor(view.attention_norm, x) * _divisor(view.attention_post_norm, attended)
+        y = x if view.parallel else x + view.attention_branch(x)
+        rho2 = _divisor(view.ffn_norm, y)
+        if view.ffn_post_norm is not None:
+            inner = y if view.ffn_norm is None else view.ffn_norm.module(y)
+            rho2 = rho2 * _divisor(view.ffn_post_norm, view.ffn_module(inner))
+    return rho1, rho2
+
+
+def _divisor(norm: Norm | None, x: Tensor) -> Tensor:
+    """Return what a norm divides rows by, shape (n,); ones without a norm."""
+    return x.new_ones(len(x)) if norm is None else norm.scale(x)[:, 0]
+
+
+def _plus_identity(M: Tensor) -> Tensor:
+    """Return I + M, in place."""
+    M.diagonal().add_(1)
+    return M

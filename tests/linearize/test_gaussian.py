@@ -1,0 +1,183 @@
+"""Gaussian moments against quadrature in 30 digits, for every activation of transformers."""
+
+import itertools
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from sdnb.errors import ParameterError
+from sdnb.linearize import closed_form_fit, gaussian_moments
+
+mp.mp.dps = 30
+ACTIVATIONS = sorted(ACT2FN)
+
+
+def tanh_gelu(x):
+    return x / 2 * (1 + mp.tanh(mp.sqrt(2 / mp.pi) * (x + mp.mpf("0.044715") * x**3)))
+
+
+def fast_gelu(x):
+    return x / 2 * (1 + mp.tanh(x * mp.mpf("0.7978845608") * (1 + mp.mpf("0.044715") * x * x)))
+
+
+def gelu(x):
+    return x * mp.erfc(-x / mp.sqrt(2)) / 2
+
+
+def softplus(x):
+    return mp.log1p(mp.exp(x)) if x < 60 else x
+
+
+def xielu(module):
+    """xIELU with this module's own parameters."""
+    alpha_p = softplus(mp.mpf(module.alpha_p.item()))
+    beta, eps = mp.mpf(module.beta.item()), mp.mpf(module.eps.item())
+    alpha_n = beta + softplus(mp.mpf(module.alpha_n.item()))
+
+    def phi(x):
+        return alpha_p * x * x + beta * x if x > 0 else (mp.expm1(min(x, eps)) - x) * alpha_n + beta * x
+
+    return phi
+
+
+def exact(name, module):
+    """The activation's formula in extended precision, written from its definition."""
+    formulas = {
+        "gelu": gelu, "gelu_python": gelu, "gelu_fast": fast_gelu,
+        "gelu_10": lambda x: min(gelu(x), mp.mpf(10)),
+        "hardswish": lambda x: x * min(max(x + 3, mp.mpf(0)), mp.mpf(6)) / 6,
+        "laplace": lambda x: mp.erfc((mp.mpf(0.707107) - x) / (mp.mpf(0.282095) * mp.sqrt(2))) / 2,
+        "leaky_relu": lambda x: x if x > 0 else x / 100, "prelu": lambda x: x if x > 0 else x / 4,
+        "linear": lambda x: x, "relu": lambda x: max(x, mp.mpf(0)), "relu2": lambda x: max(x, mp.mpf(0)) ** 2,
+        "relu6": lambda x: min(max(x, mp.mpf(0)), mp.mpf(6)), "mish": lambda x: x * mp.tanh(softplus(x)),
+        "quick_gelu": lambda x: x / (1 + mp.exp(mp.mpf("-1.702") * x)),
+        "sigmoid": lambda x: 1 / (1 + mp.exp(-x)),
+        "silu": lambda x: x / (1 + mp.exp(-x)), "swish": lambda x: x / (1 + mp.exp(-x)), "tanh": mp.tanh,
+        "sqrtsoftplus": lambda x: mp.sqrt(softplus(x)),
+    }  # fmt: skip
+    if name == "xielu":
+        return xielu(module)
+    return formulas.get(name, tanh_gelu)
+
+
+def reference(phi, s, b):
+    """m0, m1, m2 by composite Gauss-Legendre in 30 digits, panels of 1/2 in z and graded at the kinks."""
+    s, b = mp.mpf(s), mp.mpf(b)
+    edges = {mp.mpf(k) / 2 for k in range(-18, 19)}
+    for kink in (-3, 0, 3, 6, 10):
+        at = (kink - b) / s
+        edges |= {at + sign * mp.mpf(2) ** k / s / 8 for k in range(13) for sign in (-1, 1)} | {at}
+        edges |= {at + sign * j * 3 / abs(at) for j in range(1, 16) for sign in (-1, 1) if abs(at) > 6}
+    edges = sorted(e for e in edges if abs(e) < 38) if s else [mp.mpf(-9), mp.mpf(0), mp.mpf(9)]
+    moments = [mp.mpf(0)] * 3
+    for low, high in itertools.pairwise(edges):
+        for x, weight in RULE:
+            z = low + (high - low) * x
+            value = weight * (high - low) * mp.npdf(z) * phi(s * z + b)
+            moments = [m + value * h for m, h in zip(moments, (1, z, z * z - 1), strict=True)]
+    return moments
+
+
+def legendre(n):
+    """Gauss-Legendre nodes and weights on [0, 1] in 30 digits, polished from numpy's by Newton's method."""
+    rule = []
+    for start in np.polynomial.legendre.leggauss(n)[0]:
+        x = mp.findroot(lambda t: mp.legendre(n, t), mp.mpf(start))
+        slope = n * (mp.legendre(n - 1, x) - x * mp.legendre(n, x)) / (1 - x * x)
+        rule.append(((x + 1) / 2, 1 / ((1 - x * x) * slope**2)))
+    return rule
+
+
+RULE = legendre(8)
+
+
+def module_of(name):
+    return ACT2FN[name].double()  # PReLU and xIELU have parameters
+
+
+# random scales from 1e-3 to 1e3 and biases from -5 to 5, the extremes, and a bias of zero
+PAIRS = [(1e-3, 5.0), (1e3, -5.0), (0.7, 0.0)] + [
+    (10.0**log_s, b) for log_s, b in np.random.default_rng(4).uniform((-3, -5), (3, 5), (5, 2))
+]
+CACHE = {}
+
+
+def reference_moments(name):
+    """One row of exact moments for each of PAIRS; names of one formula share them."""
+    phi = exact(name, ACT2FN[name])
+    key = name if name == "xielu" else getattr(phi, "__code__", phi)
+    if key not in CACHE:
+        CACHE[key] = [reference(phi, s, b) for s, b in PAIRS]
+    return CACHE[key]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_rows_of_B_are_within_1e_6_of_their_norm(name):
+    generator = torch.Generator().manual_seed(len(name))
+    n, d = len(PAIRS), 6
+    w = functional.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64))
+    v, c = torch.randn(n, d, generator=generator).double(), torch.randn(n, generator=generator).double()
+    s, b = torch.tensor(PAIRS, dtype=torch.float64).T
+    moments = torch.tensor([[float(m) for m in row] for row in reference_moments(name)], dtype=torch.float64)
+    m0, m1, m2 = moments.T[..., None]
+    with torch.no_grad():
+        plain = closed_form_fit(s[:, None] * w, module_of(name), b)
+        gated = closed_form_fit(s[:, None] * w, module_of(name), b, v, c)
+    # an activation in float64 is itself known no better than to the last digit of its terms, which are of the
+    # order of g
+    floor = 1e-15 * (1 + b.abs())
+    exact_plain = m1 * w
+    exact_gated = ((w * v).sum(1, keepdim=True) * m2 + c[:, None] * m1) * w + m0 * v
+    assert ((plain - exact_plain).norm(dim=1) <= 1e-6 * exact_plain.norm(dim=1) + floor).all()
+    assert ((gated - exact_gated).norm(dim=1) <= 1e-6 * exact_gated.norm(dim=1) + 5 * floor).all()
+
+
+def test_a_rectifier_cut_off_far_in_a_tail_keeps_its_relative_accuracy():
+    ratio = torch.tensor([3.0, 4.2, 5.9, 6.1, 9.7, 10.3, 15.0, 22.0, 30.0, 36.0], dtype=torch.float64)
+    s = torch.full_like(ratio, 0.013)
+    computed = torch.stack(gaussian_moments(torch.relu, s, -ratio * s), dim=1)
+    for moments, a in zip(computed, ratio, strict=True):
+        a = mp.mpf(a.item())
+        tail = mp.erfc(a / mp.sqrt(2)) / 2
+        exact_moments = [s[0].item() * m for m in (mp.npdf(a) - a * tail, tail, mp.npdf(a))]
+        for got, want in zip(moments.tolist(), exact_moments, strict=True):
+            assert abs(got - want) <= 1e-6 * want
+
+
+def test_a_saturated_unit_leaves_no_rounding_behind():
+    s, b = torch.tensor([0.1, 0.1], dtype=torch.float64), torch.tensor([9.0, 400.0], dtype=torch.float64)
+    _, m1, _ = gaussian_moments(functional.relu6, s, b)
+    a = mp.mpf(30)
+    assert abs(m1[0].item() - 0.1 * mp.erfc(a / mp.sqrt(2)) / 2) <= 1e-6 * m1[0].item()
+    assert m1[1].item() == 0
+
+
+def test_at_zero_scale_the_moments_are_those_of_a_constant():
+    b = torch.tensor([0.0, 1.0, -2.5], dtype=torch.float64)
+    m0, m1, m2 = gaussian_moments(functional.silu, torch.zeros(3), b)
+    assert torch.allclose(m0, functional.silu(b), rtol=1e-12, atol=0)
+    assert m1.abs().max() < 1e-15
+    assert m2.abs().max() < 1e-15
+
+
+def test_units_do_not_depend_on_the_chunk_they_are_in():
+    s = torch.logspace(-3, 3, 1000, dtype=torch.float64)
+    b = torch.linspace(-5, 5, 1000, dtype=torch.float64)
+    together = gaussian_moments(functional.gelu, s, b)
+    one = gaussian_moments(functional.gelu, s[777:778], b[777:778])
+    assert all(
+        torch.allclose(m[777:778], single, rtol=1e-12) for m, single in zip(together, one, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("s", "b"), [
+    (torch.ones(3), torch.ones(2)), (torch.ones(2, 2), None), (torch.tensor([-1.0]), None),
+    (torch.tensor([float("nan")]), None), (torch.ones(1), torch.tensor([float("inf")])),
+])  # fmt: skip
+def test_unsound_scales_are_refused(s, b):
+    with pytest.raises(ParameterError):
+        gaussian_moments(torch.relu, s, b)
