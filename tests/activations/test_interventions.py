@@ -1,10 +1,9 @@
-"""Interventions against models whose weights were changed by hand, and the model afterwards against itself before."""
+"""Interventions against models whose weights were changed by hand; afterwards the model is what it was."""
 
 import copy
 
 import pytest
 import torch
-from tests.families import FAMILIES, build
 
 from sdnb.activations import hidden_states
 from sdnb.activations.branches import layer_modules
@@ -17,6 +16,7 @@ from sdnb.activations.interventions import (
 )
 from sdnb.anatomy import decoder_layers
 from sdnb.errors import ParameterError
+from tests.families import FAMILIES, build
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 12]])
 LAST_LINEAR = {
@@ -73,7 +73,7 @@ def test_without_attention_a_token_does_not_see_the_others(family):
 
 
 def projected_by_hand(model, found, direction):
-    """What a layer's FFN adds when its norm is shown x - (v.x) v, with a second, changed norm in its place."""
+    """What a layer's FFN reads when its norm is shown x - (v.x) v, from the norm's recorded input x."""
     unit = direction / direction.norm()
     rows = []
 
@@ -137,7 +137,7 @@ def test_dimensions_are_set_in_the_layers_output(model):
 
 
 def everything(model):
-    """All that an intervention could leave behind: weights, hooks, replaced methods, and what the model answers."""
+    """All that an intervention could leave behind: weights, hooks, replaced methods, and the answer."""
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "hooks": [
@@ -163,9 +163,12 @@ def test_the_model_is_restored_bit_for_bit(family, dtype):
 
     def interventions():
         return (
-            zero_attention(model), zero_branch(model, "ffn", [1]), project_out(model, {1: direction, 2: direction}),
-            set_dimensions(model, {1: {3: 0.0}}), zero_output(decoder_layers(model)[0]),
-        )  # fmt: skip
+            zero_attention(model),
+            zero_branch(model, "ffn", [1]),
+            project_out(model, {1: direction, 2: direction}),
+            set_dimensions(model, {1: {3: 0.0}}),
+            zero_output(decoder_layers(model)[0]),
+        )
 
     for intervention in interventions():
         with intervention:
