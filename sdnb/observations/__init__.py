@@ -1,6 +1,6 @@
 """One function per notebook template: it computes the template's record from a loaded model."""
 
-from sdnb.observations.common import Observation
+from sdnb.observations.common import Observation, save
 from sdnb.observations.empirical_direction import direction_over_text
 from sdnb.observations.high_norm_tokens import high_norm_tokens
 from sdnb.observations.linear_layers import linearity
@@ -13,5 +13,6 @@ __all__ = [
     "high_norm_tokens",
     "linearity",
     "negative_eigenvalues",
+    "save",
     "singular_directions",
 ]

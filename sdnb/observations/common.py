@@ -12,7 +12,7 @@ from sdnb.activations import collect_high_norm_states, detect, hidden_norms, tok
 from sdnb.anatomy import LayerView, decoder_layers, layer_view
 from sdnb.errors import LayerRefused
 from sdnb.loading import Loaded
-from sdnb.records import cached
+from sdnb.records import Measure, Record, cached, gather, write
 
 DETECTION_LINES = 32
 
@@ -32,6 +32,28 @@ class Observation:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     text_hash: str | None = None
     begin_token: bool | None = None
+
+
+def save(
+    result: Observation, cost: Measure, loaded: Loaded, template: str, *, results_dir: str | Path, seed: int | None = None
+) -> Record:
+    """Write a template's result with its provenance.
+
+    Args:
+        result: what the observation returned.
+        cost: wall time and memory of computing it.
+        loaded: the model.
+        template: the template's name, such as "04_singular_directions".
+        results_dir: where records live.
+        seed: the notebook's seed.
+
+    Returns:
+        The record as a reader will see it.
+    """
+    provenance = gather(
+        loaded, seed=seed, text_hash=result.text_hash, begin_token=result.begin_token, measure=cost
+    )
+    return write(results_dir, loaded.slug, template, result.values, result.arrays, provenance)
 
 
 @dataclass(frozen=True)
