@@ -1,7 +1,8 @@
 """Tiny models for the tests: ordinary `from_pretrained` folders with a trained tokenizer and random weights.
 
-`tiny_model` redraws every parameter, because gains of one and biases of zero hide mistakes. `planted_model` also
-puts in a singular defect by hand, so that layers, direction, right singular vector and sign are known in advance.
+`tiny_model` redraws every parameter, because gains of one and biases of zero hide mistakes. `planted_model`
+also puts in a singular defect by hand, so that layers, direction, right singular vector and sign are known in
+advance.
 """
 
 import functools
@@ -37,7 +38,7 @@ def _tokenizer_json(size: int) -> str:
 
 
 def tiny_tokenizer(size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `size` pieces, trained here on Python's own help texts; puts `<s>` first when asked to."""
+    """Train a byte-level BPE of `size` pieces on Python's help texts; it puts `<s>` first when asked to."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json(size)),
         bos_token=BEGIN,
@@ -47,7 +48,7 @@ def tiny_tokenizer(size: int = 384) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str, d: int, f: int, layers: int, heads: int, vocabulary: int, **more):
-    """The configuration of a small decoder of a `transformers` model type; `more` overrides any of its keys."""
+    """Return the configuration of a small decoder of a model type; `more` overrides any of its keys."""
     common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     if family == "gpt2":
         sizes = {"n_embd": d, "n_inner": f, "n_layer": layers, "n_head": heads, "n_positions": POSITIONS}
@@ -78,7 +79,7 @@ def tiny_config(family: str, d: int, f: int, layers: int, heads: int, vocabulary
 
 @torch.no_grad()
 def redraw(model, seed: int, scale: float) -> None:
-    """Draw every parameter anew: matrices of spectral size about `2 scale`, gains around one, biases around zero."""
+    """Draw every parameter anew: matrices of norm about `2 scale`, gains around one, biases around zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -131,11 +132,11 @@ def tiny_model(
 class Planted:
     """A folder and the truth about the defect in it; layers are numbered from 1.
 
-    trigger "token": the ids in `trigger_ids` explode wherever they stand. trigger "position": whatever stands at
-    position 0 explodes. `right_vector` is the leading right singular vector of F (the gain included) at the explosion
-    layer, `direction` the leading left one and the direction of the high-norm states, both of unit length.
-    `singular_value` is F's along the pair and `decay_eigenvalue` F's along `direction` at the decay layer, each in
-    the limit of no other weights.
+    trigger "token": the ids in `trigger_ids` explode wherever they stand. trigger "position": whatever stands
+    at position 0 explodes. `right_vector` is the leading right singular vector of F (the gain included) at
+    the explosion layer, `direction` the leading left one and the direction of the high-norm states, both of
+    unit length. `singular_value` is F's along the pair and `decay_eigenvalue` F's along `direction` at the
+    decay layer, each in the limit of no other weights.
     """
 
     folder: Path
@@ -172,10 +173,10 @@ def _gaussian_mean(function) -> float:
 
 @torch.no_grad()
 def _plant_unit(layer, family, reads, writes, amount: float) -> float:
-    """Make unit 0 answer a normed token along `reads` with `amount * writes`; returns F's value along the pair.
+    """Make unit 0 answer a normed token along `reads` with `amount * writes`; return F's value along both.
 
-    A gated unit has its gate as its value. A plain one is a kink at a normed coordinate of one, so that ordinary
-    tokens, which hardly touch `reads`, pass.
+    A gated unit has its gate as its value. A plain one is a kink at a normed coordinate of one, so that
+    ordinary tokens, which hardly touch `reads`, pass.
     """
     norm, inner, down, activation = _ffn(layer, family)
     gated, length = len(inner) == 2, torch.tensor(len(reads) ** 0.5)
@@ -221,10 +222,10 @@ def planted_model(
 ) -> Planted:
     """Save a random model with a singular defect put in by hand, and return the folder with the truth.
 
-    One FFN unit of the explosion layer reads `right_vector` and writes `direction`; one of the decay layer reads
-    `direction` and takes most of it away. In llama, mistral, qwen2 and gpt_neox the begin token (and the token
-    `noninitial`, if given) lies along `right_vector`; in gpt2 the embedding of position 0 does, so that every first
-    token explodes. No ordinary embedding has a part along either vector.
+    One FFN unit of the explosion layer reads `right_vector` and writes `direction`; one of the decay layer
+    reads `direction` and takes most of it away. In llama, mistral, qwen2 and gpt_neox the begin token (and
+    the token `noninitial`, if given) lies along `right_vector`; in gpt2 the embedding of position 0 does, so
+    that every first token explodes. No ordinary embedding has a part along either vector.
     """
     sizes = {"d": d, "f": f, "layers": layers, "heads": heads, "vocabulary": vocabulary}
     model = build(family, seed=seed, scale=scale, **sizes, **more)

@@ -1,0 +1,225 @@
+"""Loading a causal decoder: by hub id, folder or `zoo/<name>`, quietly, completely, or not at all.
+
+What can be refused is refused before a weight is read (`sdnb.refusal`); what loads is checked: no weight
+missing, none left over, none NaN. A model is never trained here, so it comes in evaluation mode without
+gradients.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sdnb import checkpoint as files
+from sdnb.checkpoint import Checkpoint
+from sdnb.errors import ModelError, ParameterError
+from sdnb.fingerprint import first_not_finite, weights_fingerprint
+from sdnb.memory import check_memory, free_memory, offload_budget
+from sdnb.refusal import has_tokenizer, refuse
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to be looked at.
+
+    Args:
+        model: the causal language model, in evaluation mode, no parameter asking for gradients.
+        tokenizer: its tokenizer, None where the checkpoint has none (then only `token_ids` can be used).
+        name: the name as it was asked for.
+        slug: the name of its results folder.
+        revision: the resolved commit on the hub, None for a folder.
+        dtype: the weights' dtype in memory, such as "bfloat16".
+        device: "cpu", "cuda:0", or "offload".
+    """
+
+    model: nn.Module
+    tokenizer: object | None
+    name: str
+    slug: str
+    revision: str | None
+    dtype: str
+    device: str
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights in memory, see `sdnb.fingerprint`; computed once."""
+        return weights_fingerprint(self.model)
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Loaded:
+    """Load a causal decoder with its tokenizer.
+
+    dtype "auto" keeps the checkpoint's own on a GPU and under offload, where matrices are upcast layer by
+    layer. On a CPU, where 16-bit products are slow and float16 is near its ceiling at high-norm tokens, it
+    means float32 as long as float32 weights take at most half of the free memory, and the checkpoint's own
+    otherwise.
+
+    Args:
+        model: hub id, folder, or `zoo/<name>`.
+        revision: branch, tag or commit on the hub.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "offload" (layers that do not fit
+            stay on disk and come one at a time, through accelerate).
+        trust_remote_code: run Python code that comes with the model; never done unasked.
+        allow_pickle: read weights in pickle form, which can run code; never done unasked.
+
+    Returns:
+        The model with what is known about it. What does not fit into the memory is a `MemoryShortage`.
+
+    Raises:
+        ModelError: it cannot be found, is of the wrong kind, damaged or incomplete.
+        ParameterError: dtype or device is unknown.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")
+    with quiet():
+        found = files.locate(model, revision)
+        refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        pickled = files.INDEX not in found.files and files.SINGLE not in found.files
+        found = files.fetch(found, pickles=pickled)
+        entries = {k: v for path in files.shards(found) for k, v in files.header(path).items()}
+        kept = _dtype(dtype, entries, place)
+        check_memory(model, entries, kept, place)
+        network = _network(found, kept, place, trust_remote_code, pickled)
+        tokenizer = _tokenizer(found, trust_remote_code)
+    network.eval().requires_grad_(False)
+    bad = first_not_finite(network)
+    if bad:
+        raise ModelError(
+            f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
+        )
+    stored = str(next(network.parameters()).dtype).removeprefix("torch.")
+    slug = files.slug_of(model, revision)
+    return Loaded(network, tokenizer, model, slug, found.revision, stored, place)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars, logs and warnings of the loading libraries for a while.
+
+    Yields:
+        None.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as talk
+
+    level, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    hub_bar = not are_progress_bars_disabled()
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [logger.level for logger in others]
+    talk.set_verbosity(talk.CRITICAL)
+    talk.disable_progress_bar()
+    disable_progress_bars()
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        talk.set_verbosity(level)
+        if bar:
+            talk.enable_progress_bar()
+        if hub_bar:
+            enable_progress_bars()
+        for logger, old in zip(others, levels, strict=True):
+            logger.setLevel(old)
+
+
+def _device(device: str) -> str:
+    """A concrete device: "cpu", "cuda:<n>" or "offload"."""
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return "cuda:0" if count else "cpu"
+    if device in ("cpu", "offload"):
+        return device
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise ParameterError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:1, ... or offload.")
+    if int(number or 0) >= count:
+        raise ParameterError(f"device={device!r} is not there (torch sees {count} GPUs): use auto or cpu.")
+    return f"cuda:{int(number or 0)}"
+
+
+def _dtype(dtype: str, entries: dict, place: str) -> str:
+    """The dtype to ask transformers for; the rule for "auto" stands in `load`."""
+    if dtype == "auto" and place == "cpu" and 2 * files.weight_bytes(entries, item=4) <= free_memory("cpu"):
+        return "float32"
+    return dtype
+
+
+def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool) -> nn.Module:
+    """The model with all its weights, or a `ModelError`."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": DTYPES.get(dtype, dtype), "trust_remote_code": trust, "use_safetensors": not pickled}
+    if place == "offload":
+        options |= {"device_map": "auto", "max_memory": offload_budget()}
+    elif place != "cpu":
+        options |= {"device_map": {"": place}}
+    try:
+        network, report = AutoModelForCausalLM.from_pretrained(
+            found.target, local_files_only=True, output_loading_info=True, **options
+        )
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{found.name} could not be loaded: {first} Either its files are damaged or do not fit its "
+            "config.json (fetch or save it again), or this version of transformers does not support it."
+        ) from error
+    _refuse_partial(found.name, network, report)
+    return network
+
+
+def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
+    """Refuse a model of which some weights were drawn at random or some stored weights were not used."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the weights that its config.json asks for "
+            f"({', '.join(missing[:3])}); they would be random numbers. Fetch or save the model again, or "
+            "correct its config.json."
+        )
+    extra = sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS))
+    # a text-and-image checkpoint whose text part was loaded leaves its other senses over
+    extra = [key for key in extra if not any(part in key for part in ("visual", "vision", "audio", "image"))]
+    if extra:
+        raise ModelError(
+            f"{name} holds {len(extra)} weights that {type(network).__name__} does not use "
+            f"({', '.join(extra[:3])}): its config.json describes another model than its weights. Correct "
+            "config.json, or, if these are meant to be left out, load it with transformers and save it "
+            "again with save_pretrained."
+        )
+
+
+def _tokenizer(found: Checkpoint, trust: bool):
+    """The tokenizer, or None where the checkpoint has no tokenizer's files."""
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(found):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(found.target, local_files_only=True, trust_remote_code=trust)
+    except Exception as error:  # every tokenizer library fails in its own way
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"The tokenizer of {found.name} could not be loaded ({first}): fetch or save it again, or "
+            "remove its files and pass token_ids."
+        ) from error

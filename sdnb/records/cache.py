@@ -1,0 +1,63 @@
+"""Expensive results, kept by a fingerprint of what they depend on, shared by notebooks and processes."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from sdnb.records.files import atomic_write, locked
+from sdnb.records.provenance import package_fingerprint
+
+_NUMERICS = ("anatomy", "linearize", "decompose", "activations", "observations")
+
+
+def cached(
+    results_dir: str | Path, slug: str, name: str, parts: dict, compute: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return arrays that were computed before from the same things, or compute and keep them.
+
+    What they depend on is `parts` and, added here, the sources of the numerics. Of several processes that ask
+    at once one computes and the others wait for it. A damaged file is computed again.
+
+    Args:
+        results_dir: the folder of all results.
+        slug: the model's folder in it.
+        name: what is computed, such as "empirical_direction".
+        parts: plain JSON values that decide the result: weights' fingerprint, dtype, seed, text hash,
+            settings.
+        compute: gives tensors by name.
+
+    Returns:
+        The tensors on the CPU, as computed (no change of dtype).
+    """
+    key = json.dumps(
+        {"parts": parts, "sources": package_fingerprint(*_NUMERICS)}, sort_keys=True, allow_nan=False
+    )
+    short = hashlib.sha256(key.encode()).hexdigest()[:20]
+    path = Path(results_dir).expanduser() / slug / "cache" / f"{name}-{short}.safetensors"
+    kept = _read(path, key)
+    if kept is not None:
+        return kept
+    with locked(path.parent / f".{name}-{short}.lock"):
+        kept = _read(path, key)
+        if kept is None:
+            kept = {
+                k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in compute().items()
+            }
+            atomic_write(path, save(kept, metadata={"key": key}))
+    return kept
+
+
+def _read(path: Path, key: str) -> dict[str, torch.Tensor] | None:
+    """The tensors of a cache file, or None if it is missing, damaged or another's."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError):
+        return None

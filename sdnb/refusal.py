@@ -1,0 +1,158 @@
+"""Which checkpoints are refused before a weight is read, and what to do instead."""
+
+from sdnb.checkpoint import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, Checkpoint
+from sdnb.errors import ModelError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+_OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
+
+
+def refuse(checkpoint: Checkpoint, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> None:
+    """Refuse what is not a plain causal decoder with weights that can be read safely, by a `ModelError`.
+
+    Args:
+        checkpoint: what is known before loading.
+        trust_remote_code: allow the model's own Python code to run.
+        allow_pickle: allow weights in pickle form, which can run code while they are read.
+    """
+    _refuse_not_a_model(checkpoint)
+    _refuse_quantized(checkpoint)
+    _refuse_remote_code(checkpoint, trust_remote_code)
+    _refuse_not_causal(checkpoint)
+    _refuse_weights(checkpoint, allow_pickle)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with a tokenizer's files.
+
+    Args:
+        checkpoint: what is known before loading.
+
+    Returns:
+        True if one of the usual files is there.
+    """
+    return any(name in checkpoint.files for name in _TOKENIZER_FILES)
+
+
+def _refuse_not_a_model(checkpoint: Checkpoint) -> None:
+    name = checkpoint.name
+    if "adapter_config.json" in checkpoint.files:
+        base = checkpoint.adapter.get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"{name} is an adapter (LoRA or similar) for {base}, not a model: merge it first with peft, "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), save the "
+            "tokenizer there too, and give that folder."
+        )
+    if checkpoint.config:
+        return
+    if any(file.endswith(".gguf") for file in checkpoint.files):
+        raise ModelError(f"{name} holds GGUF files, which are quantized: give the original checkpoint.")
+    raise ModelError(
+        f"{name} has no config.json, so it is no from_pretrained folder: give a folder written by "
+        "save_pretrained, a hub id (org/name), or zoo/<name>. (A folder here hides a hub id of the same "
+        "name.)"
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    parts = [config] + [part for part in config.values() if isinstance(part, dict)]
+    for part in parts:
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
+            method = settings.get("quant_method") or (
+                "bitsandbytes" if settings.get("load_in_4bit") else "unknown"
+            )
+            break
+    else:
+        if "quantize_config.json" not in checkpoint.files:
+            return
+        method = "gptq"
+    raise ModelError(
+        f"{checkpoint.name} is quantized ({method}): its weights are codes, not the numbers that the "
+        "analysis is about. Give the checkpoint that it was made from, or dequantize it and save it in 16 "
+        "or 32 bits."
+    )
+
+
+def _refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = checkpoint.config.get("model_type")
+    if kind in CONFIG_MAPPING or (checkpoint.config.get("auto_map") and trust_remote_code):
+        return
+    if checkpoint.config.get("auto_map"):
+        raise ModelError(
+            f"{checkpoint.name} needs Python code that comes with it (model type {kind!r}), and such code "
+            "is never run unasked: read it, then pass trust_remote_code=True."
+        )
+    raise ModelError(
+        f"{checkpoint.name}: model type {kind!r} is unknown to transformers {__version__}: correct "
+        "config.json, or install a version that knows it."
+    )
+
+
+def _refuse_not_causal(checkpoint: Checkpoint) -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    config, name = checkpoint.config, checkpoint.name
+    kind = config.get("model_type")
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if any(key in config for key in _OTHER_SENSES):
+        _refuse_several_senses(checkpoint)
+        return
+    if config.get("is_encoder_decoder") or (kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and
+                                            not config.get("is_decoder")):  # fmt: skip
+        raise ModelError(
+            f"{name} ({kind}) is an encoder-decoder: these analyses are about causal decoders only."
+        )
+    encoder = kind in masked and not (config.get("is_decoder") or config.get("causal"))
+    if encoder or (kind not in causal and not config.get("auto_map")):
+        raise ModelError(
+            f"{name} ({kind}) is no causal decoder: an encoder sees the tokens on both sides. Give a causal "
+            "language model; the weight spectra (14 and 15) take encoders too."
+        )
+
+
+def _refuse_several_senses(checkpoint: Checkpoint) -> None:
+    """Refuse a text-and-image model unless transformers itself loads its text part as a causal decoder."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = checkpoint.config.get("model_type")
+    settings = CONFIG_MAPPING.get(kind, None)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(settings, None)
+    text = getattr(settings, "sub_configs", {}).get("text_config") if settings else None
+    if model is not None and text is not None and model.config_class is text:
+        return
+    raise ModelError(
+        f"{checkpoint.name} ({kind}) takes images or sound as well as text. Save its text part as a model "
+        "of its own and give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
+        "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
+        "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
+        "the tokenizer there too."
+    )
+
+
+def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
+    files = checkpoint.files
+    if INDEX in files or SINGLE in files:
+        return
+    if PICKLE_INDEX in files or PICKLE_SINGLE in files:
+        if allow_pickle:
+            return
+        raise ModelError(
+            f"{checkpoint.name} has its weights in pickle form only ({PICKLE_SINGLE}), which can run code "
+            "while it is read. If you trust its author pass allow_pickle=True, or save it once more as "
+            "safetensors."
+        )
+    found = [
+        file for file in files if file.endswith((".h5", ".msgpack", ".gguf", ".safetensors", ".bin", ".pth"))
+    ]
+    raise ModelError(
+        f"{checkpoint.name} has no weights that can be loaded ({SINGLE} or {INDEX} is missing"
+        f"{', there is ' + ', '.join(found[:3]) if found else ''}): save it with save_pretrained, or fetch "
+        "it again."
+    )
