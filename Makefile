@@ -4,7 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 RUNS   := _build/runs
-BOOK   := _build/book
 
 # One thread a process: two or more processes on few cores otherwise fight for them.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
@@ -22,7 +21,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 book: $(STAMP)
 	$(QUIET) $(BIN)/sdnb run zoo/llama --results-dir $(RUNS)
-	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS) --out $(BOOK)
+	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS)
 
 test: $(STAMP)
 	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)

@@ -9,14 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sdnb").rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("zoo", "benchmarks", "book") for path in (ROOT / folder).rglob("*.py"))
 TEMPLATES = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 # A part of the package may import what stands on a lower step, or its own part.
 STEPS = {
-    "errors": 0, "fingerprint": 1, "checkpoint": 1, "refusal": 1, "memory": 1, "loading": 1, "text": 1,
+    "errors": 0,
+    "checkpoint": 1, "fingerprint": 1, "hub": 1, "labels": 1, "loading": 1, "memory": 1, "refusal": 1, "text": 1,
     "anatomy": 2,
-    "linearize": 3, "decompose": 3, "activations": 3,
-    "records": 4,
+    "linearize": 3, "activations": 3, "spectra": 3,
+    "decompose": 4, "quantize": 4, "records": 4,
     "observations": 5, "report": 5,
     "figures": 6, "widgets": 6,
     "cli": 7,
@@ -24,6 +26,16 @@ STEPS = {
 DRAWING = {"matplotlib", "seaborn", "PIL", "plotly"}
 MODELS = {"transformers", "accelerate", "tokenizers", "huggingface_hub"}
 NOTEBOOKS = {"papermill", "nbformat", "nbclient", "jupyter_book", "sphinx", "IPython", "ipywidgets"}
+
+
+def each_of(paths: list[Path]):
+    """One test a file, named by its path."""
+    return pytest.mark.parametrize("path", paths, ids=[path.relative_to(ROOT).as_posix() for path in paths])
+
+
+def part(path: Path) -> str:
+    """The part of the package that a file belongs to."""
+    return path.relative_to(ROOT / "sdnb").with_suffix("").parts[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -37,16 +49,11 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def part(path: Path) -> str:
-    """The part of the package that a file belongs to."""
-    return path.relative_to(ROOT / "sdnb").with_suffix("").parts[0]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@each_of(FILES)
 def test_imports_go_one_way(path):
-    if part(path) == "__init__":
-        pytest.skip("the package's own table of names")
     own = part(path)
+    if own == "__init__":
+        return  # the package's own table of names, which imports nothing by itself
     assert own in STEPS, f"sdnb/{own} has no place in the import order; give it one here"
     for name in imported(path):
         if name.startswith("sdnb.") and name.split(".")[1] in STEPS:
@@ -55,20 +62,21 @@ def test_imports_go_one_way(path):
             assert fits, f"{own} imports {name}, which stands above it"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@each_of(FILES)
 def test_only_those_who_may_know_the_outside(path):
     roots = {name.split(".")[0] for name in imported(path)}
     own = part(path)
     assert own == "figures" or not roots & DRAWING
     assert own == "cli" or own == "widgets" or not roots & NOTEBOOKS
-    if own in ("linearize", "decompose", "activations", "records", "report", "figures"):
-        assert not roots & MODELS
-    if own in ("linearize", "decompose", "activations", "anatomy", "figures", "report"):
-        touched = re.findall(r"\.(?:open|read_text|write_text|read_bytes|write_bytes)\(", path.read_text(encoding="utf8"))
+    numerics = ("linearize", "decompose", "activations", "spectra", "quantize")
+    if own in (*numerics, "records", "report", "figures"):
+        assert not roots & MODELS, "only anatomy and loading know Hugging Face"
+    if own in (*numerics, "anatomy", "figures", "report"):
+        touched = re.findall(r"\.(?:open|(?:read|write)_(?:text|bytes))\(", path.read_text(encoding="utf8"))
         assert not touched and not roots & {"safetensors", "json"}, "only records touches result files"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@each_of(FILES + SCRIPTS)
 def test_files_and_functions_stay_short(path):
     text = path.read_text(encoding="utf8")
     assert len(text.splitlines()) < 300
@@ -83,7 +91,7 @@ def cells(path: Path, kind: str = "code") -> list[dict]:
     return [c for c in json.loads(path.read_text(encoding="utf8"))["cells"] if c["cell_type"] == kind]
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+@each_of(TEMPLATES)
 class TestTemplate:
     def test_is_committed_without_traces_of_a_run(self, path):
         notebook = json.loads(path.read_text(encoding="utf8"))
@@ -115,16 +123,15 @@ class TestTemplate:
             assert citations("".join(cell["source"])) <= bibliography()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "book").glob("*.md")), ids=lambda p: p.stem)
+@each_of(sorted((ROOT / "book").glob("*.md")))
 def test_pages_cite_only_what_is_in_the_bibliography(path):
     assert citations(path.read_text(encoding="utf8")) <= bibliography()
 
 
 def test_the_bibliography_has_no_entry_twice_and_none_unused():
-    keys = re.findall(r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(encoding="utf8"), re.M)
-    assert len(keys) == len(set(keys))
     pages = [*(ROOT / "book").glob("*.md"), *TEMPLATES]
-    assert set(keys) == set().union(*(citations(page.read_text(encoding="utf8")) for page in pages))
+    assert len(entries()) == len(bibliography())
+    assert bibliography() == set().union(*(citations(page.read_text(encoding="utf8")) for page in pages))
 
 
 def is_parameters(cell: dict) -> bool:
@@ -137,4 +144,9 @@ def citations(text: str) -> set[str]:
 
 
 def bibliography() -> set[str]:
-    return set(re.findall(r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(encoding="utf8"), re.M))
+    return set(entries())
+
+
+def entries() -> list[str]:
+    """Keys of the bibliography, as often as they stand there."""
+    return re.findall(r"^@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text(encoding="utf8"), re.M)

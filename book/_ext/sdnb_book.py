@@ -1,4 +1,4 @@
-"""The book's own Sphinx extension: numbers from records, mathematics without a network, docstrings that parse."""
+"""The book's own Sphinx extension: numbers from records, mathematics offline, docstrings that parse."""
 
 import hashlib
 import importlib.util
@@ -11,29 +11,30 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
-from sdnb.records import read_record
+from sdnb import records
+from sdnb.errors import SdnbError
 
 LOGGER = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"
+RECORDS = "records"  # where `sdnb book` stages them
 
 
 class RecordRole(SphinxRole):
     """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of this build, formatted.
 
-    A list's entry is `key[i]`; `key@layers` is the entry of a per-layer list at the first layer that the record's
-    list `layers` names. The page shows the source when the pointer rests on the number. What is missing is a
-    warning, and so a failed build.
+    A list's entry is `key[i]`; `key@layers` is the entry of a per-layer list at the first layer that the
+    record's list `layers` names. The page shows the source when the pointer rests on the number. What is
+    missing is a warning, and so a failed build.
     """
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Return the number as an abbreviation whose explanation names its record."""
-        folder = Path(self.env.srcdir) / self.config.sdnb_records
         try:
-            template, key, form = (self.text.split(":", 2) + [""])[:3]
-            self.env.note_dependency(str(folder / f"{template}.json"))
-            record = read_record(folder / f"{template}.json")
+            template, key, form = [*self.text.split(":", 2), ""][:3]
+            self.env.note_dependency(f"{RECORDS}/{template}.json")
+            record = records.read(self.env.srcdir, RECORDS, template)
             shown = format(entry(record.values, key), form)
-        except Exception as problem:
+        except (SdnbError, KeyError, IndexError, ValueError, TypeError) as problem:
             LOGGER.warning("no number for {record}`%s`: %s", self.text, problem, location=self.get_location())
             return [], []
         source = f"{template}: {key}, {record.provenance['model']}"
@@ -63,7 +64,7 @@ def entry(values: dict, key: str) -> object:
 
 
 def ship_mathjax(app: Sphinx) -> None:
-    """Copy MathJax, one file with its glyphs inside, from the installed package into the pages' static folder."""
+    """Copy MathJax, one file with its glyphs inside, from the installed package beside the pages."""
     package = importlib.util.find_spec("sphinx-mathjax-offline")
     source = Path(package.submodule_search_locations[0]) / "static" / "mathjax" / MATHJAX
     target = Path(app.outdir) / "_static" / MATHJAX
@@ -72,14 +73,14 @@ def ship_mathjax(app: Sphinx) -> None:
         shutil.copyfile(source, target)
 
 
-def escape_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Make reStructuredText of a docstring written with single backticks: `x` is code, |x| and x* are themselves."""
+def escape_docstring(*event: object) -> None:
+    """Make reStructuredText of a docstring's lines, in place: `x` is code, |x|, x* and x_ are themselves."""
+    lines = event[-1]
     for number, line in enumerate(lines):
         parts = re.split(r"(`+[^`]+`+)", line)
-        lines[number] = "".join(
-            "``" + part.strip("`") + "``" if part.startswith("`") else re.sub(r"([|*]|(?<=\w)_(?!\w))", r"\\\1", part)
-            for part in parts
-        )
+        parts[::2] = [re.sub(r"([|*]|(?<=\w)_(?!\w))", r"\\\1", text) for text in parts[::2]]
+        parts[1::2] = [f"``{code.strip('`')}``" for code in parts[1::2]]
+        lines[number] = "".join(parts)
 
 
 def setup(app: Sphinx) -> dict:
@@ -91,7 +92,6 @@ def setup(app: Sphinx) -> dict:
     Returns:
         Sphinx's metadata.
     """
-    app.add_config_value("sdnb_records", "records", "env")
     app.add_role("record", RecordRole())
     app.config.mathjax_path = MATHJAX
     app.connect("builder-inited", ship_mathjax)

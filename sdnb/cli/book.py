@@ -1,7 +1,7 @@
 """`sdnb book`: stage the executed notebooks beside the book's prose, and build the pages strictly.
 
-Papermill has run the notebooks; Sphinx only renders them. What is staged is a copy, so templates are never touched,
-and a file is written only where it changed, so that an unchanged book builds in seconds.
+Papermill has run the notebooks; Sphinx only renders them. What is staged is a copy, so templates are never
+touched, and a file is written only where it changed, so that an unchanged book builds in seconds.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from sdnb.errors import RecordError, SdnbError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
 PICTURES = (".png", ".svg")
+RECORDS = (".json", ".safetensors")
 
 
 def checkout() -> Path:
@@ -57,16 +58,16 @@ def staged_files(root: Path, runs: Path) -> dict[str, Path | bytes]:
 
     book = [path for path in (root / "book").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     files: dict[str, Path | bytes] = {path.relative_to(root).as_posix(): path for path in book}
-    files |= {name: root / name for name in ("_config.yml", "_toc.yml", "zoo/README.md") if (root / name).is_file()}
+    files |= {name: root / name for name in ("_config.yml", "_toc.yml")}
     records_page = (root / "book" / "records.md").read_text(encoding="utf8")
     files["book/records.md"] = records_page.replace(SCHEMA_MARK, schema_markdown()).encode()
     for page in toc_pages(root / "_toc.yml"):
         if page.startswith("notebooks/"):
             executed = runs / f"{Path(page).name}.ipynb"
-            if not executed.is_file() or not executed.with_suffix(".json").is_file():
-                raise RecordError(f"{executed} or its record is missing: first `sdnb run` the model, then build the book")
+            if not executed.is_file():
+                raise RecordError(f"{executed} is missing: first `sdnb run` all notebooks on this model")
             files[f"{page}.ipynb"] = without_timings(executed)
-            files[f"records/{Path(page).name}.json"] = executed.with_suffix(".json")
+    files |= {f"records/{path.name}": path for path in runs.iterdir() if path.suffix in RECORDS}
     files |= {f"book/figures/{path.name}": path for path in runs.iterdir() if path.suffix in PICTURES}
     return files
 
@@ -113,8 +114,8 @@ def build(source: Path, out: Path) -> Path:
     command = Path(sys.executable).with_name("jupyter-book")
     if not command.exists():
         raise SdnbError("Jupyter Book is not installed: pip install -e '.[notebooks,book]'")
-    options = ["-n", "-W", "--keep-going", "-q", "--path-output", str(out)]
-    done = subprocess.run([str(command), "build", str(source), *options], check=False, capture_output=True, text=True)
+    words = [command, "build", source, "-n", "-W", "--keep-going", "-q", "--path-output", out]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
     html = out / "_build" / "html"
     missing = [page for page in toc_pages(source / "_toc.yml") if not (html / f"{page}.html").is_file()]
     if done.returncode or missing:
@@ -127,9 +128,9 @@ def build(source: Path, out: Path) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sdnb book`."""
-    parser.add_argument("--model", default="zoo/llama", help="model of the pages (default: %(default)s)")
-    parser.add_argument("--results-dir", default="results", help="where `sdnb run` wrote (default: %(default)s)")
-    parser.add_argument("--out", default=".", help="the pages go to OUT/_build/html (default: the working directory)")
+    parser.add_argument("--model", default="zoo/llama", help="the pages' model (default: %(default)s)")
+    parser.add_argument("--results-dir", default="results", help="where it was run (default: %(default)s)")
+    parser.add_argument("--out", default=".", help="the pages go to OUT/_build/html (default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -143,11 +144,11 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         RecordError: no results of this model.
-        SdnbError: the book does not build.
     """
     runs, out = Path(args.results_dir) / slug_of(args.model), Path(args.out).resolve()
     if not runs.is_dir():
-        raise RecordError(f"{runs} does not exist: first `sdnb run {args.model} --results-dir {args.results_dir}`")
+        order = f"sdnb run {args.model} --results-dir {args.results_dir}"
+        raise RecordError(f"{runs} does not exist: first `{order}`")
     source = out / "_build" / "source"
     stage(staged_files(checkout(), runs), source)
     print(build(source, out))
