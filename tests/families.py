@@ -1,8 +1,8 @@
 """Small random models of many families, every parameter redrawn.
 
-What `from_config` draws has constant gains and zero biases, so a check on it would be blind to a gain that is ignored
-or a bias that is dropped. Here every parameter is random, and attention and FFN each change the hidden state by at
-least 30 %, which `tests/anatomy/test_families.py` asserts.
+What `from_config` draws has constant gains and zero biases, so a check on it would be blind to a gain that is
+ignored or a bias that is dropped. Here every parameter is random, and attention and FFN each change the
+hidden state by at least 30 %, which `tests/anatomy/test_families.py` asserts.
 """
 
 from collections.abc import Callable

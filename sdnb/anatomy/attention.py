@@ -1,4 +1,4 @@
-"""Attention, found by what it does: it moves the last token's output when only an earlier token is changed."""
+"""Attention, found by what it does: it moves the last token's output when an earlier token is changed."""
 
 from dataclasses import dataclass
 

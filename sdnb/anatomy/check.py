@@ -20,7 +20,7 @@ class Errors:
     """What the check measured, all relative to the branch in question.
 
     Args:
-        attention: matrix and bias against the real module, on normed rows at their real length, multiples and sums.
+        attention: matrix and bias against the real module, on normed rows of real length, multiples and sums.
         ffn: the formula against the real module on the same kinds of rows; None if no formula was recognised.
         layer: norms, multipliers and their sum, around the real modules, against the real layer.
     """
@@ -120,7 +120,7 @@ def verdict(probe: LayerProbe, wiring: Wiring, errors: Errors) -> str:
         errors: what was measured.
 
     Returns:
-        "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN's formula is not recognised.
+        "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN's formula is unknown.
 
     Raises:
         LayerRefused: the errors are too large for any use.

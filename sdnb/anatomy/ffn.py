@@ -1,4 +1,4 @@
-"""The feed-forward formula, recognised from the real module's linear maps and kept only if it reproduces the module."""
+"""The feed-forward formula, recognised from the module's linear maps and kept if it reproduces the module."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class FFNFormula:
 
 
 def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator[Activation]:
-    """Functions that may be the activation: those the layer holds, those its configuration names, then all others.
+    """Functions that may be the activation: those that the layer holds, then those its configuration names.
 
     Args:
         probe: the layer.
@@ -92,14 +92,14 @@ def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator
 
 
 def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], Seen] | None:
-    """Sorts the linear maps outside attention into those that read the FFN's input and the one that writes its output.
+    """The linear maps outside attention: those that read the FFN's input, and that which writes its output.
 
     Args:
         wiring: the layer's wiring.
         seen: the calls of a pass.
 
     Returns:
-        The inner maps and the call of the last one; None if there are others, or the last is not a linear map.
+        The inner maps and the call of the last one; None if there are others, or the last is no linear map.
     """
     outside = [s for s in seen if is_linear(s.module) and not s.name.startswith(wiring.attention.name + ".")]
     down = next((s for s in outside if s.module is wiring.ffn.exit), None)
@@ -110,7 +110,7 @@ def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], See
 
 
 def pairings(inner: list[nn.Module], width: int) -> Iterator[tuple[tuple, tuple | None]]:
-    """The ways in which linear maps can make inner units: plain, gated, fused in halves or alternately, either order.
+    """The ways to make inner units of linear maps: plain, gated, fused in halves or alternately, either order.
 
     Args:
         inner: the maps that read the FFN's input.
@@ -202,7 +202,7 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
 
 
 def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tensor) -> float:
-    """How far the formula is from the real module, on random rows and on the rows given, and on multiples of them.
+    """How far the formula is from the real module, on random rows, on the rows given and on multiples.
 
     Args:
         probe: the layer.

@@ -1,4 +1,4 @@
-"""Norms, measured by feeding them: gain, bias, centring and epsilon of y = gain * (x - c mean(x)) / scale(x) + bias.
+"""Norms, measured by feeding them: gain * (x - c mean(x)) / scale(x) + bias, epsilon inside the scale.
 
 Nothing is read from attributes, so Gemma's 1 + w, LayerNorms without parameters and L2 norms come out alike.
 """
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # relative, on random rows
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm or a LayerNorm: norm(x) = gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0.
+    """An RMS norm or a LayerNorm: gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0.
 
     Args:
         gain: the diagonal of the linear part, shape (d,).

@@ -8,17 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.trace import (
-    Call,
-    Decoder,
-    is_float,
-    map_tensors,
-    plain_token,
-    record_call,
-    replaced_forward,
-    rewrap,
-    unwrap,
-)
+from sdnb.anatomy.calls import Call, is_float, map_tensors, replaced_forward, rewrap, unwrap
+from sdnb.anatomy.trace import Decoder, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerRefused, ParameterError
 
@@ -143,9 +134,9 @@ class LayerProbe:
         return self.output(x[:, None])[:, 0]
 
     def states(self, seed: int = 2) -> Tensor:
-        """Random hidden states of one-token sequences, half of them as large as what the layer adds, half 5 times.
+        """Random hidden states of one-token sequences, as large as what the layer adds, or 5 times that.
 
-        A branch is the difference of two hidden states: were they much larger than it, rounding would hide it.
+        A branch is a difference of two hidden states: were they much larger than it, rounding would hide it.
 
         Args:
             seed: of the random rows.
@@ -161,7 +152,7 @@ class LayerProbe:
         return self._size * torch.cat([rows[:4], 5 * rows[4:]])
 
     def watch(self, x: Tensor) -> list[Seen]:
-        """Runs the layer and keeps what every submodule was given and returned, in the order in which they end.
+        """Runs the layer and keeps what each submodule is given and returns, in the order in which they end.
 
         Args:
             x: hidden states, shape (n, T, d).
@@ -211,10 +202,10 @@ class LayerProbe:
     def feed(
         self, entries: Sequence[nn.Module], exit: nn.Module, rows: Tensor, stand_in: Seen | None = None
     ) -> Tensor:
-        """What comes out of one module when rows are put in place of the input of others, on the real modules.
+        """What comes out of one real module when rows are put in place of the input of others.
 
-        Other tensors of the same shape among an entry's arguments (Bloom hands the residual to its attention and its
-        FFN) are set to zero.
+        Other tensors of the same shape among an entry's arguments are set to zero: Bloom hands the residual
+        to its attention and its FFN.
 
         Args:
             entries: the modules whose input is replaced.
@@ -255,7 +246,7 @@ class LayerProbe:
 
 
 def _substitute(hidden: Tensor, rows: Tensor) -> Callable[[Any], Any]:
-    """A function that puts rows where the hidden state stands, and zeros where another tensor of its shape does."""
+    """A function that puts rows where the hidden state stands, and zeros for other tensors of its shape."""
 
     def change(value: Any) -> Any:
         if not is_float(value) or value.shape != hidden.shape:

@@ -95,7 +95,7 @@ class LayerView:
 
     @property
     def attention_error(self) -> float:
-        """Matrix and bias against the real attention module, relative to its output, on normed rows of real length."""
+        """Matrix and bias against the real module, relative to its output, on normed rows of real length."""
         return self.errors.attention
 
     @property
@@ -131,7 +131,7 @@ class LayerView:
         return module_output(self.probe, self.wiring.ffn, u, self.wiring.stand_in)
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """What attention adds to the residual stream of one-token sequences, on the real modules; differentiable.
+        """What attention adds to one-token sequences, on the real modules; differentiable.
 
         Args:
             x: hidden states, shape (n, d).
@@ -166,7 +166,7 @@ class LayerView:
 
 @torch.no_grad()
 def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerView:
-    """Takes one decoder layer apart by watching a float32 copy of it, and checks the parts against the real layer.
+    """Takes one decoder layer apart by watching a float32 copy of it, and checks the parts against the layer.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype, offloaded or not.

@@ -1,7 +1,7 @@
 """Reading weights: a float32 copy of one layer, offloaded weights included, and never a `meta` tensor.
 
-Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and arithmetic on a
-`meta` tensor silently gives another one. So every leaf module is aligned by itself, read, and let go again.
+Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and arithmetic
+on a `meta` tensor silently gives another one. So every leaf module is aligned by itself, read, and let go again.
 """
 
 import copy
@@ -62,8 +62,8 @@ def read_tensors(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in own_tensors(module):
             if tensor.is_meta:
                 raise ModelError(
-                    f"the weight {name!r} of {type(module).__name__} has no data (meta device): load the model with "
-                    f"its weights, and let accelerate place them (device_map='auto') where they do not fit"
+                    f"the weight {name!r} of {type(module).__name__} has no data (meta device): load the "
+                    f"model with its weights, and let accelerate place them (device_map='auto') if they do not fit"
                 )
             tensors[name] = as_float32(tensor)
     return tensors

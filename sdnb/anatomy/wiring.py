@@ -1,7 +1,7 @@
-"""How a layer is put together: its two branches, what stands before and behind each, and how they are added up.
+"""How a layer is put together: its two branches, what stands before and behind each, and how they add up.
 
-The trick that needs no table: silence the last linear map of attention, and `layer(x) - x` is what the FFN adds;
-silence the FFN's, and it is what attention adds; silence both, and the layer must return its input.
+The trick that needs no table: silence the last linear map of attention, and `layer(x) - x` is what the FFN
+adds; silence the FFN's, and it is what attention adds; silence both, and the layer must return its input.
 """
 
 from dataclasses import dataclass, replace
@@ -92,8 +92,8 @@ def find_silenced(
 ) -> tuple[Seen, Seen]:
     """Finds a submodule for each branch such that, both silenced, the layer returns its input.
 
-    The last linear map of each comes first: the module around it may add the residual (Bloom, MPT). A mixture of
-    experts has none, and is silenced as a whole.
+    The last linear map of each comes first: the module around it may add the residual (Bloom, MPT). A mixture
+    of experts has none, and is silenced as a whole.
 
     Args:
         probe: the layer.
@@ -110,8 +110,8 @@ def find_silenced(
     """
     linears = [s for s in seen if is_linear(s.module)]
     weighty = [s for s in outside if any(p.ndim > 1 for p in s.module.parameters())]
-    of_attention = [s for s in linears if s.inside(attention)][-1:] + [attention]
-    of_ffn = [s for s in outside if is_linear(s.module)][-1:] + outermost(weighty)[::-1]
+    of_attention = [*[s for s in linears if s.inside(attention)][-1:], attention]
+    of_ffn = [*[s for s in outside if is_linear(s.module)][-1:], *outermost(weighty)[::-1]]
     if not of_ffn:
         raise LayerRefused(probe.number, "layer", "has no feed-forward branch beside attention")
     total = without(probe, x)
@@ -121,8 +121,8 @@ def find_silenced(
         if errors[-1] < TOLERANCE:
             return pair
     reason = (
-        f"the residual stream is not recognised: with attention and {of_ffn[0].name} silenced the layer does not "
-        f"return its input (error {min(errors):.1e} of what it adds), as in layers that normalise the sum"
+        f"the residual stream is not recognised: with attention and {of_ffn[0].name} silenced the layer "
+        f"does not return its input (error {min(errors):.1e} of what it adds), as in layers that norm the sum"
     )
     raise LayerRefused(probe.number, attention.name, reason)
 
@@ -163,7 +163,7 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
 
 
 def coefficient(real: Tensor, base: Tensor) -> float:
-    """The multiplier c for which c * base comes nearest to what a branch really adds; 1 if it is 1 up to rounding.
+    """The multiplier c for which c * base comes nearest to what a branch adds; 1 if it is 1 up to rounding.
 
     Args:
         real: what the branch adds, shape (n, d).
