@@ -1,0 +1,130 @@
+"""The linear modules of a model, found without a table of names, and which norm feeds which of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.anatomy import decoder_layers
+from sdnb.anatomy.weights import is_linear, linear_weight
+from sdnb.errors import ModelError
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear module and its place.
+
+    Args:
+        name: full name, as in `named_modules` of the model.
+        module: an `nn.Linear`, or the `Conv1D` of GPT-2, which stores the transpose.
+        layer: the decoder layer it belongs to, 1..L, or None outside of all.
+    """
+
+    name: str
+    module: nn.Module
+    layer: int | None
+
+    @property
+    def weight(self) -> Tensor:
+        """W of y = W x + b, (out, in)."""
+        return linear_weight(self.module)
+
+
+def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
+    """Find every linear module that a quantizer would take, by its full name; the output embedding is none.
+
+    Experts that a mixture keeps in one three-dimensional parameter are no linear modules and are not listed.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        name -> module, in the order of the model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    kept = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+    layer_of = {
+        id(module): number
+        for number, layer in enumerate(decoder_layers(model), start=1)
+        for module in layer.modules()
+    }
+    found = {
+        name: LinearModule(name, module, layer_of.get(id(module)))
+        for name, module in model.named_modules()
+        if is_linear(module) and id(module) not in kept
+    }
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no linear module that could be quantized")
+    return found
+
+
+def never_quantized(model: nn.Module) -> list[str]:
+    """Return the modules that quantizers skip by themselves: the output embedding and all tied weights.
+
+    Passing a list of modules replaces a quantizer's own defaults, so that these belong on every list.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        Full module names, in the order of the model.
+    """
+    owners: dict[int, list[str]] = {}
+    names: list[str] = []
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules(remove_duplicate=False):
+        names += [name] if module is head else []
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    tied = {name for group in owners.values() if len(group) > 1 for name in group}
+    # transformers' own rule also leaves out the module of the last parameter, most often the head
+    last = list(model.named_parameters())[-1][0].rpartition(".")[0]
+    chosen = {*names, *tied, *([last] if is_linear(model.get_submodule(last)) else [])}
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name in chosen]
+
+
+@torch.no_grad()
+def norm_feeding(model: nn.Module, linears: dict[str, LinearModule], ids: Tensor) -> dict[str, str]:
+    """Watch which norm feeds each linear module, so that a scale can move from one to the other.
+
+    A norm is a leaf module all of whose parameters are vectors; the linear module must be given the very
+    tensor that the norm returned.
+
+    Args:
+        model: a causal language model.
+        linears: from `linear_modules`.
+        ids: a few token ids, (1, T).
+
+    Returns:
+        Name of the linear module -> name of the norm, for those that a norm feeds.
+    """
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors, so that no address is used twice
+    fed: dict[str, str] = {}
+
+    def watch_norm(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if torch.is_tensor(output):
+                made[id(output)] = (name, output)
+
+        return hook
+
+    def watch_linear(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            if args and id(args[0]) in made:
+                fed[name] = made[id(args[0])][0]
+
+        return hook
+
+    hooks = [linear.module.register_forward_pre_hook(watch_linear(name)) for name, linear in linears.items()]
+    for name, module in model.base_model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own and not list(module.children()) and all(p.ndim == 1 for p in own):
+            hooks.append(module.register_forward_hook(watch_norm(name)))
+    try:
+        model.base_model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return fed

@@ -1,0 +1,138 @@
+"""Statistics of linear inputs against every input kept and looked at afterwards."""
+
+import pytest
+import torch
+
+from sdnb.quantize import (
+    down_projections,
+    input_statistics,
+    linear_modules,
+    never_quantized,
+    norm_feeding,
+)
+from tests.tiny import build
+
+SIZES = {"d": 32, "f": 64, "layers": 3, "heads": 4, "vocabulary": 96, "scale": 0.7}
+DOWN = {
+    "llama": "model.layers.{}.mlp.down_proj",
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+    "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    "mpt": "transformer.blocks.{}.ffn.down_proj",
+    "phi3": "model.layers.{}.mlp.down_proj",
+    "cohere": "model.layers.{}.mlp.down_proj",
+}
+FED = {
+    "llama": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"},
+    "gpt2": {"attn.c_attn", "mlp.c_fc"},
+    "gpt_neox": {"attention.query_key_value", "mlp.dense_h_to_4h"},
+}
+
+
+def lines() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 96, (n,), generator=generator) for n in (7, 12, 3, 12)]
+
+
+def all_inputs(model, name: str) -> list[torch.Tensor]:
+    """The module's inputs, line by line, each run alone: [(T_i, k)]."""
+    kept = []
+    module = model.get_submodule(name)
+    hook = module.register_forward_pre_hook(
+        lambda m, args: kept.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
+    for line in lines():
+        model(line[None], use_cache=False)
+    hook.remove()
+    return kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_equal_the_inputs_themselves(family):
+    model = build(family, seed=1, **SIZES)
+    found = input_statistics(model, lines(), max_tokens=24)
+    assert list(found) == list(linear_modules(model))
+    for name, statistics in found.items():
+        kept = all_inputs(model, name)
+        X = torch.cat(kept).abs()
+        per_token = X.amax(dim=1)
+        assert statistics.largest == pytest.approx(X.max().item(), rel=1e-4)
+        assert statistics.median == pytest.approx(X.median().item(), rel=0.02), "the middle of a bin"
+        assert statistics.token_median == pytest.approx(per_token.median().item(), rel=1e-4)
+        torch.testing.assert_close(statistics.channel_largest, X.amax(dim=0), rtol=1e-4, atol=1e-5)
+        assert statistics.ratio == pytest.approx(statistics.largest / statistics.median)
+        by_hand = error_by_hand(kept, linear_modules(model)[name].weight)
+        assert statistics.int8_error == pytest.approx(by_hand, rel=0.02)
+        assert f".{statistics.layer - 1}." in name
+        assert statistics.parameters == model.get_submodule(name).weight.numel()
+
+
+def error_by_hand(kept: list[torch.Tensor], W: torch.Tensor) -> float:
+    errors = []
+    weight_scale = W.abs().max() / 127
+    for X in kept:
+        scale = X.abs().max() / 127
+        for x in X:
+            exact = W.double() @ x.double()
+            integers = torch.round(W / weight_scale).double() @ torch.round(x / scale).double()
+            errors.append(((integers * scale * weight_scale - exact).norm() / exact.norm()).item())
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_batches_and_padding_change_nothing(family):
+    model = build(family, seed=1, **SIZES)
+    whole, single = (
+        input_statistics(model, lines(), max_tokens=4096),
+        input_statistics(model, lines(), max_tokens=1),
+    )
+    for name in whole:
+        assert whole[name].largest == pytest.approx(single[name].largest, rel=1e-4)
+        assert whole[name].int8_error == pytest.approx(single[name].int8_error, rel=0.02)
+
+
+def test_one_pass_and_no_trace():
+    model = build("llama", seed=1, **SIZES)
+    seen: list[tuple[int, int]] = []
+    calls = []
+    hook = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    input_statistics(
+        model, lines(), visit=lambda layer, _, real, numbers: seen.append((layer, int(real.sum())))
+    )
+    hook.remove()
+    assert len(calls) == 1, "four short lines fit one batch: one forward pass"
+    assert seen == [(layer, 34) for layer in range(4)]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_half_zeros_have_no_ratio():
+    model = build("gpt2", seed=1, activation_function="relu", **SIZES)
+    found = input_statistics(model, lines())
+    down = found["transformer.h.0.mlp.c_proj"]
+    X = torch.cat(all_inputs(model, "transformer.h.0.mlp.c_proj"))
+    assert (X == 0).float().mean() > 0.4
+    assert (down.ratio is None) == (X.abs().median().item() == 0)
+    assert down.token_ratio is not None
+
+
+@pytest.mark.parametrize("family", DOWN)
+def test_down_projection_is_the_last_module_called(family):
+    model = build(family, seed=1, **SIZES)
+    found = input_statistics(model, lines())
+    assert down_projections(found, [3, 1]) == [DOWN[family].format(2), DOWN[family].format(0)]
+
+
+@pytest.mark.parametrize("family", FED)
+def test_modules_fed_by_a_norm_are_found(family):
+    model = build(family, seed=1, **SIZES)
+    fed = norm_feeding(model, linear_modules(model), torch.tensor([[3, 4, 5]]))
+    names = {name for name in linear_modules(model) if any(name.endswith(end) for end in FED[family])}
+    assert set(fed) == names
+    assert len(set(fed.values())) == 2 * SIZES["layers"], "two norms a layer"
+
+
+def test_output_embedding_and_tied_weights_are_never_quantized():
+    free = build("llama", seed=1, **SIZES)
+    assert never_quantized(free) == ["lm_head"]
+    tied = build("llama", seed=1, tie_word_embeddings=True, **SIZES)
+    assert never_quantized(tied) == ["model.embed_tokens", "lm_head"]
+    assert not {"lm_head", "model.embed_tokens"} & set(linear_modules(tied))
