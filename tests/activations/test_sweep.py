@@ -1,0 +1,165 @@
+"""Sweeps against plain full forward passes, one sequence at a time, on every family of the contract test."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sdnb.activations.interventions import zero_attention
+from sdnb.activations.sweep import (
+    batch_size,
+    embedding_norms,
+    ffn_input_coefficients,
+    item_norms,
+    item_trajectories,
+    random_norms,
+    vocabulary_size,
+)
+from sdnb.anatomy import decoder_layers, layer_view
+from sdnb.errors import ParameterError
+from tests.families import FAMILIES, LAYERS, build
+from tests.tiny import build as plain
+
+ITEMS = torch.arange(3, 15)
+OUTPUT_PROJECTION = {
+    "self_attn.o_proj", "self_attn.out_proj", "attention.dense", "self_attention.dense", "attn.out_proj",
+    "attn.c_proj",
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return build(request.param)
+
+
+def full_pass(model, sequence):
+    """Hidden states of a pass of the whole model, head included; the last one is behind the final norm."""
+    return model(sequence[None], output_hidden_states=True, use_cache=False).hidden_states
+
+
+def without_attention(model):
+    """A copy whose attentions' last linear maps hold zeros."""
+    twin = copy.deepcopy(model)
+    for layer in decoder_layers(twin):
+        names = [n for n, _ in layer.named_modules() if n in OUTPUT_PROJECTION]
+        assert len(names) == 1
+        for parameter in layer.get_submodule(names[0]).parameters():
+            parameter.zero_()
+    return twin
+
+
+def test_initial_norms_equal_a_plain_full_forward_pass(model):
+    for layer in range(LAYERS):
+        expected = torch.stack([full_pass(model, item[None])[layer][0, -1].norm() for item in ITEMS])
+        torch.testing.assert_close(item_norms(model, layer, ITEMS, batch=10), expected, rtol=1e-4, atol=0)
+
+
+def test_noninitial_norms_equal_a_plain_full_forward_pass(model):
+    twin = without_attention(model)
+    expected = torch.stack([full_pass(twin, item[None])[1][0, -1].norm() for item in ITEMS])
+    with zero_attention(model):
+        found = item_norms(model, 1, ITEMS, batch=10)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert (item_norms(model, 1, ITEMS) / expected - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prefix", [torch.tensor([7, 9]), torch.arange(30, 42)[:, None]])
+def test_a_prefix_stands_before_each_item(model, prefix):
+    prefixes = prefix.expand(len(ITEMS), prefix.shape[-1])
+    sequences = [torch.cat([before, item[None]]) for before, item in zip(prefixes, ITEMS, strict=True)]
+    states = [full_pass(model, sequence) for sequence in sequences]
+    paths = item_trajectories(model, ITEMS, prefix, batch=10)
+    assert paths.shape == (LAYERS + 1, len(ITEMS))
+    for layer in range(LAYERS):
+        expected = torch.stack([s[layer][0, -1].norm() for s in states])
+        torch.testing.assert_close(paths[layer], expected, rtol=1e-4, atol=0)
+        found = item_norms(model, layer, ITEMS, prefix=prefix, batch=10)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_random_embeddings_equal_a_plain_forward_pass(model):
+    count, length = 1030, 3.5  # more than one draw
+    found = random_norms(model, 1, count, length, seed=4, batch=600)
+    again = random_norms(model, 1, count, length, seed=4, batch=64)
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=0)  # the draw does not depend on the batch
+    assert not torch.allclose(found, random_norms(model, 1, count, length, seed=5))
+    rows = torch.randn(
+        1024, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(4)
+    )
+    rows = length * nn.functional.normalize(rows[:9], dim=1)
+    states = model(inputs_embeds=rows[:, None], output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(found[:9], states[1][:, 0].norm(dim=1), rtol=1e-4, atol=0)
+
+
+def test_coefficients_equal_what_the_norm_is_given(model):
+    layer, direction = 2, torch.randn(32, generator=torch.Generator().manual_seed(0))
+    norm = layer_view(model, layer).ffn_norm
+    prefix = torch.tensor([7])
+    found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix, batch=10)
+    # Another way to the FFN's input: what the layer makes of the states without its FFN, or the states.
+    view = layer_view(model, layer)
+    with torch.no_grad():
+        for i, item in enumerate(ITEMS[:5]):
+            x = full_pass(model, torch.tensor([7, item]))[1]
+            if not view.parallel:
+                with view.probe.muted(view.wiring.ffn.silenced):
+                    x = view.probe.output(x)
+            x = x[0, -1]
+            assert torch.isclose(found.raw[i], x @ direction / direction.norm(), rtol=1e-3, atol=1e-4)
+            if norm is None:
+                expected = found.raw[i] / x.square().mean().sqrt()
+            else:
+                normed = (norm.module(x[None])[0] - norm.bias) / norm.gain
+                expected = normed @ direction / direction.norm()
+            assert torch.isclose(found.normalised[i], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_embedding_norms():
+    model = build("llama")
+    torch.testing.assert_close(
+        embedding_norms(model, ITEMS), model.model.embed_tokens.weight[ITEMS].norm(dim=1)
+    )
+    assert vocabulary_size(model) == 64
+    scaled = build("gemma3_text")
+    expected = scaled.model.embed_tokens.weight[ITEMS].norm(dim=1) * 32**0.5
+    torch.testing.assert_close(embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
+
+
+def test_no_layer_after_the_one_that_is_read_is_run():
+    model = plain("llama", d=32, f=64, layers=5, heads=4, vocabulary=96, seed=1, scale=0.7)
+    calls = []
+    for number, layer in enumerate(decoder_layers(model), start=1):
+        layer.register_forward_hook(lambda m, a, r, number=number: calls.append(number))
+    model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
+    decoder_layers(model)
+    watched = len(calls)  # finding the layers runs the first one only
+    assert set(calls) <= {1}
+    item_norms(model, 3, ITEMS, batch=50)
+    random_norms(model, 3, 20, 1.0, batch=50)
+    assert set(calls[watched:]) == {1, 2, 3}
+    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS, batch=50)
+    assert 4 not in calls and "head" not in calls
+
+
+def test_hooks_are_removed():
+    model = build("llama")
+    before = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    item_norms(model, 1, ITEMS)
+    item_norms(model, 0, ITEMS)
+    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS)
+    assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == before == []
+
+
+def test_the_batch_is_sized_by_the_width_and_the_length():
+    narrow, wide = (
+        plain("llama", d=d, f=4 * d, layers=1, heads=4, vocabulary=96, seed=1, scale=0.7) for d in (32, 64)
+    )
+    assert batch_size(narrow) == 2 * batch_size(wide) and batch_size(wide, 2) == batch_size(wide) // 2
+    assert batch_size(wide, 10**9) == 1
+
+
+def test_bad_input():
+    model = build("llama")
+    with pytest.raises(ParameterError, match="0 to 2"):
+        item_norms(model, 3, ITEMS)
