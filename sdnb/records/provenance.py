@@ -128,7 +128,7 @@ def gather(
         "seed": seed,
         "text_hash": text_hash,
         "begin_token_at_position_0": begin_token,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "sources": package_fingerprint(),
         "wall_s": round(measure.wall_s, 3) if measure else None,
         "peak_memory_mib": round(measure.peak_memory_mib, 1) if measure else None,
@@ -137,6 +137,15 @@ def gather(
         else None,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on.
+
+    Returns:
+        Version by name, None where a package is not installed.
+    """
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,1 @@
+"""The command `sdnb`; papermill and Jupyter Book are used only here."""

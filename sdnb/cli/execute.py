@@ -1,0 +1,145 @@
+"""One template through papermill: a kernel of this interpreter, private sockets, an atomic file."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdnb.cli.plan import Cell
+from sdnb.errors import SdnbError
+from sdnb.records.files import atomic_write
+
+START_TIMEOUT_S = 180
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+_LOG = "kernel.log"
+# The kernel's own stderr would stand between the lines of progress; its end is told when the kernel dies.
+_KERNEL = (
+    "import os, runpy, sys; "
+    "os.dup2(os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2); "
+    "runpy.run_module('ipykernel_launcher', run_name='__main__')"
+)
+
+
+class CellFailed(SdnbError):
+    """A template stopped with an error; the message is that error's."""
+
+
+def execute(cell: Cell, timeout_s: int | None) -> dict:
+    """Run a template and put the executed notebook in place, without papermill's own notes in it.
+
+    A notebook that failed is left beside it as `<template>.failed.ipynb`, with its traceback; an older good
+    one stays as it was.
+
+    Args:
+        cell: what to run.
+        timeout_s: seconds for one notebook cell, None for no limit.
+
+    Returns:
+        Papermill's notes: start, end, duration.
+
+    Raises:
+        CellFailed: the template raised, or its kernel died or hung.
+    """
+    failed = cell.notebook.with_name(f"{cell.template}.failed.ipynb")
+    with _workshop() as folder:
+        running = folder / f"{cell.template}.ipynb"
+        problem = _attempt(cell, running, folder, timeout_s)
+        content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
+        timing = _without_notes(content) if content else {}
+        if content:
+            target = failed if problem else cell.notebook
+            atomic_write(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    if problem:
+        raise CellFailed(problem)
+    failed.unlink(missing_ok=True)
+    return timing
+
+
+def _attempt(cell: Cell, running: Path, folder: Path, timeout_s: int | None) -> str | None:
+    """Run once, and once more if the kernel did not start or died; returns what went wrong, or None."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    problem = None
+    for _ in range(2):
+        try:
+            papermill.execute_notebook(
+                str(cell.source),
+                str(running),
+                parameters=cell.parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                start_timeout=START_TIMEOUT_S,
+                execution_timeout=timeout_s,
+                config=_transport(folder),
+            )
+            return None
+        except PapermillExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+        except CellTimeoutError:
+            return f"a cell ran for more than {timeout_s} s (--timeout)"
+        except (DeadKernelError, RuntimeError, TimeoutError) as error:
+            first = str(error).splitlines()[0] if str(error) else repr(error)
+            problem = (
+                f"the kernel did not start or died, twice ({first}) {_last_words(folder / _LOG)}".rstrip()
+            )
+    return problem
+
+
+def _last_words(log: Path) -> str:
+    """The last line that the kernel wrote to stderr."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@contextmanager
+def _workshop() -> Iterator[Path]:
+    """A temporary folder with a kernel of this interpreter, for sockets and the running notebook."""
+    folder = Path(tempfile.mkdtemp(prefix="sdnb-"))
+    kernel = folder / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    # before every other place, so that a kernel of the same name installed elsewhere is not taken
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
+    changes = {name: os.environ.get(name) for name in (*_QUIET, "JUPYTER_PATH")}
+    os.environ.update(_QUIET | {"JUPYTER_PATH": path})
+    try:
+        yield folder
+    finally:
+        for name, value in changes.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+
+
+def _transport(folder: Path):
+    """Sockets in the file system: no race for ports, nothing that another user could reach."""
+    from traitlets.config import Config
+
+    if os.name == "nt":
+        return Config()
+    own = {"transport": "ipc", "ip": str(folder / "k")}
+    return Config({"KernelManager": own, "AsyncKernelManager": own})
+
+
+def _without_notes(content: dict) -> dict:
+    """Take papermill's notes out of a notebook, since they differ from run to run; return the notebook's."""
+    for cell in content["cells"]:
+        cell["metadata"].pop("papermill", None)
+        cell["metadata"].pop("execution", None)
+    notes = content["metadata"].pop("papermill", {})
+    return {key: notes.get(key) for key in ("start_time", "end_time", "duration")}

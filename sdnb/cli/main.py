@@ -1,0 +1,50 @@
+"""`sdnb`: finds the subcommand, runs it, and turns errors into one line and an exit status.
+
+A subcommand is a module with `add_arguments(parser)` and `main(args) -> int`; it joins by a line in
+`COMMANDS`, and imports what is heavy inside its functions.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sdnb.errors import SdnbError
+
+COMMANDS = {
+    "run": ("sdnb.cli.run", "run notebooks on models and keep what is done"),
+    "book": ("sdnb.cli.book", "build the book from what was run"),
+}
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: the words after `sdnb`; None takes the process's own.
+
+    Returns:
+        0 on success, 1 when something was refused or failed, 2 for a wrong command line, 130 when
+        interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="sdnb", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        import_module(module).add_arguments(command)
+    try:
+        args = parser.parse_args(argv)
+        return import_module(COMMANDS[args.command][0]).main(args)
+    except SystemExit as stop:  # argparse has printed what is wrong, or the help
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except SdnbError as error:
+        print(f"sdnb: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("sdnb: interrupted; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""`sdnb run`: the matrix of notebooks and models."""
+
+import argparse
+from pathlib import Path
+
+from sdnb.cli import plan, runner
+from sdnb.errors import ParameterError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `sdnb run`.
+
+    Args:
+        parser: the subcommand's parser.
+    """
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="hub id, folder, zoo/<name>, or a models.yaml")
+    add("--notebooks", nargs="+", metavar="NN", help="numbers or names; default: all that look at one model")
+    add(
+        "--templates",
+        type=Path,
+        metavar="DIR",
+        help="folder of the templates (default: the checkout's notebooks)",
+    )
+    add(
+        "--results-dir",
+        type=Path,
+        default=Path("results"),
+        help="folder of the records (default: %(default)s)",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder of the executed notebooks (default: the results)")
+    add(
+        "-p",
+        dest="pairs",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter",
+    )
+    add(
+        "-f",
+        dest="files",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="YAML",
+        help="a file of parameters",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells of the matrix at a time (default: %(default)s)",
+    )
+    add("--force", action="store_true", help="run what is done and unchanged again, too")
+    add("--timeout", type=int, metavar="S", help="seconds after which one notebook cell is given up")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the matrix: one line a cell, a failing one does not stop the others, a table at the end.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0 if every cell is done or unchanged, 1 otherwise.
+
+    Raises:
+        ParameterError: an option is out of range.
+    """
+    if args.jobs < 1:
+        raise ParameterError(f"--jobs {args.jobs} must be at least 1.")
+    results = args.results_dir.expanduser().resolve()
+    out = args.out.expanduser().resolve() if args.out else results
+    cells = plan.matrix(
+        plan.models(args.models),
+        plan.templates(args.templates, args.notebooks),
+        plan.parameters(args.files, args.pairs),
+        results,
+        out,
+    )
+    options = runner.Options(force=args.force, timeout_s=args.timeout)
+    outcomes = []
+    for outcome in runner.run_all(cells, options, args.jobs):
+        outcomes.append(outcome)
+        print(_line(outcome, len(outcomes), len(cells)), flush=True)
+    print(_summary(outcomes))
+    return int(any(outcome.status == runner.FAILED for outcome in outcomes))
+
+
+def _line(outcome: runner.Outcome, number: int, total: int) -> str:
+    """One line of progress."""
+    text = f"[{number}/{total}] {outcome.cell.model}  {outcome.cell.template}  {outcome.status}"
+    if outcome.status != runner.KEPT:
+        text += f"  {outcome.wall_s:.1f} s"
+    return text + (f"  {outcome.reason.splitlines()[0][:200]}" if outcome.reason else "")
+
+
+def _summary(outcomes: list[runner.Outcome]) -> str:
+    """A table, models by notebooks, and the counts."""
+    models = list(dict.fromkeys(outcome.cell.label for outcome in outcomes))
+    names = sorted({outcome.cell.template for outcome in outcomes})
+    status = {(outcome.cell.label, outcome.cell.template): outcome.status for outcome in outcomes}
+    width = max(len(model) for model in [*models, "model"])
+    columns = [max(len(name[:2]), len(runner.KEPT)) for name in names]
+    head = "  ".join(
+        name.partition("_")[0].ljust(column) for name, column in zip(names, columns, strict=True)
+    )
+    lines = ["", f"{'model'.ljust(width)}  {head}".rstrip()]
+    for model in models:
+        row = "  ".join(status.get((model, n), "").ljust(c) for n, c in zip(names, columns, strict=True))
+        lines.append(f"{model.ljust(width)}  {row}".rstrip())
+    counts = [(sum(o.status == s for o in outcomes), s) for s in (runner.DONE, runner.KEPT, runner.FAILED)]
+    lines.append(", ".join(f"{count} {name}" for count, name in counts if count))
+    lines += [f"  {o.cell.model} {o.cell.template}: {o.reason}" for o in outcomes if o.reason]
+    return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""Running the cells of the matrix, each whole or not at all, and not again while nothing changed.
+
+What a cell depends on (template, package, parameters, the files of model and text, versions) is one key.
+Beside the executed notebooks, `.runs/<template>.json` says with which key a cell was done and which files
+came out of it. The notebook is executed under a temporary name and renamed into place at the end; the record
+is the template's own affair and atomic, too. A lock per cell lets two runs share a folder.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from sdnb.cli.plan import Cell
+from sdnb.errors import SdnbError
+
+DONE, KEPT, FAILED = "done", "unchanged", "failed"
+_SMALL_FILE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cells are run.
+
+    Args:
+        force: run what is done and unchanged again.
+        timeout_s: seconds for one notebook cell, None for no limit.
+    """
+
+    force: bool = False
+    timeout_s: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        cell: the cell.
+        status: "done", "unchanged" or "failed".
+        wall_s: seconds it took.
+        reason: why it failed, or "".
+    """
+
+    cell: Cell
+    status: str
+    wall_s: float
+    reason: str = ""
+
+
+def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outcome]:
+    """Run cells, several at a time if asked to, and yield each outcome as it comes.
+
+    Args:
+        cells: the matrix.
+        options: how to run.
+        jobs: how many cells at a time.
+
+    Yields:
+        One outcome a cell.
+    """
+    problems = {key: _model_problem(*key) for key in {(cell.model, cell.revision) for cell in cells}}
+    good = []
+    for cell in cells:
+        problem = problems[cell.model, cell.revision]
+        if problem:
+            yield Outcome(cell, FAILED, 0.0, problem)
+        else:
+            good.append(cell)
+    if jobs == 1 or len(good) < 2:
+        yield from (run_cell(cell, options) for cell in good)
+        return
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run_cell, cell, options) for cell in good]
+        yield from (future.result() for future in as_completed(futures))
+
+
+def run_cell(cell: Cell, options: Options) -> Outcome:
+    """Run one cell, unless it is done and nothing that it depends on has changed.
+
+    Args:
+        cell: the cell.
+        options: how to run.
+
+    Returns:
+        The outcome; failures are told, not raised.
+    """
+    from sdnb.cli.execute import execute
+    from sdnb.records.files import atomic_write, locked
+
+    start = time.perf_counter()
+    note = cell.notebook.parent / ".runs" / f"{cell.template}.json"
+    try:
+        with locked(note.with_suffix(".lock")):
+            key = cell_key(cell)
+            if not options.force and _unchanged(cell, note, key):
+                return Outcome(cell, KEPT, 0.0)
+            note.unlink(missing_ok=True)
+            timing = execute(cell, options.timeout_s)
+            wall_s = time.perf_counter() - start
+            files = {str(path): _hash(path) for path in (cell.notebook, cell.record) if path.is_file()}
+            text = json.dumps({"key": key, "files": files, "wall_s": round(wall_s, 3), **timing}, indent=1)
+            atomic_write(note, text.encode())
+    except SdnbError as error:
+        return Outcome(cell, FAILED, time.perf_counter() - start, str(error))
+    except OSError as error:
+        return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
+    return Outcome(cell, DONE, wall_s)
+
+
+def cell_key(cell: Cell) -> str:
+    """SHA-256 over all that a cell's result depends on.
+
+    Small files count by content; weights above 64 MiB by name, size, time of change and their first MiB.
+
+    Args:
+        cell: the cell.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    from sdnb.checkpoint import locate
+    from sdnb.records.provenance import package_fingerprint, versions
+
+    found = locate(cell.model, cell.revision)
+    folder = found.folder
+    texts = [Path(value).expanduser() for value in cell.parameters.values() if isinstance(value, str)]
+    parts = {
+        "template": _hash(cell.source),
+        "package": package_fingerprint(),
+        "parameters": cell.parameters,
+        "model": _file_marks(path for path in folder.iterdir() if path.is_file())
+        if folder
+        else found.revision,
+        "texts": _file_marks(path for path in texts if path.is_file()),
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _model_problem(model: str, revision: str | None) -> str | None:
+    """What is wrong with a model before it is loaded, so that no kernel starts in vain."""
+    from sdnb.checkpoint import locate
+    from sdnb.refusal import refuse
+
+    try:
+        refuse(locate(model, revision))
+    except SdnbError as error:
+        return str(error)
+    return None
+
+
+def _unchanged(cell: Cell, note: Path, key: str) -> bool:
+    """Whether the note tells of the same key and of the files that are there now."""
+    try:
+        content = json.loads(note.read_text(encoding="utf-8"))
+        files = content["files"]
+        return (
+            content["key"] == key
+            and str(cell.notebook) in files
+            and all(_hash(Path(name)) == mark for name, mark in files.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _file_marks(paths: Iterable[Path]) -> dict[str, str]:
+    marks = {}
+    for path in sorted(paths):
+        about = path.stat()
+        if about.st_size <= _SMALL_FILE:
+            marks[path.name] = _hash(path)
+        else:
+            with path.open("rb") as file:
+                head = hashlib.sha256(file.read(2**20)).hexdigest()
+            marks[path.name] = f"{about.st_size} {about.st_mtime_ns} {head}"
+    return marks
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
