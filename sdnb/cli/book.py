@@ -15,8 +15,7 @@ from sdnb.checkpoint import slug_of
 from sdnb.errors import RecordError, SdnbError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
-PICTURES = (".png", ".svg")
-RECORDS = (".json", ".safetensors")
+FOLDERS = {".png": "book/figures", ".svg": "book/figures", ".json": "records", ".safetensors": "records"}
 
 
 def checkout() -> Path:
@@ -46,7 +45,7 @@ def staged_files(root: Path, runs: Path) -> dict[str, Path | bytes]:
 
     Args:
         root: the checkout.
-        runs: the default model's folder of results: executed notebooks, records, figures.
+        runs: the model's folder of results, with its executed notebooks, records and figures.
 
     Returns:
         Staged path -> the file that is copied there, or its content.
@@ -66,18 +65,28 @@ def staged_files(root: Path, runs: Path) -> dict[str, Path | bytes]:
             executed = runs / f"{Path(page).name}.ipynb"
             if not executed.is_file():
                 raise RecordError(f"{executed} is missing: first `sdnb run` all notebooks on this model")
-            files[f"{page}.ipynb"] = without_timings(executed)
-    files |= {f"records/{path.name}": path for path in runs.iterdir() if path.suffix in RECORDS}
-    files |= {f"book/figures/{path.name}": path for path in runs.iterdir() if path.suffix in PICTURES}
+            files[f"{page}.ipynb"] = without_traces(executed, runs.parent)
+    for path in runs.glob("[!.]*"):
+        if path.suffix in FOLDERS:
+            files[f"{FOLDERS[path.suffix]}/{path.name}"] = path
     return files
 
 
-def without_timings(notebook: Path) -> bytes:
-    """An executed notebook without papermill's notes on when and where it ran, as a file's content."""
+def without_traces(notebook: Path, results: Path) -> bytes:
+    """An executed notebook without the machine it ran on: no timings, no path of the results' folder.
+
+    Args:
+        notebook: the file that papermill wrote.
+        results: the results folder as given; its absolute path becomes this.
+
+    Returns:
+        The content of the staged file.
+    """
     content = json.loads(notebook.read_text(encoding="utf8"))
     for part in (content, *content["cells"]):
         part["metadata"].pop("papermill", None)
-    return json.dumps(content, indent=1, ensure_ascii=False).encode()
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    return text.replace(str(results.resolve()), str(results)).encode()
 
 
 def stage(files: dict[str, Path | bytes], folder: Path) -> None:

@@ -1,0 +1,202 @@
+"""The book of the real templates on a tiny model with a defect planted by hand, and what its pages hold."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sdnb.checkpoint import slug_of
+from sdnb.cli import book
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = book.toc_pages(ROOT / "_toc.yml")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the built pages, made by the two commands of `make book`."""
+    tiny = load_tiny()
+    folder = tmp_path_factory.mktemp("book")
+    model = str(tiny.planted_model(folder / "planted").folder)
+    options = ["--results-dir", str(folder / "results")]
+    sdnb("run", model, *options)
+    said = sdnb("book", "--model", model, "--out", str(folder), *options)
+    assert said.stdout.splitlines()[-1] == str(folder / "_build" / "html" / "index.html")
+    return folder
+
+
+def load_tiny():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def sdnb(*words: str) -> subprocess.CompletedProcess:
+    """Run the command `sdnb` as a user does; it must succeed."""
+    command = [sys.executable, "-m", "sdnb.cli.main", *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def page(built: Path, name: str) -> str:
+    return (built / "_build" / "html" / f"{name}.html").read_text(encoding="utf8")
+
+
+class Resources(HTMLParser):
+    """What a page loads by itself: scripts, styles, icons, pictures, frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag in ("script", "img", "iframe", "source", "video", "embed"):
+            self.found += [given.get("src"), given.get("srcset")]
+        if tag == "link":
+            self.found.append(given.get("href"))
+
+
+def test_every_page_of_the_table_of_contents_is_there(built):
+    html = built / "_build" / "html"
+    assert [name for name in PAGES if not (html / f"{name}.html").is_file()] == []
+    assert (html / "index.html").is_file()
+
+
+def test_no_page_loads_anything_from_a_network(built):
+    html = built / "_build" / "html"
+    for path in html.rglob("*.html"):
+        parser = Resources()
+        parser.feed(path.read_text(encoding="utf8"))
+        for resource in filter(None, parser.found):
+            assert not re.match(r"(https?:)?//", resource), f"{path.name} loads {resource}"
+    for path in html.rglob("*.css"):
+        style = path.read_text(encoding="utf8")
+        assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style), path.name
+
+
+def test_what_a_page_loads_is_shipped(built):
+    for name in PAGES:
+        path = built / "_build" / "html" / f"{name}.html"
+        parser = Resources()
+        parser.feed(path.read_text(encoding="utf8"))
+        local = [item.split("?")[0] for item in filter(None, parser.found) if not item.startswith("data:")]
+        assert [item for item in local if not (path.parent / item).exists()] == [], name
+
+
+def test_pages_with_mathematics_bring_what_draws_it(built):
+    for name in ("book/linear_view", "notebooks/04_singular_directions"):
+        text = page(built, name)
+        assert 'class="math' in text
+        [script] = re.findall(r'src="([^"]*tex-svg-full\.js)', text)
+        assert (built / "_build" / "html" / name).parent.joinpath(script).stat().st_size > 1_000_000
+        assert "$$" not in re.sub(r"<(script|pre).*?</\1>", "", text, flags=re.S)
+
+
+def test_a_browser_without_a_network_draws_the_mathematics(built, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=20000",
+    ]
+    address = (built / "_build" / "html" / "book" / "linear_view.html").as_uri()
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", address], check=True, capture_output=True, text=True
+    )
+    formulas = len(re.findall(r'<(?:span|div) class="math', page(built, "book/linear_view")))
+    assert formulas > 100
+    assert done.stdout.count("<mjx-container") >= formulas
+    assert "mjx-merror" not in done.stdout and 'data-mml-node="merror"' not in done.stdout
+
+
+def test_numbers_of_the_introduction_come_from_the_records(built):
+    from sdnb.records import read
+
+    [results] = [path for path in (built / "results").iterdir() if path.is_dir()]
+    record = read(built / "results", results.name, "04_singular_directions")
+    layer = record.values["explosion_layers"][0]
+    text = page(built, "book/intro")
+    angle = f"{record.values['angle_deg'][layer - 1]:.0f}"
+    assert re.search(
+        rf'<abbr title="04_singular_directions: angle_deg@explosion_layers[^"]*">{angle}</abbr>', text
+    )
+    assert (built / "_build" / "html" / "_images" / "01_norms_3d.png").is_file()
+    assert "01_norms_3d.png" in text
+
+
+def test_notebook_pages_show_parameters_figure_numbers_and_provenance(built):
+    for name in (name for name in PAGES if name.startswith("notebooks/")):
+        text = page(built, name)
+        plain = re.sub(r"<[^>]+>", "", text)
+        assert "Parameters" in text and "planted" in plain, name
+        assert re.search(r'<img [^>]*src="[^"]*_images/', text), name
+        assert "What this model says" in plain and "fingerprint" in plain, name
+        assert not re.search(r"output_stderr|traceback|output stderr", text), name
+
+
+def test_every_citation_leads_to_the_references(built):
+    targets = set(re.findall(r'id="([^"]+)"', page(built, "book/references")))
+    for name in PAGES:
+        links = re.findall(r'href="(?:[^"]*references\.html)?#(id\d+)"', page(built, name))
+        assert set(links) <= targets or name == "book/references", name
+
+
+def test_the_api_page_has_every_public_name(built):
+    import sdnb
+
+    text = page(built, "book/api")
+    assert [name for name in sdnb.__all__ if not re.search(rf'id="sdnb\.[\w.]*\b{name}"', text)] == []
+
+
+def test_a_second_build_renders_nothing_again(built):
+    html = built / "_build" / "html"
+    before = {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES}
+    [results] = [path for path in (built / "results").iterdir() if path.is_dir()]
+    book.stage(book.staged_files(ROOT, results), built / "_build" / "source")
+    book.build(built / "_build" / "source", built)
+    assert {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES} == before
+
+
+def test_a_warning_and_a_missing_number_fail_the_build(built, tmp_path):
+    source = tmp_path / "_build" / "source"
+    shutil.copytree(built / "_build" / "source", source)
+    for broken, message in (
+        ("{doc}`nowhere`", "nowhere"),
+        ("{record}`01_high_norm_tokens:no_such_key`", "no_such_key"),
+    ):
+        intro = source / "book" / "intro.md"
+        original = intro.read_text(encoding="utf8")
+        intro.write_text(f"{original}\n{broken}\n", encoding="utf8")
+        with pytest.raises(book.SdnbError, match=message):
+            book.build(source, tmp_path)
+        intro.write_text(original, encoding="utf8")
+
+
+def test_results_that_are_not_there_are_asked_for(tmp_path):
+    words = ["book", "--model", "zoo/none", "--results-dir", str(tmp_path), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sdnb.cli.main", *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "sdnb run zoo/none" in done.stderr and "Traceback" not in done.stderr
+    assert slug_of("zoo/none") in done.stderr
