@@ -1,0 +1,243 @@
+"""Training: batches, resuming after a kill, and the folder that comes out."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zoo import run, train
+from zoo.export import export, training_record
+from zoo.recipe import Recipe, read_recipe
+from zoo.text import Corpus
+from zoo.tokens import BEGIN_ID, draw_batch, held_out_windows
+from zoo.watch import held_out_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, small_corpus: Corpus) -> run.Data:
+    return run.prepare_data(tmp_path_factory.mktemp("data"), small_recipe, corpus=small_corpus)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, data: run.Data) -> train.Trainer:
+    trainer = train.Trainer(small_recipe, tmp_path_factory.mktemp("straight"), data)
+    train.train(trainer, small_recipe.steps, every=3)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, finished: train.Trainer, data: run.Data) -> Path:
+    recipe, model = finished.recipe, train.build_model(finished.recipe)
+    record = training_record(recipe, data, finished.log, recipe.steps, 0.1, "a CPU")
+    return export(model, recipe, data, finished.folder, record, tmp_path_factory.mktemp("out") / "small")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_batches_start_as_the_recipe_says(small_recipe: Recipe):
+    stream = np.arange(100, 290, dtype=np.uint16)
+    recipe = dataclasses.replace(
+        small_recipe,
+        batch_tokens=8192,
+        begin_share=0.25,
+        random_share=0.5,
+        lengths=[{"from": 0, "shares": {8: 1.0}}],
+    )
+    inputs, targets = draw_batch(stream, recipe, 0, torch.Generator().manual_seed(0))
+    assert inputs.shape == targets.shape == (1024, 8)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(targets[:, 1:], targets[:, :-1] + 1)
+    own = inputs[:, 0] == targets[:, 0] - 1
+    begun = inputs[:, 0] == BEGIN_ID
+    assert abs(own.float().mean() - 0.25) < 0.05
+    assert abs(begun.float().mean() - 0.25) < 0.05
+    assert inputs[~own & ~begun, 0].unique().numel() > 150
+
+
+def test_held_out_windows_cover_the_stream_behind_begin_tokens():
+    inputs, targets = held_out_windows(np.arange(5, 28, dtype=np.uint16), 5)
+    assert targets.flatten().tolist() == list(range(5, 25))
+    assert inputs[:, 0].tolist() == [BEGIN_ID] * 4
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_learning_rate_warms_up_and_decays(small_recipe: Recipe):
+    rates = [small_recipe.learning_rate_at(step) for step in range(small_recipe.steps + 1)]
+    assert rates[0] == pytest.approx(1e-3 / 3)
+    assert rates[3:7] == pytest.approx([1e-3] * 4)
+    assert rates[-1] == pytest.approx(1e-4)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[6:]))
+
+
+def test_training_lowers_the_loss_and_keeps_what_it_should(finished: train.Trainer):
+    assert finished.log[-1]["held_out_sample"] < finished.log[0]["held_out_sample"]
+    kept = sorted(path.stem for path in (finished.folder / "steps").glob("*"))
+    assert kept == ["000000", "000006", "000012"]
+
+
+def test_resuming_gives_the_same_bits(tmp_path: Path, finished: train.Trainer, data: run.Data):
+    first = train.Trainer(finished.recipe, tmp_path, data)
+    train.train(first, 6, every=3)
+    second = train.Trainer(finished.recipe, tmp_path, data)
+    assert second.step == 6
+    train.train(second, 12, every=3)
+    assert same(second.model.state_dict(), finished.model.state_dict())
+    for here, there in zip(second.optimizer.state.values(), finished.optimizer.state.values(), strict=True):
+        assert same(here, there)
+    assert torch.equal(second.generator.get_state(), finished.generator.get_state())
+    assert second.log == finished.log
+
+
+def test_resuming_without_the_generator_would_be_noticed(
+    tmp_path: Path, finished: train.Trainer, data: run.Data
+):
+    train.train(train.Trainer(finished.recipe, tmp_path, data), 6, every=3)
+    resumed = train.Trainer(finished.recipe, tmp_path, data)
+    resumed.generator.manual_seed(finished.recipe.seed + 1)
+    train.train(resumed, 12, every=3)
+    assert not same(resumed.model.state_dict(), finished.model.state_dict())
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(
+    tmp_path: Path, small_recipe: Recipe, small_corpus: Corpus
+):
+    recipe = dataclasses.replace(small_recipe, steps=120, keep_steps=[])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    folders = tmp_path / "killed", tmp_path / "straight"
+    for folder in folders:
+        run.prepare_data(folder, recipe, corpus=small_corpus)
+    command = [
+        sys.executable,
+        str(ROOT / "zoo" / "train.py"),
+        str(path),
+        "--threads",
+        "1",
+        "--run",
+        str(folders[0]),
+    ]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (folders[0] / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    torch.set_num_threads(1)
+    ends = []
+    for folder in folders:
+        trainer = train.Trainer(read_recipe(path), folder, run.prepare_data(folder, recipe))
+        assert (trainer.step > 0) == (folder == folders[0])
+        train.train(trainer, recipe.steps, every=20)
+        ends.append(trainer.model.state_dict())
+    assert same(*ends)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "text.json"
+    run.write_atomically(path, b"old")
+
+    def fail(_descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_saved_folder_loads_with_plain_transformers(folder: Path, finished: train.Trainer):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    kept = finished.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, kept[name], rtol=2**-8, atol=0)
+    line = "Return the norm of x.\n\n    Args:\n"
+    ids = tokenizer(line).input_ids
+    assert ids[0] == tokenizer.bos_token_id == model.config.bos_token_id == BEGIN_ID
+    assert tokenizer(line, add_special_tokens=False).input_ids == ids[1:]
+    assert tokenizer.decode(ids[1:]) == line
+
+
+def test_card_and_record_hold_what_is_measured(folder: Path, data: run.Data):
+    record = json.loads((folder / "training.json").read_text())
+    loss = held_out_loss(AutoModelForCausalLM.from_pretrained(folder), *held_out_windows(data.held_out, 64))
+    assert record["held_out"]["loss"] == pytest.approx(loss, abs=2e-4)
+    card = (folder / "README.md").read_text()
+    assert f"**{record['held_out']['loss']} nats per token**" in card
+    assert record["text"]["hash"] in card
+    assert "| python | 3 | PSF-2.0 |" in card
+    assert record["step"] == 12
+    assert [entry["step"] for entry in record["log"]] == [3, 6, 9, 12]
+    assert (folder / "loss.svg").read_text().count("<polyline") == 2
+
+
+def test_a_step_that_was_not_kept_is_named(finished: train.Trainer, data: run.Data, tmp_path: Path):
+    record = training_record(finished.recipe, data, [], 7, 0.1, "a CPU")
+    with pytest.raises(FileNotFoundError, match="kept: 0, 6, 12"):
+        export(
+            train.build_model(finished.recipe),
+            finished.recipe,
+            data,
+            finished.folder,
+            record,
+            tmp_path / "out",
+        )
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path: Path, small_recipe: Recipe):
+    run.claim(tmp_path, small_recipe)
+    run.claim(tmp_path, small_recipe)
+    with pytest.raises(ValueError, match="seed"):
+        run.claim(tmp_path, dataclasses.replace(small_recipe, seed=4))
+
+
+def test_differences_from_the_card_are_named(data: run.Data):
+    card = json.loads(json.dumps(data.about))
+    assert run.differences(data.about, card) == []
+    card["hash"], card["packages"]["python"]["version"] = "0", "2"
+    lines = run.differences(data.about, card)
+    assert "the text differs" in lines[0]
+    assert lines[1] == "python: 3 here, 2 on the card"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 3}, "unknown fields"),
+        ({"begin_share": 0.5}, "more than 1"),
+        ({"batch_tokens": 65}, "multiple"),
+        ({"lengths": [{"from": 5, "shares": {8: 1.0}}]}, "starts at step 0"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path: Path, small_recipe: Recipe, change: dict, message: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(small_recipe) | change))
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)
+
+
+def test_committed_recipes_are_valid():
+    recipes = sorted((ROOT / "zoo" / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert read_recipe(path).name == path.stem

@@ -1,0 +1,1 @@
+"""Small language models that the project trains itself, and the code that trains them."""
