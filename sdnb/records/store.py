@@ -151,15 +151,30 @@ def _write_pair(path: Path, data: bytes | None, text: bytes) -> None:
     wanted = _named_hash(path)
     if wanted and wanted != _hash_of(arrays) and wanted == _hash_of(previous):
         previous.replace(arrays)  # an earlier writer was killed between its two renames
-    if data is not None:
-        if wanted and arrays.is_file():
-            previous.unlink(missing_ok=True)
-            os.link(arrays, previous)
-        atomic_write(arrays, data)
-    atomic_write(path, text)
+    if data is not None and wanted and arrays.is_file():
+        _keep(arrays, previous)
+    try:
+        if data is not None:
+            atomic_write(arrays, data)
+        atomic_write(path, text)
+    except RecordError:
+        if previous.is_file():
+            previous.replace(arrays)
+        elif not wanted:
+            arrays.unlink(missing_ok=True)
+        raise
     previous.unlink(missing_ok=True)
     if data is None:
         arrays.unlink(missing_ok=True)
+
+
+def _keep(arrays: Path, previous: Path) -> None:
+    """Give the old arrays a second name, or a copy where the file system has no hard links."""
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(arrays, previous)
+    except OSError:
+        atomic_write(previous, arrays.read_bytes())
 
 
 def _named_hash(path: Path) -> str | None:
