@@ -160,6 +160,7 @@ def _write_pair(path: Path, data: bytes | None, text: bytes) -> None:
     except RecordError:
         if previous.is_file():
             previous.replace(arrays)
+            previous.unlink(missing_ok=True)  # two names of one file are left as they are by a rename
         elif not wanted:
             arrays.unlink(missing_ok=True)
         raise

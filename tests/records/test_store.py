@@ -183,7 +183,7 @@ def test_a_process_killed_at_a_named_place_loses_nothing(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("rows", [5000, 0])
 def test_a_full_disk_leaves_the_old_record_and_nothing_else(tmp_path, rows):
-    """The disk is full at the arrays (many rows), or only at the JSON, which comes last (a long provenance)."""
+    """The disk is full at the arrays (many rows), or only at the JSON, which comes last."""
     put(tmp_path, 1.0)
     before = sorted(path.name for path in (tmp_path / "org__name").iterdir())
     old_limit, old_signal = (
