@@ -1,5 +1,7 @@
 """The rule on models with a defect planted by hand, and the list in the hands of those who take it."""
 
+import json
+
 import pytest
 import torch
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -14,7 +16,7 @@ from sdnb.quantize import (
     never_quantized,
     skip_list,
 )
-from tests.tiny import build, planted_model
+from tests.tiny import build, planted_model, tiny_model
 
 TWELVE = {"d": 32, "f": 48, "layers": 12, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}
 
@@ -37,9 +39,7 @@ def test_planted_spikes_are_on_the_list_and_nothing_else(tmp_path, family):
     truth = planted_model(tmp_path, family, explosion_layer=2, decay_layer=5, size=600.0)
     model = load(tmp_path)
     chosen = skip_list(model, input_statistics(model, lines()))
-    down = {"llama": "model.layers.{}.mlp.down_proj", "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h"}[
-        family
-    ]
+    down = {"llama": "model.layers.{}.mlp.down_proj", "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h"}
     expected = {down[family].format(layer - 1) for layer in (truth.explosion_layer, truth.decay_layer)}
     assert set(chosen.spiking) == expected
 
@@ -87,6 +87,47 @@ def test_what_transformers_would_skip_by_itself_is_on_the_list(family, tied):
     theirs = {key for key in get_keys_to_not_convert(model) if key in modules}
     weighty = {key for key in theirs if getattr(modules[key], "weight", torch.zeros(1)).ndim == 2}
     assert weighty and weighty <= set(SkipList((), tuple(never_quantized(model)), 32.0).modules)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_model(tmp_path, "llama", d=32, f=48, layers=12)
+
+
+def the_list(folder) -> tuple[SkipList, set[str]]:
+    """A list with one module of layer 2 (index 1), and the names of all linear modules."""
+    model = load(folder)
+    name = "model.layers.1.mlp.down_proj"
+    every = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert "model.layers.11.mlp.down_proj" in every
+    return SkipList((name,), tuple(never_quantized(model)), MIN_TOKEN_RATIO), every
+
+
+def test_a_quantization_config_of_transformers_excludes_exactly_the_list(folder):
+    chosen, every = the_list(folder)
+    # this one needs no further package: linear modules that quantize online, from ordinary weights
+    options = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    options["modules_to_not_convert"] = chosen.forms()["modules_to_not_convert"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": options}))
+    model = load(folder)
+    left = {name for name in every if type(model.get_submodule(name)) is torch.nn.Linear}
+    assert left == set(chosen.modules) == {"model.layers.1.mlp.down_proj", "lm_head"}
+
+
+def test_torchao_excludes_exactly_the_list_and_the_model_runs(folder):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    chosen, every = the_list(folder)
+    kind = quantization.Int8DynamicActivationInt8WeightConfig()
+    config = TorchAoConfig(kind, modules_to_not_convert=chosen.forms()["modules_to_not_convert"])
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config
+    ).eval()
+    left = {name for name in every if type(model.get_submodule(name).weight) is torch.nn.Parameter}
+    assert left == set(chosen.modules)
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_forms_are_those_of_the_quantizers():
