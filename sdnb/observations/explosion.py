@@ -1,0 +1,93 @@
+"""Where a model's norm explodes, and from which norm on a token counts as exploded there (06 to 09)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdnb.activations import detect, layer_steps
+from sdnb.activations.detection import MIN_RATIO
+from sdnb.anatomy import decoder_layers
+from sdnb.errors import ParameterError
+from sdnb.loading import Loaded
+from sdnb.observations.common import DETECTION_LINES, EncodedText, text_norms
+
+
+@dataclass(frozen=True)
+class Explosion:
+    """Where the norm explodes on a text.
+
+    Args:
+        layers: explosion layers by the rule of notebook 01, the largest step first.
+        layer: the layer that is looked at, 1..L: the one asked for, else the first of `layers`, else the one
+            with the largest step.
+        found: whether it is an explosion layer by the rule, or was asked for.
+        threshold: norm after that layer from which a token counts as exploded.
+        state_threshold: norm from which a state after any layer counts as high-norm.
+        high_norm: median norm after the layer of the high-norm tokens, None without any.
+        ordinary_norm: median norm after the layer of the other tokens.
+    """
+
+    layers: list[int]
+    layer: int
+    found: bool
+    threshold: float
+    state_threshold: float
+    high_norm: float | None
+    ordinary_norm: float
+
+
+def find_explosion(
+    loaded: Loaded,
+    encoded: EncodedText,
+    *,
+    explosion_layer: int | None = None,
+    threshold: float | None = None,
+) -> Explosion:
+    """Find the explosion layer on a text and the norm that tells exploded tokens from others right after it.
+
+    The threshold is rule 2 of `sdnb.activations.detection` at this one layer: half the lower decile of the
+    high-norm tokens' norms, or, where an ordinary token comes higher, the geometric mean of both. Without a
+    high-norm token it is five times the median.
+
+    Args:
+        loaded: the model.
+        encoded: lines of text; the first ones are run.
+        explosion_layer: a layer 1..L that replaces the automatic one.
+        threshold: a norm that replaces the automatic ones.
+
+    Returns:
+        The layer and its thresholds.
+
+    Raises:
+        ParameterError: there is no such layer.
+    """
+    count = len(decoder_layers(loaded.model))
+    if explosion_layer is not None and not 1 <= explosion_layer <= count:
+        raise ParameterError(f"explosion_layer is {explosion_layer}: give 1 to {count}, or null")
+    norms = text_norms(loaded, encoded.lines[:DETECTION_LINES])
+    seen = detect(norms, threshold=threshold)
+    steps = layer_steps(norms[:, seen.high_norm] if seen.high_norm.any() else norms)[0]
+    layer = explosion_layer or (seen.explosion_layers or [int(steps.argmax()) + 1])[0]
+    here, high = norms[layer], seen.high_norm
+    state_threshold = seen.threshold
+    if state_threshold is None:
+        state_threshold = MIN_RATIO * norms[1:].median(dim=1).values.max().item()
+    return Explosion(
+        seen.explosion_layers,
+        layer,
+        bool(seen.explosion_layers) or explosion_layer is not None,
+        threshold if threshold is not None else _threshold(here, high),
+        state_threshold,
+        here[high].median().item() if high.any() else None,
+        (here[~high] if (~high).any() else here).median().item(),
+    )
+
+
+def _threshold(norms: Tensor, high: Tensor) -> float:
+    """The norm between the high-norm tokens and the others after one layer, norms and high (N,)."""
+    if not high.any():
+        return MIN_RATIO * norms.median().item()
+    peak = torch.quantile(norms[high].double(), 0.1).item()
+    ordinary = norms[~high].max().item() if (~high).any() else 0.0
+    return peak / 2 if ordinary <= peak / 2 else (peak * ordinary) ** 0.5
