@@ -1,10 +1,12 @@
 """Attention, found by what it does: it moves the last token's output when an earlier token is changed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sdnb.anatomy.norms import Norm, measure_norm
 from sdnb.anatomy.probe import LayerProbe, Seen
 from sdnb.errors import LayerRefused
 
@@ -16,12 +18,15 @@ class AttentionMatrix:
     """What attention does to one-token sequences: attention(u) = matrix u + bias.
 
     Args:
-        matrix: W_O rep(W_V), shape (d, d).
+        matrix: W_O rep(W_V), shape (d, d). A norm inside the value path (latent attention) is in it by its gain,
+            without the divisor that depends on the data, as the norms before the branches are in the paper.
         bias: the answer to zero, shape (d,).
+        inner_norms: the norms inside attention that were taken by their gains; none as a rule.
     """
 
     matrix: Tensor
     bias: Tensor
+    inner_norms: tuple[Norm, ...] = ()
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The affine map.
@@ -33,6 +38,22 @@ class AttentionMatrix:
             Shape (n, d).
         """
         return rows @ self.matrix.T + self.bias
+
+    def inner_scale(self, rows: Tensor, real: Tensor) -> Tensor:
+        """The divisor that norms inside the value path leave out: the matrix's answer is about so often the real one.
+
+        Args:
+            rows: normed rows, shape (n, d).
+            real: what the real module makes of them, shape (n, d).
+
+        Returns:
+            1 / k, with k the coefficient for which k (matrix u) is nearest to real - bias, shape (n, 1); ones
+            without inner norms.
+        """
+        if not self.inner_norms:
+            return torch.ones_like(rows[:, :1])
+        linear = rows @ self.matrix.T
+        return linear.square().sum(1, keepdim=True) / (linear * (real - self.bias)).sum(1, keepdim=True)
 
 
 def trial_rows(d: int, device: torch.device, seed: int = 0) -> Tensor:
@@ -97,16 +118,48 @@ def mixing_modules(probe: LayerProbe) -> list[Seen]:
     return sorted(found, key=lambda seen: seen.name.count("."))
 
 
-def find_attention(probe: LayerProbe) -> Seen:
+def norms_inside(probe: LayerProbe, attention: Seen) -> tuple[Norm, ...]:
+    """The norms inside attention.
+
+    Args:
+        probe: the layer.
+        attention: attention's call.
+
+    Returns:
+        Those submodules that measure as norms.
+    """
+    seen = [
+        s for s in probe.watch(probe.states()[:, None]) if s.inside(attention) and s.name != attention.name
+    ]
+    small = [s for s in seen if all(p.ndim < 2 for p in s.module.parameters())]
+    norms = (measure_norm(s) for s in small if s.given.shape == s.returned.shape)
+    return tuple(norm for norm in norms if norm is not None)
+
+
+def linearised(norms: tuple[Norm, ...]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """What norms are to answer when their divisors are left out.
+
+    Args:
+        norms: the norms.
+
+    Returns:
+        Module -> its linear part.
+    """
+    return {norm.module: norm.linear for norm in norms}
+
+
+@torch.no_grad()
+def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
     """Finds the attention module: of those that mix tokens, the outermost that is affine at length one.
 
-    Where none is (clips, sinks, gates), the one nearest to affine.
+    A second look takes the norms inside by their gains. Where no module is affine even then (clips, sinks, gates),
+    it is the one nearest to it.
 
     Args:
         probe: the layer.
 
     Returns:
-        Its call.
+        Its call, and the norms inside that have to be taken by their gains.
 
     Raises:
         LayerRefused: no submodule mixes tokens.
@@ -114,25 +167,34 @@ def find_attention(probe: LayerProbe) -> Seen:
     candidates = mixing_modules(probe)
     if not candidates:
         raise LayerRefused(probe.number, "layer", "no submodule with hidden states in and out mixes tokens")
-    errors = []
+    errors = [nonlinearity(probe, seen.module) for seen in candidates]
+    for seen, error in zip(candidates, errors, strict=True):
+        if error < LINEAR:
+            return seen, ()
     for seen in candidates:
-        errors.append(nonlinearity(probe, seen.module))
-        if errors[-1] < LINEAR:
-            return seen
-    return candidates[errors.index(min(errors))]
+        norms = norms_inside(probe, seen)
+        with probe.altered(linearised(norms)):
+            if norms and nonlinearity(probe, seen.module) < LINEAR:
+                return seen, norms
+    return candidates[errors.index(min(errors))], ()
 
 
 @torch.no_grad()
-def read_attention(probe: LayerProbe, module: nn.Module) -> AttentionMatrix:
+def read_attention(
+    probe: LayerProbe, module: nn.Module, inner_norms: tuple[Norm, ...] = ()
+) -> AttentionMatrix:
     """Reads attention's matrix off the real module: its answers to the basis, less its answer to zero.
 
     Args:
         probe: the layer.
         module: the attention module of its copy.
+        inner_norms: norms inside that are taken by their gains.
 
     Returns:
         The matrix and the bias.
     """
     eye = torch.eye(probe.hidden_size, device=probe.device)
-    bias = probe.feed([module], module, torch.zeros_like(eye[:1]))[0]
-    return AttentionMatrix((probe.feed([module], module, eye) - bias).T.contiguous(), bias)
+    with probe.altered(linearised(inner_norms)):
+        bias = probe.feed([module], module, torch.zeros_like(eye[:1]))[0]
+        matrix = (probe.feed([module], module, eye) - bias).T.contiguous()
+    return AttentionMatrix(matrix, bias, inner_norms)

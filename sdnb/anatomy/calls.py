@@ -113,7 +113,7 @@ def rewrap(result: object, hidden: Tensor) -> object:
     Returns:
         A tensor or a tuple, as the module returns it.
     """
-    return (hidden, *result[1:]) if isinstance(result, (tuple, list)) else hidden
+    return type(result)([hidden, *result[1:]]) if isinstance(result, (tuple, list)) else hidden
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

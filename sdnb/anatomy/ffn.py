@@ -15,6 +15,16 @@ from sdnb.anatomy.wiring import Wiring, module_output, relative
 
 RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
 
+COMMON = (
+    "silu",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+    "sigmoid",
+    "tanh",
+    "quick_gelu",
+)  # written inline
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -65,7 +75,7 @@ class FFNFormula:
 
 
 def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator[Activation]:
-    """Functions that may be the activation: those that the layer holds, then those its configuration names.
+    """Functions that may be the activation: those the layer holds, those its configuration names, common ones.
 
     Args:
         probe: the layer.
@@ -88,7 +98,7 @@ def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator
         yield from (value for value in held if not isinstance(value, type))
     config = probe.decoder.model.config.get_text_config()
     named = [value for value in vars(config).values() if isinstance(value, str) and value in ACT2FN]
-    yield from (ACT2FN[name] for name in [*dict.fromkeys(named)])
+    yield from (ACT2FN[name] for name in dict.fromkeys([*named, *COMMON]))
 
 
 def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], Seen] | None:

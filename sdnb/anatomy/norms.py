@@ -57,6 +57,17 @@ class Norm:
         """
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
+    def linear(self, x: Tensor) -> Tensor:
+        """The norm without the divisor that depends on the data.
+
+        Args:
+            x: rows, shape (..., d).
+
+        Returns:
+            gain * (x - c mean(x)) + bias, shape (..., d).
+        """
+        return self.gain * self.centre(x) + self.bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """The formula, on any rows.
 
@@ -77,8 +88,16 @@ def measure_norm(seen: Seen) -> Norm | None:
         seen: a call of the module in question.
 
     Returns:
-        The norm; None if the module does not follow the formula.
+        The norm; None if the module does not follow the formula, or does not take rows at all.
     """
+    try:
+        return _measured(seen)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _measured(seen: Seen) -> Norm | None:
+    """The measurement itself; modules that are no norms may raise anything when they are fed rows."""
     module, d = seen.module, seen.given.shape[-1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, d, generator=generator).to(seen.given.device)

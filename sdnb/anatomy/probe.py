@@ -118,9 +118,15 @@ class LayerProbe:
 
         Returns:
             The layer's output, shape (n, T, d).
+
+        Raises:
+            LayerRefused: the layer needs more than the arguments that it is called with.
         """
         call = self.call(tuple(x.shape[:2]), ids).with_hidden(x)
-        return unwrap(self.layer(*call.args, **call.kwargs))
+        try:
+            return unwrap(self.layer(*call.args, **call.kwargs))
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise LayerRefused(self.number, "layer", f"does not run by itself: {error}") from error
 
     def rows(self, x: Tensor) -> Tensor:
         """What the layer makes of one-token sequences.
@@ -179,6 +185,25 @@ class LayerProbe:
                 stack.callback(module.register_forward_hook(after).remove)
             self.output(x)
         return seen
+
+    @contextmanager
+    def altered(self, answers: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Makes modules answer something else for the length of a block.
+
+        Args:
+            answers: submodule of the copy -> what it makes of its input, in the shape of its output.
+
+        Yields:
+            Nothing.
+        """
+
+        def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: object) -> object:
+            return rewrap(result, answers[module](Call.of(args, kwargs).hidden))
+
+        with ExitStack() as stack:
+            for module in answers:
+                stack.callback(module.register_forward_hook(answer, with_kwargs=True).remove)
+            yield
 
     @contextmanager
     def muted(self, *modules: nn.Module) -> Iterator[None]:

@@ -131,17 +131,15 @@ def find_decoder(model: nn.Module) -> Decoder:
             continue
         call, result = seen
         given, returned = call.hidden, unwrap(result)
-        if (
-            given is not None
-            and returned is not None
-            and given.shape == returned.shape
-            and given.shape[:2] == (1, 3)
-        ):
-            width = len(result) if isinstance(result, (tuple, list)) else None
-            return Decoder(model, list(stack), given.shape[-1], width)
-    raise ModelError(
-        f"{type(model).__name__} has no list of modules that turn hidden states into hidden states"
-    )
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (given, returned)]
+        if shapes[0] != shapes[1] or shapes[0] is None or shapes[0][:-1] != (1, 3):
+            raise ModelError(
+                f"the layers of {type(model).__name__} turn {shapes[0]} into {shapes[1]} for one sequence of three "
+                f"tokens, not one hidden state a token into one: several residual streams are not supported"
+            )
+        width = len(result) if isinstance(result, (tuple, list)) else None
+        return Decoder(model, list(stack), given.shape[-1], width)
+    raise ModelError(f"{type(model).__name__} runs no list of modules: its decoder layers are not found")
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -64,6 +64,11 @@ class LayerView:
         return self.affine.bias
 
     @property
+    def attention_inner_norms(self) -> tuple[Norm, ...]:
+        """Norms inside attention that are in the matrix by their gains alone (latent attention); else empty."""
+        return self.affine.inner_norms
+
+    @property
     def attention_norm(self) -> Norm | None:
         """The norm before attention."""
         return self.wiring.attention.norm
@@ -118,6 +123,17 @@ class LayerView:
             Its output before post-norm and multiplier, shape (n, d).
         """
         return module_output(self.probe, self.wiring.attention, u)
+
+    def attention_inner_scale(self, u: Tensor) -> Tensor:
+        """The divisor, depending on the data, of the norms inside attention's value path.
+
+        Args:
+            u: normed rows, shape (n, d).
+
+        Returns:
+            s with attention(u) = attention_matrix u / s + attention_bias, shape (n, 1); ones as a rule.
+        """
+        return self.affine.inner_scale(u, self.attention_module(u))
 
     def ffn_module(self, u: Tensor) -> Tensor:
         """The real feed-forward network on normed rows.
@@ -181,7 +197,7 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     """
     probe = LayerProbe(find_decoder(model), number)
     wiring = find_wiring(probe)
-    affine = read_attention(probe, wiring.attention.exit)
+    affine = read_attention(probe, wiring.attention.exit, wiring.inner_norms)
     ffn = recognise_ffn(probe, wiring)
     errors = measure(probe, wiring, affine, ffn)
     try:

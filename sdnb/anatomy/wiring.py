@@ -51,12 +51,14 @@ class Wiring:
         ffn: the branch f.
         parallel: which of the two sums.
         stand_in: attention's call on one-token sequences.
+        inner_norms: norms inside attention that are taken by their gains.
     """
 
     attention: Branch
     ffn: Branch
     parallel: bool
     stand_in: Seen
+    inner_norms: tuple[Norm, ...] = ()
 
 
 def relative(error: Tensor, of: Tensor) -> float:
@@ -244,7 +246,7 @@ def find_wiring(probe: LayerProbe) -> Wiring:
     """
     x = probe.states()
     seen = probe.watch(x[:, None])
-    mixer = find_attention(probe)
+    mixer, inner_norms = find_attention(probe)
     attention = next(s for s in seen if s.name == mixer.name)
     outside = [s for s in seen if s.name and not s.inside(attention) and not attention.inside(s)]
     silenced_attention, silenced_ffn = find_silenced(probe, x, attention, seen, outside)
@@ -267,4 +269,4 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         replace(branch, multiplier=coefficient(real, branch_output(probe, branch, x)))
         for branch, real in zip(branches, added, strict=True)
     ]
-    return Wiring(*fitted, is_parallel(probe, x, a, f), attention)
+    return Wiring(*fitted, is_parallel(probe, x, a, f), attention, inner_norms)

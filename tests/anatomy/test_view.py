@@ -1,0 +1,235 @@
+"""One layer's view: explicit references, what it must leave alone, half precision, offload, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, redraw
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
+from sdnb.errors import LayerRefused, ModelError, ParameterError
+
+
+def random_model(kind, auto=AutoModelForCausalLM, **options):
+    model = auto.from_config(AutoConfig.for_model(kind, **COMMON, **options), dtype=torch.float32).eval()
+    redraw(model)
+    return model.requires_grad_(False)
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+class TestAgainstTheWeights:
+    """Formulas written out by hand from the weights of known families."""
+
+    def test_grouped_heads_of_llama(self):
+        model = build("llama")
+        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
+        size = HIDDEN // HEADS
+        heads = [
+            attention.v_proj.weight[size * (h * KV_HEADS // HEADS) :][:size].double() for h in range(HEADS)
+        ]
+        A = attention.o_proj.weight.double() @ torch.cat(heads)
+        assert close(view.attention_matrix, A.float())
+        permuted = attention.o_proj.weight.double() @ torch.cat(heads[::-1])
+        assert not close(view.attention_matrix, permuted.float(), 0.1)
+
+    def test_biases_of_llama_go_through_the_projection(self):
+        model = build("llama")
+        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
+        size = HIDDEN // HEADS
+        values = attention.v_proj.bias.reshape(KV_HEADS, size).repeat_interleave(HEADS // KV_HEADS, 0)
+        expected = attention.o_proj.weight @ values.reshape(-1) + attention.o_proj.bias
+        assert close(view.attention_bias, expected)
+
+    def test_fused_heads_of_gpt_neox(self):
+        """Its fused projection stores query, key and value of one head after another."""
+        model = build("gpt_neox")
+        attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
+        fused = attention.query_key_value.weight.reshape(HEADS, 3, HIDDEN // HEADS, HIDDEN)
+        assert close(view.attention_matrix, attention.dense.weight @ fused[:, 2].reshape(HIDDEN, HIDDEN))
+        thirds = attention.query_key_value.weight[2 * HIDDEN :]
+        assert not close(view.attention_matrix, attention.dense.weight @ thirds, 0.1)
+
+    def test_transposed_weights_of_gpt2(self):
+        model = build("gpt2")
+        block, view = decoder_layers(model)[1], layer_view(model, 2)
+        A = (block.attn.c_attn.weight[:, 2 * HIDDEN :] @ block.attn.c_proj.weight).T
+        assert close(view.attention_matrix, A)
+        assert close(view.ffn.w, block.mlp.c_fc.weight.T)
+        assert close(view.ffn.down, block.mlp.c_proj.weight.T)
+
+    def test_gate_and_up_of_llama_and_phi3(self):
+        mlp, ffn = decoder_layers(build("llama"))[1].mlp, layer_view(build("llama"), 2).ffn
+        assert torch.equal(ffn.w, mlp.gate_proj.weight) and torch.equal(ffn.b, mlp.gate_proj.bias)
+        assert torch.equal(ffn.v, mlp.up_proj.weight) and torch.equal(ffn.c, mlp.up_proj.bias)
+        fused, ffn = decoder_layers(build("phi3"))[1].mlp.gate_up_proj, layer_view(build("phi3"), 2).ffn
+        assert torch.equal(ffn.w, fused.weight[:INNER]) and torch.equal(ffn.v, fused.weight[INNER:])
+
+    def test_activation_keeps_float64(self):
+        z = torch.linspace(-3, 3, 7, dtype=torch.float64)
+        activation = layer_view(build("gemma"), 1).ffn.activation
+        assert torch.allclose(
+            activation(z), torch.nn.functional.gelu(z, approximate="tanh"), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt", "falcon", "gemma2"])
+def test_the_model_is_left_as_it_was(name):
+    model = build(name)
+    before = copy.deepcopy(model.state_dict())
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    config = model.config.to_dict()
+    layer_view(model, 2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly(name, dtype):
+    """The view is that of the float32 model with the same, rounded, weights; and near that of the unrounded one."""
+    half, rounded = build(name, dtype=dtype), build(name, dtype=dtype).float()
+    view, twin, unrounded = layer_view(half, 2), layer_view(rounded, 2), layer_view(build(name), 2)
+    assert view.status == twin.status == "exact"
+    assert close(view.attention_matrix, twin.attention_matrix, 1e-6)
+    assert close(view.attention_norm.gain, twin.attention_norm.gain, 1e-6)
+    assert torch.equal(view.ffn.down, twin.ffn.down)
+    rounding = 2 * torch.finfo(dtype).eps
+    error = (view.attention_matrix - unrounded.attention_matrix).norm()
+    assert 0 < error < rounding * unrounded.attention_matrix.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_offloaded_weights_are_fetched(name):
+    view = layer_view(build(name), 2)
+    model = build(name)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in decoder_layers(model)[1].parameters())
+    offloaded = layer_view(model, 2)
+    assert torch.equal(offloaded.attention_matrix, view.attention_matrix)
+    assert torch.equal(offloaded.ffn.down, view.ffn.down)
+    assert all(p.is_meta for p in decoder_layers(model)[1].parameters())
+    leaves = [m for m in decoder_layers(model)[1].modules() if m._parameters]
+    assert leaves and all("_hf_hook" in vars(m) and "forward" in vars(m) for m in leaves)
+    ids = torch.arange(3, 8)[None]
+    assert torch.equal(model(ids).logits, build(name)(ids).logits)
+
+
+def test_weights_without_data_are_refused():
+    model = build("llama")
+    decoder_layers(model)[1].mlp.down_proj.to("meta")
+    with pytest.raises(ModelError, match="meta"):
+        layer_view(model, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mpt", "gpt_neox"])
+def test_branches_are_differentiable(name):
+    view = layer_view(build(name), 2)
+    generator = torch.Generator().manual_seed(0)
+    x, step = torch.randn(2, HIDDEN, generator=generator), 1e-2
+    direction, weights = torch.randn(2, 2, HIDDEN, generator=generator)
+    for branch in (view.ffn_branch, view.attention_branch, view.layer):
+        at = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((branch(at) * weights).sum(), at)
+        ahead, behind = branch(x + step * direction), branch(x - step * direction)
+        difference = ((ahead - behind) * weights).sum() / (2 * step)
+        assert (gradient * direction).sum() == pytest.approx(difference.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "mpt", "bloom", "gptj", "falcon_serial", "granite", "opt"]
+)
+def test_contributions_add_up_to_what_the_layer_does(name):
+    """On whole sequences, against hooks on the real model: masks, positions, post-norms and multipliers included."""
+    model, seen = build(name), {}
+    layer = decoder_layers(model)[1]
+
+    def hook(module, args, kwargs, result):
+        seen["x"] = (args[0] if args else kwargs["hidden_states"]).clone()
+        seen["y"] = (result[0] if isinstance(result, tuple) else result).clone()
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    ids = torch.arange(3, 17).reshape(2, 7)
+    model(ids)
+    handle.remove()
+    attention, ffn = branch_contributions(model, 2, seen["x"], ids)
+    assert close(attention + ffn, seen["y"] - seen["x"])
+    view = layer_view(model, 2)
+    first = seen["x"][:, 0]  # the first token sees only itself, as a sequence of one token does
+    assert close(attention[:, 0], view.attention_branch(first))
+    assert not close(attention[:, 1], view.attention_branch(seen["x"][:, 1]), 0.01)
+    flat = (seen["x"] if view.parallel else seen["x"] + attention).reshape(-1, HIDDEN)
+    assert close(ffn.reshape(-1, HIDDEN), view.ffn_branch(flat))
+
+
+class TestApproximate:
+    def test_a_clip_makes_attention_approximate(self):
+        options = {
+            "d_model": HIDDEN,
+            "n_heads": HEADS,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "expansion_ratio": 2,
+        }
+        clipped = layer_view(random_model("mpt", **options, attn_config={"clip_qkv": 1.0}), 1)
+        assert clipped.status == "approximate"
+        assert 1e-2 < clipped.attention_error < 0.7
+        wide = layer_view(random_model("mpt", **options, attn_config={"clip_qkv": 1e4}), 1)
+        assert wide.status == "exact"
+
+    def test_a_mixture_of_experts_is_sampled(self):
+        options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = random_model("mixtral", **options)
+        view = layer_view(model, 2)
+        assert (view.status, view.ffn, view.ffn_error) == ("sampled", None, None)
+        assert max(view.attention_error, view.layer_error) < 1e-5
+        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        real = decoder_layers(model)[1].mlp(u[:, None])
+        real = real[0] if isinstance(real, tuple) else real
+        assert close(view.ffn_module(u), real[:, 0])
+
+
+class TestRefused:
+    def test_layers_that_norm_the_sum(self):
+        sizes = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
+        model = random_model("bert", **sizes, is_decoder=True)
+        with pytest.raises(LayerRefused, match=r"layer 2, attention.*does not return its input") as refusal:
+            layer_view(model, 2)
+        assert refusal.value.layer == 2
+
+    def test_state_space_models(self):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
+        model = random_model("mamba", **sizes, use_mambapy=False)
+        with pytest.raises(LayerRefused, match="layer 1"):
+            layer_view(model, 1)
+
+    def test_encoder_decoders(self):
+        sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
+        with pytest.raises(ModelError, match="encoder-decoder"):
+            layer_view(random_model("t5", AutoModelForSeq2SeqLM, **sizes), 1)
+
+    @pytest.mark.parametrize("number", [0, 3, -1])
+    def test_layers_out_of_range(self, number):
+        with pytest.raises(ParameterError, match="layers 1 to 2"):
+            layer_view(build("llama"), number)
+
+    def test_without_the_check_the_errors_are_told(self):
+        options = {
+            "d_model": HIDDEN,
+            "n_heads": HEADS,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "expansion_ratio": 2,
+        }
+        model = random_model("mpt", **options, attn_config={"clip_qkv": 0.02})
+        with pytest.raises(LayerRefused, match="not a linear map"):
+            layer_view(model, 1)
+        view = layer_view(model, 1, check=False)
+        assert view.status == "refused" and view.attention_error > 0.7
