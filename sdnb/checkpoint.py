@@ -111,7 +111,7 @@ def _folder_of(name: str) -> Path | None:
     path = Path(name).expanduser()
     if name.startswith("zoo/") and not (path / "config.json").is_file():
         return _in_zoo(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return path.resolve()
     if path.is_file():
         raise ModelError(

@@ -11,18 +11,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sdnb import checkpoint as files
 from sdnb.checkpoint import Checkpoint
-from sdnb.errors import ModelError, ParameterError
+from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.fingerprint import first_not_finite, weights_fingerprint
 from sdnb.memory import check_memory, free_memory, offload_budget
 from sdnb.refusal import has_tokenizer, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOADING_ERRORS = (
+    ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError, EOFError,
+    SafetensorError, UnpicklingError,
+)  # fmt: skip
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
@@ -178,7 +184,9 @@ def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bo
         network, report = AutoModelForCausalLM.from_pretrained(
             found.target, local_files_only=True, output_loading_info=True, **options
         )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortage(f'{found.name} does not fit on {place}: use device="offload".') from error
+    except _LOADING_ERRORS as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{found.name} could not be loaded: {first} Either its files are damaged or do not fit its "

@@ -122,10 +122,12 @@ def _refuse_several_senses(checkpoint: Checkpoint) -> None:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = checkpoint.config.get("model_type")
-    settings = CONFIG_MAPPING.get(kind, None)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(settings, None)
-    text = getattr(settings, "sub_configs", {}).get("text_config") if settings else None
-    if model is not None and text is not None and model.config_class is text:
+    try:  # both mappings import on access, and do so by [] only
+        settings = CONFIG_MAPPING[kind]
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[settings]
+    except KeyError:
+        model = None
+    if model is not None and model.config_class is settings.sub_configs.get("text_config"):
         return
     raise ModelError(
         f"{checkpoint.name} ({kind}) takes images or sound as well as text. Save its text part as a model "

@@ -1,0 +1,167 @@
+"""The hub, played by a server in this process that answers like the real one; no network is used."""
+
+import hashlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import unquote, urlparse
+
+import pytest
+from huggingface_hub import constants
+
+from sdnb import load
+from sdnb.checkpoint import locate
+from sdnb.errors import ModelError
+from tests.tiny import tiny_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CODES = {"org/gated": (403, "GatedRepo"), "org/none": (404, "RepoNotFound")}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves one folder as `org/model` at one commit, and errors for other names."""
+
+    folder = None
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        path = unquote(urlparse(self.path).path).strip("/")
+        self.asked.append(path)
+        parts = path.removeprefix("api/models/").split("/")
+        name, kind, revision, file = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
+        if name in CODES:
+            self.error(*CODES[name])
+        elif revision not in ("main", "v1", COMMIT):
+            self.error(404, "RevisionNotFound")
+        elif kind == "resolve":
+            self.file(self.folder / file)
+        else:
+            files = [path for path in self.folder.iterdir() if path.is_file()]
+            tree = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files
+            ]
+            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
+            self.send(
+                200,
+                json.dumps(tree if kind == "tree" else info).encode(),
+                {"Content-Type": "application/json"},
+            )
+
+    def file(self, path):
+        if not path.is_file():
+            self.error(404, "EntryNotFound")
+            return
+        data = path.read_bytes()
+        self.send(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+
+    def error(self, status, code):
+        self.send(status, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+
+    def send(self, status, data, headers):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    Hub.folder, Hub.asked = tiny_model(tmp_path / "served", layers=1), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def go_offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        ("org/gated", None, "gated: accept its terms.*HF_TOKEN"),
+        ("org/none", None, "no model org/none on the hub"),
+        ("org/model", "v9", "no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_refuses_is_told(hub, name, revision, words):
+    with pytest.raises(ModelError, match=words):
+        load(name, revision=revision, device="cpu")
+
+
+def test_offline_and_not_cached(hub, monkeypatch):
+    go_offline(monkeypatch)
+    with pytest.raises(ModelError, match=r"not in the local cache.*HF_HUB_OFFLINE"):
+        load("org/model", device="cpu")
+    assert not hub.asked
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its attempts
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(ModelError, match=r"cannot be reached|could not be fetched"):
+        load("org/model", device="cpu")
+
+
+def test_a_model_is_fetched_quietly_and_its_commit_known(hub, monkeypatch, capfd):
+    loaded = load("org/model", revision="v1", device="cpu")
+    assert (loaded.revision, loaded.slug) == (COMMIT, "org__model@v1")
+    assert loaded.tokenizer is not None
+    assert capfd.readouterr() == ("", "")
+    go_offline(monkeypatch)
+    assert load("org/model", revision="v1", device="cpu").fingerprint == loaded.fingerprint
+    assert loaded.fingerprint == load(str(hub.folder), device="cpu").fingerprint
+
+
+def test_what_is_refused_is_refused_before_weights_are_fetched(hub):
+    path = hub.folder / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(ModelError, match="quantized"):
+        load("org/model", device="cpu")
+    assert not any(name.endswith(".safetensors") for name in hub.asked)
+
+
+def test_an_adapter_on_the_hub_is_known_as_one(hub):
+    (hub.folder / "config.json").unlink()
+    (hub.folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ModelError, match=r"adapter.*org/base"):
+        load("org/model", device="cpu")
+
+
+def test_a_repository_without_a_model(hub):
+    (hub.folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config.json"):
+        load("org/model", device="cpu")
+
+
+def test_a_cached_configuration_without_weights_offline(hub, monkeypatch):
+    locate("org/model")
+    go_offline(monkeypatch)
+    with pytest.raises(ModelError, match="no weights"):
+        load("org/model", device="cpu")

@@ -1,0 +1,402 @@
+"""Loading from folders: what comes back; every damaged or unsuitable folder is refused with the way out."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from sdnb import checkpoint, load, loading, memory
+from sdnb.checkpoint import slug_of
+from sdnb.errors import MemoryShortage, ModelError, ParameterError
+from sdnb.fingerprint import weights_fingerprint
+from sdnb.text import encode
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("org") / "Good-Model", layers=2)
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(good, tmp_path / "copy")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refused(folder, words, error=ModelError, **options):
+    with pytest.raises(error, match=words):
+        load(str(folder), device="cpu", **options)
+
+
+def test_a_folder_is_loaded_ready_to_look_at(good, capfd):
+    loaded = load(str(good), device="cpu")
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert (loaded.name, loaded.revision, loaded.device, loaded.dtype) == (str(good), None, "cpu", "float32")
+    assert loaded.slug == f"{good.parent.name}__good-model".lower()
+    assert encode(loaded.tokenizer, "Hello", True)[0] == 0
+    stored = load_file(good / "model.safetensors")
+    state = loaded.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_auto_keeps_half_precision_where_float32_does_not_fit(tmp_path, monkeypatch):
+    half = tiny_model(tmp_path / "half", dtype=torch.bfloat16)
+    assert load(str(half), device="cpu").dtype == "float32"
+    assert load(str(half), device="cpu", dtype="bfloat16").dtype == "bfloat16"
+    size = sum(t.numel() for t in load_file(half / "model.safetensors").values())
+    for where in (loading, memory):
+        monkeypatch.setattr(where, "free_memory", lambda place: 7 * size)  # less than twice 4 bytes a number
+    assert load(str(half), device="cpu").dtype == "bfloat16"
+
+
+def test_too_little_memory_says_how_much_and_what_lowers_it(good, monkeypatch):
+    bytes_needed = 1.1 * sum(4 * t.numel() for t in load_file(good / "model.safetensors").values())
+    for where in (loading, memory):
+        monkeypatch.setattr(where, "free_memory", lambda place: 1000)
+    refused(
+        good,
+        f"needs {bytes_needed / 2**30:.3g} GiB.*bfloat16.*{bytes_needed / 2**31:.3g}.*offload",
+        MemoryShortage,
+    )
+
+
+def test_offload_computes_the_same(good):
+    plain, offloaded = load(str(good), device="cpu", dtype="float32"), load(str(good), device="offload")
+    assert {parameter.device.type for parameter in offloaded.model.parameters()} == {"meta"}
+    ids = torch.tensor([[0, 5, 9]])
+    assert torch.equal(plain.model(ids).logits, offloaded.model(ids).logits)
+    assert plain.fingerprint == offloaded.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"dtype": "int4"}, "dtype='int4'"), ({"device": "tpu"}, "tpu"), ({"device": "cuda:99"}, "not there")],
+)
+def test_unknown_dtypes_and_devices_are_refused(good, options, words):
+    with pytest.raises(ParameterError, match=words):
+        load(str(good), **options)
+
+
+# --- names
+
+
+def test_the_zoo_is_found_from_anywhere(good, tmp_path, monkeypatch):
+    shutil.copytree(good, tmp_path / "zoo" / "small")
+    monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "zoo")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = load("zoo/small", device="cpu")
+    assert (loaded.name, loaded.slug) == ("zoo/small", "zoo__small")
+    refused("zoo/none", "no model zoo/none; there are: zoo/small")
+
+
+def test_the_zoo_lies_beside_the_package():
+    assert checkpoint.zoo_folder() == checkpoint.Path(checkpoint.__file__).parent.parent / "zoo"
+
+
+def test_outside_a_checkout_the_zoo_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "site-packages" / "zoo")
+    refused("zoo/llama", "outside a checkout.*Clone the repository")
+
+
+@pytest.mark.parametrize("name", ["./none", "/no/such/folder", "~/none", "a/b/c", "what is this", ""])
+def test_names_that_are_no_hub_id_are_refused(name):
+    refused(name, "no folder")
+
+
+def test_a_file_is_no_folder(good):
+    refused(good / "config.json", "is a file")
+
+
+def test_a_folder_has_no_revisions(good):
+    refused(good, "no revisions", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "slug"),
+    [
+        ("Qwen/Qwen3-0.6B", None, "qwen__qwen3-0.6b"),
+        ("gpt2", None, "gpt2"),
+        ("EleutherAI/pythia-160m", "step1000", "eleutherai__pythia-160m@step1000"),
+        ("org/name", "refs/pr/1", "org__name@refs-pr-1"),
+        ("/cache/models--Org--Name/snapshots/abc", None, "org__name"),
+        ("zoo/llama", None, "zoo__llama"),
+    ],
+)
+def test_slugs_are_safe_file_names(name, revision, slug):
+    assert slug_of(name, revision) == slug
+
+
+def test_a_folders_slug_is_its_last_two_parts(tmp_path, monkeypatch):
+    (tmp_path / "Org" / "My Model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "Org")
+    assert slug_of("My Model") == slug_of(str(tmp_path / "Org" / "My Model")) == "org__my-model"
+
+
+# --- of the wrong kind, refused before weights are read
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails the test if weights are about to be loaded."""
+    monkeypatch.setattr(loading, "_network", lambda *_: pytest.fail("weights were read"))
+
+
+@pytest.mark.usefixtures("unread")
+class TestWrongKinds:
+    def test_no_config(self, folder):
+        (folder / "config.json").unlink()
+        refused(folder, "no config.json")
+
+    def test_damaged_config(self, folder):
+        (folder / "config.json").write_text('{"model_type": "lla')
+        refused(folder, "config.json is damaged")
+
+    @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+    def test_encoder_only(self, folder, kind):
+        change_config(folder, model_type=kind, architectures=["SomeForMaskedLM"])
+        refused(folder, "no causal decoder")
+
+    @pytest.mark.parametrize("kind", ["t5", "bart"])
+    def test_encoder_decoder(self, folder, kind):
+        change_config(folder, model_type=kind, is_encoder_decoder=kind == "t5" or None)
+        refused(folder, "encoder-decoder")
+
+    def test_image_model(self, folder):
+        change_config(folder, model_type="vit")
+        refused(folder, "no causal decoder")
+
+    def test_unknown_type(self, folder):
+        change_config(folder, model_type="nosuchmodel")
+        refused(folder, "'nosuchmodel' is unknown to transformers")
+
+    @pytest.mark.parametrize(
+        ("settings", "method"),
+        [
+            ({"quant_method": "gptq", "bits": 4}, "gptq"),
+            ({"quant_method": "awq", "bits": 4}, "awq"),
+            ({"load_in_4bit": True}, "bitsandbytes"),
+            ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+            ({"quant_method": "fp8"}, "fp8"),
+        ],
+    )
+    def test_quantized(self, folder, settings, method):
+        change_config(folder, quantization_config=settings)
+        refused(folder, f"quantized \\({method}\\)")
+
+    def test_quantized_in_the_old_way(self, folder):
+        (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+        refused(folder, "quantized \\(gptq\\)")
+
+    def test_adapter(self, folder):
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).unlink()
+        (folder / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "org/base", "peft_type": "LORA"}'
+        )
+        save_file({"lora_A": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        refused(folder, "adapter.*org/base.*merge_and_unload")
+
+    def test_gguf(self, folder):
+        (folder / "config.json").unlink()
+        (folder / "model.gguf").write_bytes(b"GGUF")
+        refused(folder, "GGUF")
+
+    def test_no_weights(self, folder):
+        (folder / "model.safetensors").rename(folder / "tf_model.h5")
+        refused(folder, "no weights that can be loaded.*tf_model.h5")
+
+    def test_missing_shard(self, folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        index = {
+            "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(folder, "incomplete.*model-00002-of-00002")
+
+    @pytest.mark.parametrize("size", [0, 5, 100, -1])
+    def test_truncated_weights(self, folder, size):
+        path = folder / "model.safetensors"
+        os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+        refused(folder, "truncated or damaged")
+
+    def test_remote_code(self, folder, tmp_path):
+        (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        change_config(folder, model_type="own", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+        refused(folder, "Python code that comes with it.*trust_remote_code")
+        assert not (tmp_path / "ran").exists()
+
+    def test_text_and_image_model(self, folder):
+        change_config(folder, model_type="gemma3", vision_config={}, text_config={})
+        refused(folder, "images or sound.*get_text_config")
+
+
+# --- damaged in its weights
+
+
+def test_nan_weights(folder):
+    change_weights(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, float("nan")))
+    refused(folder, "model.norm.weight holds NaN")
+
+
+def test_infinite_weights(folder):
+    change_weights(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((5, 3), -float("inf")))
+    refused(folder, "lm_head.weight holds NaN or infinity")
+
+
+def test_missing_weights_are_not_drawn_at_random(folder):
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(folder, "lacks 1 of the weights.*layers.1.mlp.up_proj.weight")
+
+
+def test_weights_left_over(folder):
+    change_config(folder, num_hidden_layers=1, layer_types=None)
+    refused(folder, r"weights that LlamaForCausalLM does not use \(model.layers.1")
+
+
+def test_weights_of_another_shape(folder):
+    change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
+    refused(folder, "could not be loaded")
+
+
+def test_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text('{"model": ')
+    refused(folder, "tokenizer of .* could not be loaded")
+
+
+def test_a_model_without_tokenizer_is_loaded(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+    assert load(str(folder), device="cpu").tokenizer is None
+
+
+# --- what runs code
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickles_are_refused_unread(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
+    refused(folder, "pickle form.*allow_pickle=True")
+    refused(folder, "could not be loaded", allow_pickle=True)  # torch reads only what is no code
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_are_read_when_asked_for(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    loaded = load(str(folder), device="cpu", allow_pickle=True)
+    assert torch.equal(loaded.model.state_dict()["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_remote_code_runs_when_asked_for(folder, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    change_config(folder, model_type="own", auto_map=names)
+    assert type(load(str(folder), device="cpu", trust_remote_code=True).model).__name__ == "Own"
+
+
+# --- text and image: the way out that the message names
+
+VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+TEXT_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+
+
+def test_the_way_out_for_a_text_and_image_model(good, tmp_path):
+    text = json.loads((good / "config.json").read_text())
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={key: text[key] for key in TEXT_KEYS},
+        vision_config=VISION,
+    )
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(whole)
+    refused(whole, "get_text_config")
+    full = AutoModelForImageTextToText.from_pretrained(whole)
+    alone = AutoModelForCausalLM.from_config(full.config.get_text_config())
+    alone.model, alone.lm_head = full.model.language_model, full.lm_head
+    alone.save_pretrained(part)
+    loaded = load(str(part), device="cpu")
+    ids = torch.tensor([[3, 5, 9]])
+    torch.testing.assert_close(loaded.model(ids).logits, full(ids).logits)
+
+
+# --- the fingerprint
+
+
+def test_the_fingerprint_sees_every_bit_and_every_place(good):
+    model = load(str(good), device="cpu").model
+    first = weights_fingerprint(model)
+    assert first == weights_fingerprint(load(str(good), device="cpu").model)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    seen = {first}
+    for change in (
+        lambda: weight.view(torch.int32).__setitem__((3, 17), weight.view(torch.int32)[3, 17] ^ 1),
+        lambda: weight.copy_(weight.flip(0)),  # the same numbers in other places
+        lambda: weight.copy_(weight.roll(2, 1)),
+    ):
+        change()
+        seen.add(weights_fingerprint(model))
+    assert len(seen) == 4
+
+
+def test_the_fingerprint_sees_names_dtypes_and_shapes(good):
+    model = load(str(good), device="cpu").model
+    seen = {weights_fingerprint(model)}
+    first, second = model.model.layers
+    model.model.layers[0], model.model.layers[1] = second, first
+    seen.add(weights_fingerprint(model))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight.reshape(16, -1), requires_grad=False)
+    seen.add(weights_fingerprint(model))
+    seen.add(weights_fingerprint(model.bfloat16()))
+    assert len(seen) == 4
+
+
+def test_tied_weights_count_once(tmp_path):
+    tied = load(str(tiny_model(tmp_path / "tied", tie_word_embeddings=True)), device="cpu").model
+    first = weights_fingerprint(tied)
+    tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.clone(), requires_grad=False)
+    assert weights_fingerprint(tied) != first
