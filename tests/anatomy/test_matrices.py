@@ -1,0 +1,126 @@
+"""Fused matrices are cut as the model uses them: against cuts written out by hand, and a twin cut wrongly."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from sdnb.anatomy.matrices import check_roles, layer_matrices, model_matrices, replaced_matrices
+from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.roles import layer_roles
+from sdnb.anatomy.trace import find_decoder
+from sdnb.errors import LayerRefused
+from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, build
+
+HEAD = HIDDEN // HEADS
+GATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm",
+         "stablelm_parallel", "cohere", "granite"}  # fmt: skip
+
+
+def per_head(fused, which):
+    """Row block `which` of three in every head, (heads, 3, head size, in), as GPT-NeoX and Bloom store them."""
+    return fused.reshape(HEADS, 3, HEAD, -1)[:, which].reshape(HIDDEN, -1)
+
+
+def by_hand(name, layer):
+    """Q, K, V of a fused layer, from the published layout of each family."""
+    if name.startswith("gpt_neox"):
+        fused = layer.attention.query_key_value.weight
+        return [per_head(fused, i) for i in range(3)]
+    if name in ("bloom", "falcon_serial"):
+        fused = layer.self_attention.query_key_value.weight
+        return [per_head(fused, i) for i in range(3)]
+    if name == "falcon":  # multi-query: all query heads, one key head, one value head
+        return list(layer.self_attention.query_key_value.weight.split([HIDDEN, HEAD, HEAD]))
+    if name == "falcon_new":  # per group of keys: its query heads, then a key and a value head
+        group = HEADS // KV_HEADS
+        fused = layer.self_attention.query_key_value.weight.reshape(KV_HEADS, group + 2, HEAD, -1)
+        return [part.reshape(-1, HIDDEN) for part in (fused[:, :group], fused[:, group], fused[:, group + 1])]
+    if name == "gpt2":
+        return list(layer.attn.c_attn.weight.T.chunk(3))
+    if name == "phi3":
+        return list(layer.self_attn.qkv_proj.weight.split([HIDDEN, KV_HEADS * HEAD, KV_HEADS * HEAD]))
+    return list(layer.attn.Wqkv.weight.chunk(3))  # mpt
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_its_matrices(name):
+    found = {matrix.kind: matrix for matrix in layer_matrices(build(name), 2)}
+    wanted = {"q", "k", "v", "o", "up", "down"} | ({"gate"} if name in GATED else set())
+    assert set(found) == wanted
+    assert found["o"].shape[0] == found["down"].shape[0] == HIDDEN
+    assert found["k"].shape == found["v"].shape
+    assert found["up"].shape == found["down"].shape[::-1]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_serial", "bloom", "falcon", "falcon_new", "falcon_serial",
+                                  "gpt2", "phi3", "mpt"])  # fmt: skip
+def test_fused_queries_keys_and_values_are_cut_as_published(name):
+    model = build(name)
+    found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
+    layer = find_decoder(model).layers[0]
+    for kind, expected in zip("qkv", by_hand(name, layer), strict=True):
+        torch.testing.assert_close(found[kind].read(), expected, rtol=0, atol=0)
+
+
+def test_fused_gate_and_up_are_told_apart():
+    model = build("phi3")
+    found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
+    gate, up = model.model.layers[0].mlp.gate_up_proj.weight.split(INNER)  # phi3: the gate comes first
+    torch.testing.assert_close(found["gate"].read(), gate)
+    torch.testing.assert_close(found["up"].read(), up)
+
+
+def test_a_plain_thirds_cut_of_neox_is_refused():
+    decoder = find_decoder(build("gpt_neox"))
+    roles = layer_roles(LayerProbe(decoder, 1))
+    check_roles(LayerProbe(decoder, 1), roles)
+    thirds = torch.arange(3 * HIDDEN).chunk(3)
+    roles.rows["attention.query_key_value"] = dict(zip("qkv", thirds, strict=True))
+    with pytest.raises(LayerRefused, match="cut wrongly"):
+        check_roles(LayerProbe(decoder, 1), roles)
+
+
+def test_gate_and_up_in_each_others_place_are_refused():
+    decoder = find_decoder(build("llama"))
+    roles = layer_roles(LayerProbe(decoder, 1))
+    rows = roles.rows
+    rows["mlp.gate_proj"], rows["mlp.up_proj"] = (
+        {"up": rows["mlp.gate_proj"]["gate"]}, {"gate": rows["mlp.up_proj"]["up"]},
+    )  # fmt: skip
+    with pytest.raises(LayerRefused, match="negative of up"):
+        check_roles(LayerProbe(decoder, 1), roles)
+
+
+def test_an_encoder_has_matrices_too():
+    config = AutoConfig.for_model(
+        "bert",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
+    model = AutoModel.from_config(config).eval()
+    found = {matrix.kind: matrix for matrix in layer_matrices(model, 2)}
+    layer = model.encoder.layer[1]
+    assert set(found) == {"q", "k", "v", "o", "up", "down"}
+    torch.testing.assert_close(found["q"].read(), layer.attention.self.query.weight.detach())
+    torch.testing.assert_close(found["down"].read(), layer.output.dense.weight.detach())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gpt_neox", torch.float32), ("gpt2", torch.bfloat16)])
+def test_replaced_weights_come_back_bit_for_bit(name, dtype):
+    model = build(name, dtype=dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    intact = model(ids).logits
+    layers = list(model_matrices(model))
+    changes = [(m, torch.zeros(m.shape)) for matrices in layers for m in matrices if m.kind in "qv"]
+    keys = next(matrix for matrix in layers[0] if matrix.kind == "k")
+    with pytest.raises(ZeroDivisionError), replaced_matrices(changes):
+        assert all(matrix.read().abs().max() == 0 for matrix, _ in changes)
+        assert keys.read().abs().max() > 0, "rows of the same leaf that were not named must stay"
+        assert not torch.equal(model(ids).logits, intact)
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(ids).logits, intact)
