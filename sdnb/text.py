@@ -51,6 +51,18 @@ def lines_of(
     return lines[:max_lines]
 
 
+def whole(text: str | Sequence[str]) -> str:
+    """Take a text as one string, unchanged, as perplexity wants it.
+
+    Args:
+        text: "heldout", the path of a UTF-8 text file, or a list of lines, which are joined by blank lines.
+
+    Returns:
+        The text, never empty.
+    """
+    return _read(text) if isinstance(text, str) else "\n\n".join(_literal(text))
+
+
 def text_hash(lines: Sequence[str]) -> str:
     """SHA-256 of the lines that were read, joined by newlines.
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from sdnb.errors import ParameterError, TextError
-from sdnb.text import begins_with_begin_token, check_ids, encode, lines_of, position_limit, text_hash
+from sdnb.text import begins_with_begin_token, check_ids, encode, lines_of, position_limit, text_hash, whole
 from tests.tiny import tiny_tokenizer
 
 
@@ -121,3 +121,12 @@ def test_a_model_without_a_position_limit_has_none():
         pass
 
     assert position_limit(Bare()) is None
+
+
+def test_a_whole_text_is_taken_unchanged(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" = Title = \n\n a line \n", encoding="utf-8")
+    assert whole(str(path)) == " = Title = \n\n a line \n"
+    assert whole(["one", "two"]) == "one\n\ntwo"
+    with pytest.raises(TextError):
+        whole([" "])
