@@ -2,6 +2,7 @@
 
 from sdnb.anatomy.attention import AttentionMatrix
 from sdnb.anatomy.ffn import FFNFormula
+from sdnb.anatomy.matrices import WeightMatrix, layer_matrices, model_matrices, replaced_matrices
 from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.trace import decoder_layers
 from sdnb.anatomy.view import LayerView, branch_contributions, layer_view
@@ -11,7 +12,11 @@ __all__ = [
     "FFNFormula",
     "LayerView",
     "Norm",
+    "WeightMatrix",
     "branch_contributions",
     "decoder_layers",
+    "layer_matrices",
     "layer_view",
+    "model_matrices",
+    "replaced_matrices",
 ]

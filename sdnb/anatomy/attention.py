@@ -18,8 +18,8 @@ class AttentionMatrix:
     """What attention does to one-token sequences: attention(u) = matrix u + bias.
 
     Args:
-        matrix: W_O rep(W_V), shape (d, d). A norm inside the value path (latent attention) is in it by its gain,
-            without the divisor that depends on the data, as the norms before the branches are in the paper.
+        matrix: W_O rep(W_V), shape (d, d). A norm inside the value path (latent attention) is in it by its
+            gain, without the divisor that depends on the data, as norms before branches are in the paper.
         bias: the answer to zero, shape (d,).
         inner_norms: the norms inside attention that were taken by their gains; none as a rule.
     """
@@ -40,7 +40,7 @@ class AttentionMatrix:
         return rows @ self.matrix.T + self.bias
 
     def inner_scale(self, rows: Tensor, real: Tensor) -> Tensor:
-        """The divisor that norms inside the value path leave out: the matrix's answer is about so often the real one.
+        """The divisor that norms inside the value path leave out: matrix u is so many times the real answer.
 
         Args:
             rows: normed rows, shape (n, d).
@@ -152,8 +152,8 @@ def linearised(norms: tuple[Norm, ...]) -> dict[nn.Module, Callable[[Tensor], Te
 def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
     """Finds the attention module: of those that mix tokens, the outermost that is affine at length one.
 
-    A second look takes the norms inside by their gains. Where no module is affine even then (clips, sinks, gates),
-    it is the one nearest to it.
+    A second look takes the norms inside by their gains. Where no module is affine even then (clips, sinks,
+    gates), it is the one nearest to it.
 
     Args:
         probe: the layer.

@@ -20,8 +20,8 @@ class Errors:
     """What the check measured, all relative to the branch in question.
 
     Args:
-        reading: matrix and bias against the real module on basis rows and on zero, where even a module that is
-            not linear must agree.
+        reading: matrix and bias against the real module on basis rows and on zero, where even a module
+            that is not linear must agree.
         attention: the same on normed rows of real length.
         linearity: the same on sums and multiples of rows, where clips and sinks cannot hide.
         ffn: the formula against the real module on the same kinds of rows; None if no formula was recognised.
@@ -64,7 +64,7 @@ def composed(probe: LayerProbe, branch: Branch, x: Tensor) -> Tensor:
 
 
 def reading_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
-    """How far attention's matrix and bias are from the real module where they were read: on basis rows and zero.
+    """How far attention's matrix and bias are from the real module where they were read.
 
     Args:
         probe: the layer.

@@ -75,7 +75,7 @@ class FFNFormula:
 
 
 def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator[Activation]:
-    """Functions that may be the activation: those the layer holds, those its configuration names, common ones.
+    """Functions that may be the activation: those held, those the configuration names, common ones.
 
     Args:
         probe: the layer.
@@ -120,7 +120,7 @@ def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], See
 
 
 def pairings(inner: list[nn.Module], width: int) -> Iterator[tuple[tuple, tuple | None]]:
-    """The ways to make inner units of linear maps: plain, gated, fused in halves or alternately, either order.
+    """The ways to make inner units of linear maps: plain, gated, fused in halves or alternately.
 
     Args:
         inner: the maps that read the FFN's input.

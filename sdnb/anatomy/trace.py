@@ -1,7 +1,7 @@
 """Watching a forward pass: which modules are the decoder layers, and what each of them is called with.
 
-Nothing here changes the model: replaced `forward` methods live inside context managers, and a pass is cut short
-as soon as it has shown what was asked for, so the logits are never computed.
+Nothing here changes the model: replaced `forward` methods live inside context managers, and a pass is cut
+short as soon as it has shown what was asked for, so the logits are never computed.
 """
 
 from collections.abc import Callable
@@ -134,8 +134,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (given, returned)]
         if shapes[0] != shapes[1] or shapes[0] is None or shapes[0][:-1] != (1, 3):
             raise ModelError(
-                f"the layers of {type(model).__name__} turn {shapes[0]} into {shapes[1]} for one sequence of three "
-                f"tokens, not one hidden state a token into one: several residual streams are not supported"
+                f"the layers of {type(model).__name__} turn {shapes[0]} into {shapes[1]} for one sequence of "
+                f"three tokens, not one hidden state a token into one: that residual stream is not supported"
             )
         width = len(result) if isinstance(result, (tuple, list)) else None
         return Decoder(model, list(stack), given.shape[-1], width)

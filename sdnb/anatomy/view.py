@@ -65,7 +65,7 @@ class LayerView:
 
     @property
     def attention_inner_norms(self) -> tuple[Norm, ...]:
-        """Norms inside attention that are in the matrix by their gains alone (latent attention); else empty."""
+        """Norms inside attention that are in the matrix by their gains alone (latent attention)."""
         return self.affine.inner_norms
 
     @property

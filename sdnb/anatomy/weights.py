@@ -1,7 +1,8 @@
 """Reading weights: a float32 copy of one layer, offloaded weights included, and never a `meta` tensor.
 
-Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and arithmetic
-on a `meta` tensor silently gives another one. So every leaf module is aligned by itself, read, and let go again.
+Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and
+arithmetic on a `meta` tensor silently gives another one. So every leaf module is aligned by itself,
+read, and let go again.
 """
 
 import copy
@@ -63,7 +64,7 @@ def read_tensors(module: nn.Module) -> dict[str, Tensor]:
             if tensor.is_meta:
                 raise ModelError(
                     f"the weight {name!r} of {type(module).__name__} has no data (meta device): load the "
-                    f"model with its weights, and let accelerate place them (device_map='auto') if they do not fit"
+                    f"model with its weights; device_map='auto' lets accelerate place what does not fit"
                 )
             tensors[name] = as_float32(tensor)
     return tensors

@@ -1,15 +1,15 @@
-"""The contract: every family through one body, against hooks on the real, unmodified model; and its broken twins."""
+"""The contract: every family through one body, against hooks on the real model; and its broken twins."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tests.families import FAMILIES, LAYERS, build
 
 from sdnb.anatomy import LayerView, decoder_layers, layer_view
 from sdnb.anatomy.check import measure, verdict
 from sdnb.errors import LayerRefused
 from sdnb.linearize import closed_form_fit, sampled_fit
+from tests.families import FAMILIES, LAYERS, build
 
 TOLERANCE = 1e-5
 BROKEN = 1e-3  # what a broken view must exceed
@@ -18,7 +18,7 @@ NUMBER = 2
 
 @dataclass(frozen=True)
 class Truth:
-    """What the source of a family says, by hand: the names of modules in a layer, and the shape of its residual."""
+    """What the source of a family says, by hand: names of modules in a layer, the shape of its residual."""
 
     attention: str = "self_attn"
     projection: str = "self_attn.o_proj"
@@ -76,7 +76,7 @@ def first(value):
 
 
 def observe(model, truth: Truth, number: int = NUMBER) -> dict[str, torch.Tensor]:
-    """What the real model's modules are given and return, for one-token sequences of many different tokens."""
+    """What the real model's modules are given and return, for one-token sequences of many tokens."""
     layer, seen = decoder_layers(model)[number - 1], {}
 
     def given(name):
@@ -167,7 +167,7 @@ def test_layers_are_found(case):
 
 def test_both_branches_change_the_hidden_state(case):
     """Else every check below would be blind to one of them."""
-    _, truth, model, _, view = case
+    _, truth, model, _, _ = case
     for number in range(1, LAYERS + 1):
         seen = observe(model, truth, number)
         x, branch = seen["x"], layer_view(model, number)
@@ -211,7 +211,7 @@ def without_gain(view, side):
 
 
 def with_heads_permuted(view, name):
-    """Two heads change places on the way out; where all share one value head that changes nothing: channels do."""
+    """Two heads change places on the way out; where all share one value head, which hides it, channels do."""
     model = build(name)
     projection = decoder_layers(model)[NUMBER - 1].get_submodule(TRUTH[name].projection)
     transposed = type(projection).__name__ == "Conv1D"

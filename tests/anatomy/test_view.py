@@ -1,15 +1,15 @@
-"""One layer's view: explicit references, what it must leave alone, half precision, offload, and what is refused."""
+"""One layer's view: explicit references, what is left alone, half precision, offload, refusals."""
 
 import copy
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, redraw
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
 from sdnb.errors import LayerRefused, ModelError, ParameterError
+from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, redraw
 
 
 def random_model(kind, auto=AutoModelForCausalLM, **options):
@@ -94,7 +94,7 @@ def test_the_model_is_left_as_it_was(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_exactly(name, dtype):
-    """The view is that of the float32 model with the same, rounded, weights; and near that of the unrounded one."""
+    """The view is that of the float32 model with the same, rounded, weights, and near the unrounded one's."""
     half, rounded = build(name, dtype=dtype), build(name, dtype=dtype).float()
     view, twin, unrounded = layer_view(half, 2), layer_view(rounded, 2), layer_view(build(name), 2)
     assert view.status == twin.status == "exact"
@@ -147,7 +147,7 @@ def test_branches_are_differentiable(name):
     "name", ["llama", "gemma2", "mpt", "bloom", "gptj", "falcon_serial", "granite", "opt"]
 )
 def test_contributions_add_up_to_what_the_layer_does(name):
-    """On whole sequences, against hooks on the real model: masks, positions, post-norms and multipliers included."""
+    """On whole sequences, against hooks on the real model: masks, positions, post-norms, multipliers."""
     model, seen = build(name), {}
     layer = decoder_layers(model)[1]
 
