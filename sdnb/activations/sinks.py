@@ -44,6 +44,8 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     configs = {id(config): config for config in _configs(model)}.values()
     # The attribute behind the property: the property's setter would change nested configurations as well.
     before = [(config, config._attn_implementation_internal) for config in configs]
+    # transformers leaves the hooks with which it collects attentions, and a mark that they are there.
+    hooks = {module: (set(module._forward_hooks), set(vars(module))) for module in model.modules()}
     try:
         for config, _ in before:
             config._attn_implementation_internal = "eager"
@@ -51,6 +53,11 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+        for module, (numbers, names) in hooks.items():
+            for number in set(module._forward_hooks) - numbers:
+                del module._forward_hooks[number]
+            for name in set(vars(module)) - names:
+                delattr(module, name)
 
 
 def _configs(model: nn.Module) -> Iterator[PretrainedConfig]:

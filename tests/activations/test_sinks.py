@@ -76,12 +76,16 @@ def test_uniform_attention_is_the_uniform_share(model):
 def test_every_family_tells_its_attention_and_is_restored(family):
     model = build(family)
     before, logits = model.config._attn_implementation, model(IDS, use_cache=False).logits
+    names = [sorted(vars(module)) for module in model.modules()]
     maps = list(attention_maps(model, IDS))
     assert len(maps) == 2 and all(m.shape == (3, 4, 6, 6) for m in maps)
     for m in maps:
         torch.testing.assert_close(m.sum(-1), torch.ones(3, 4, 6))
         assert not m.triu(1).any()
     assert model.config._attn_implementation == before
+    assert names == [sorted(vars(module)) for module in model.modules()]
+    assert not any(module._forward_hooks for module in model.modules())
+    assert len(list(attention_maps(model, IDS))) == 2  # and once more
     assert torch.equal(model(IDS, use_cache=False).logits, logits)
 
 
