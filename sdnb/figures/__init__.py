@@ -1,4 +1,4 @@
-"""Every picture of the book: a function takes a record's values or arrays and returns a figure or its axes."""
+"""Every picture of the book: from a record's values or arrays to a figure or its axes."""
 
 from sdnb.figures.directions import eigenpairs, ledger_bars, singular_directions, state_angles
 from sdnb.figures.linearity import linearity, sampling_error

@@ -11,7 +11,12 @@ RIGHT_ANGLE = (-2, 92)
 
 
 def state_angles(
-    angles: np.ndarray, layers: np.ndarray, positions: np.ndarray, lines: np.ndarray, layer_count: int, title: str = ""
+    angles: np.ndarray,
+    layers: np.ndarray,
+    positions: np.ndarray,
+    lines: np.ndarray,
+    layer_count: int,
+    title: str = "",
 ) -> Figure:
     """Draw the angle of every high-norm state to the mean one: by sample, by layer, by position in the line.
 
@@ -38,7 +43,8 @@ def state_angles(
     integer_layers(axes[1], layer_count)
     axes[0].set_ylabel("angle to the mean state (degrees)")
     axes[0].set_ylim(bottom=0, top=max(10.0, float(angles.max(initial=0)) * 1.08))
-    axes[-1].legend(markerscale=2, fontsize=8)
+    if len(angles):
+        axes[-1].legend(markerscale=2, fontsize=8)
     fig.suptitle(title)
     return fig
 
@@ -83,7 +89,7 @@ def singular_directions(values: dict, annotate: bool = True, title: str = "") ->
 
 
 def eigenpairs(values: dict, annotate: bool = True, title: str = "") -> Figure:
-    """Draw angle and eigenvalue of the eigenvector of L - I nearest to the direction, on two axes as in paper A.
+    """Draw angle and eigenvalue of the eigenvector of L - I nearest to the direction, on two axes.
 
     Args:
         values: the values of record 05.
@@ -98,10 +104,21 @@ def eigenpairs(values: dict, annotate: bool = True, title: str = "") -> Figure:
     x = np.arange(1, count + 1)
     marked = [*values["explosion_layers"], *values["decay_layers"]]
     mark_layers(ax, values["explosion_layers"], values["decay_layers"])
-    ax.plot(x, numbers(values["angle_deg"]), marker="o", ms=4.5, lw=1.2, color=COLOURS["L"], label="angle (left axis)")
-    ax.axhline(values["nearest_random_angle_deg"], color=COLOURS["null"], ls="--", lw=1,
-               label=f"nearest of d random directions: {values['nearest_random_angle_deg']:.1f}°")  # fmt: skip
-    ax.set(xlabel="layer", ylabel="angle to the empirical\ndirection (degrees)", ylim=RIGHT_ANGLE, title=title)
+    ax.plot(
+        x,
+        numbers(values["angle_deg"]),
+        marker="o",
+        ms=4.5,
+        lw=1.2,
+        color=COLOURS["L"],
+        label="angle (left axis)",
+    )
+    null = values["nearest_random_angle_deg"]
+    label = f"nearest of d random directions: {null:.1f}°"
+    ax.axhline(null, color=COLOURS["null"], ls="--", lw=1, label=label)
+    ax.set(
+        xlabel="layer", ylabel="angle to the empirical\ndirection (degrees)", ylim=RIGHT_ANGLE, title=title
+    )
     right = ax.twinx()
     right.grid(False)
     right.spines["right"].set_visible(True)
@@ -132,7 +149,7 @@ def ledger_bars(values: dict, title: str = "") -> Axes:
     Returns:
         The axes.
     """
-    fig, ax = plt.subplots(figsize=(PAGE, 3.4))
+    ax = plt.subplots(figsize=(PAGE, 3.4))[1]
     count = len(values["ledger_attention"])
     x = np.arange(1, count + 1)
     mark_layers(ax, values["explosion_layers"], values["decay_layers"])
@@ -142,7 +159,6 @@ def ledger_bars(values: dict, title: str = "") -> Axes:
                label=f"{label}, high-norm tokens")  # fmt: skip
         ax.plot(x + shift, numbers(values[f"ledger_ordinary_{name}"]), "_", color="black", ms=8,
                 label=f"{label}, other tokens" if name == "ffn" else None)  # fmt: skip
-    ax.get_legend_handles_labels()
     ax.axhline(0, color="black", lw=0.7)
     ax.set(xlabel="layer", ylabel="added along the\nempirical direction", title=title)
     integer_layers(ax, count)
@@ -157,7 +173,9 @@ def numbers(entries: list) -> np.ndarray:
     return np.array([np.nan if entry is None else entry for entry in entries], dtype=float)
 
 
-def _annotate(ax: Axes, x: np.ndarray, y: np.ndarray, layers: list[int], colour: str, form: str = "{:.1f}°") -> None:
+def _annotate(
+    ax: Axes, x: np.ndarray, y: np.ndarray, layers: list[int], colour: str, form: str = "{:.1f}°"
+) -> None:
     """Write y at the given layers."""
     for layer in layers:
         if np.isfinite(y[layer - 1]):

@@ -10,7 +10,7 @@ from sdnb.figures.style import COLOURS, COLUMN, PAGE, integer_layers
 
 
 def linearity(values: dict, title: str = "") -> Figure:
-    """Draw cosine (above) and relative error (below) of the linear view per layer: real states and Gaussian inputs.
+    """Draw cosine (above) and relative error (below) of the linear view per layer.
 
     Args:
         values: the values of record 03.
@@ -30,8 +30,9 @@ def linearity(values: dict, title: str = "") -> Figure:
                     continue  # attention has no input scale
                 for kind, style, where in (("", "-", "real states"), ("_gaussian", ":", "Gaussian inputs")):
                     label = where if branch == "attention" else f"{where}, {name}"
-                    ax.plot(x, numbers(values[f"{branch}{scale}{kind}_{what}"]), ls=style, marker=marker, ms=3.5, lw=1.2,
-                            color=COLOURS[branch], alpha=1.0 if not scale else 0.55, label=label)  # fmt: skip
+                    y = numbers(values[f"{branch}{scale}{kind}_{what}"])
+                    look = {"color": COLOURS[branch], "alpha": 0.55 if scale else 1.0, "ms": 3.5, "lw": 1.2}
+                    ax.plot(x, y, ls=style, marker=marker, label=label, **look)
             integer_layers(ax, count)
         axes[0, column].set_title({"attention": "attention", "ffn": "FFN", "layer": "layer"}[branch])
         axes[1, column].set_xlabel("layer")
@@ -44,7 +45,7 @@ def linearity(values: dict, title: str = "") -> Figure:
 
 
 def sampling_error(values: dict, title: str = "") -> Axes:
-    """Draw the error of the sampled B against the closed form over the number of samples, with the 1/sqrt(n) line.
+    """Draw the error of the sampled B against the closed form over the number of samples.
 
     Args:
         values: the values of record 03.
@@ -56,8 +57,12 @@ def sampling_error(values: dict, title: str = "") -> Axes:
     ax = plt.subplots(figsize=(COLUMN, 3.4))[1]
     counts, errors = np.array(values["sample_counts"], dtype=float), numbers(values["sampled_error"])
     ax.loglog(counts, errors, "o-", color=COLOURS["F"], label="sampled against closed form")
-    ax.loglog(counts, numbers(values["sampled_standard_error"]), "x", color="black", label="its own standard error")
-    ax.loglog(counts, errors[-1] * np.sqrt(counts[-1] / counts), "--", color=COLOURS["null"], label=r"$1/\sqrt{n}$")
+    ax.loglog(
+        counts, numbers(values["sampled_standard_error"]), "x", color="black", label="its own standard error"
+    )
+    ax.loglog(
+        counts, errors[-1] * np.sqrt(counts[-1] / counts), "--", color=COLOURS["null"], label=r"$1/\sqrt{n}$"
+    )
     ax.set(xlabel="samples", ylabel="relative error of B", title=title)
     ax.legend(fontsize=8)
     return ax

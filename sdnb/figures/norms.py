@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 from sdnb.figures.style import COLOURS, PAGE, integer_layers, mark_layers, new_axes
 
 
-def norms_3d(norms: np.ndarray, tokens: list[str], high_norm: list[int], title: str = "", max_tokens: int = 14) -> Axes:
+def norms_3d(
+    norms: np.ndarray, tokens: list[str], high_norm: list[int], title: str = "", max_tokens: int = 14
+) -> Axes:
     """Draw norms over (token, layer) as bars in space, as in paper A's figure 1.
 
     Args:
@@ -28,7 +30,14 @@ def norms_3d(norms: np.ndarray, tokens: list[str], high_norm: list[int], title: 
     for place, token in enumerate(shown):
         colour = token_colour(token, high_norm)
         ax.bar3d(
-            np.full(len(layers), place - 0.2), layers - 0.3, 0, 0.4, 0.6, norms[:, token], color=colour, shade=True
+            np.full(len(layers), place - 0.2),
+            layers - 0.3,
+            0,
+            0.4,
+            0.6,
+            norms[:, token],
+            color=colour,
+            shade=True,
         )
     ax.set_xticks(range(len(shown)), [tokens[t] for t in shown], rotation=60, ha="right", fontsize=7)
     ax.set_ylabel("layer")
@@ -71,13 +80,15 @@ def norms_2d(
     named = set()
     for t in sorted(range(len(tokens)), key=lambda t: t in high_norm):
         kind = token_kind(t, high_norm)
-        label = None if kind in named else f"{kind} token" if kind == "ordinary" else f"{kind} high-norm token"
+        label = (
+            None if kind in named else f"{kind} token" if kind == "ordinary" else f"{kind} high-norm token"
+        )
         named.add(kind)
         ax.plot(layers, norms[:, t], color=COLOURS[kind], lw=2 if t in high_norm else 0.9, label=label,
                 marker="o" if t in high_norm else None, ms=3.5)  # fmt: skip
     if annotate:
         for t in high_norm:
-            ax.annotate(repr(tokens[t])[1:-1], (layers[-1], norms[-1, t]), xytext=(5, 0), textcoords="offset points",
+            ax.annotate(tokens[t], (layers[-1], norms[-1, t]), xytext=(5, 0), textcoords="offset points",
                         fontsize=8, va="center", color=token_colour(t, high_norm))  # fmt: skip
     if threshold is not None:
         ax.axhline(threshold, color="black", ls="--", lw=0.9, label=f"threshold {threshold:.3g}")
@@ -89,12 +100,12 @@ def norms_2d(
 
 
 def token_kind(position: int, high_norm: list[int]) -> str:
-    """"initial" (position 0), "noninitial" or "ordinary"."""
+    """Say whether a position is "initial" (0 and high-norm), "noninitial" (high-norm) or "ordinary"."""
     if position not in high_norm:
         return "ordinary"
     return "initial" if position == 0 else "noninitial"
 
 
 def token_colour(position: int, high_norm: list[int]) -> str:
-    """The colour of a token's kind."""
+    """Return the colour of a token's kind."""
     return COLOURS[token_kind(position, high_norm)]

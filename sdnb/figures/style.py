@@ -12,15 +12,18 @@ COLUMN, PAGE = 5.0, 8.0
 """Widths of a half-page and a full-page figure, in inches."""
 
 COLOURS = {
-    "L": "#3b5bdb", "F": "#e8590c", "gain": "#2b8a3e", "attention": "#3b5bdb", "ffn": "#e8590c", "layer": "#495057",
-    "initial": "#c92a2a", "noninitial": "#f08c00", "ordinary": "#868e96", "null": "#868e96", "eigenvalue": "#9c36b5",
+    "L": "#3b5bdb", "F": "#e8590c", "gain": "#2b8a3e", "attention": "#3b5bdb", "ffn": "#e8590c", "layer":
+    "#495057", "initial": "#c92a2a", "noninitial": "#f08c00", "ordinary": "#868e96", "null": "#868e96",
+    "eigenvalue": "#9c36b5",
 }  # fmt: skip
 """What a colour means, the same on every page."""
 
 
 def use_style() -> None:
     """Set the look of every later figure; called once in a notebook."""
-    sns.set_theme(context="notebook", style="ticks", font_scale=0.85, rc={"axes.grid": True, "grid.alpha": 0.35})
+    sns.set_theme(
+        context="notebook", style="ticks", font_scale=0.85, rc={"axes.grid": True, "grid.alpha": 0.35}
+    )
     mpl.rcParams.update({
         "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -42,7 +45,10 @@ def mark_layers(ax: Axes, explosion: list[int], decay: list[int]) -> None:
         explosion: layers 1..L.
         decay: layers 1..L.
     """
-    for layers, colour, label in ((explosion, "#ffc9c9", "explosion layer"), (decay, "#a5d8ff", "decay layer")):
+    for layers, colour, label in (
+        (explosion, "#ffc9c9", "explosion layer"),
+        (decay, "#a5d8ff", "decay layer"),
+    ):
         for index, layer in enumerate(layers):
             ax.axvspan(layer - 0.5, layer + 0.5, color=colour, alpha=0.6, zorder=0, lw=0,
                        label=label if index == 0 else None)  # fmt: skip
@@ -55,7 +61,9 @@ def integer_layers(ax: Axes, count: int, first: int = 1) -> None:
     ax.set_xlim(first - 0.5, count + 0.5)
 
 
-def save(fig: Figure, results_dir: str | Path, slug: str, name: str, figure_format: str | None = "png") -> None:
+def save(
+    fig: Figure, results_dir: str | Path, slug: str, name: str, figure_format: str | None = "png"
+) -> None:
     """Save a figure beside its record as `<results_dir>/<slug>/<name>.<figure_format>`.
 
     Args:
