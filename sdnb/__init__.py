@@ -8,26 +8,36 @@ from importlib import import_module
 
 _WHERE = {
     "sdnb.errors": (
-        "LayerRefused", "MemoryShortage", "ModelError", "ParameterError", "RecordError", "SdnbError", "TextError",
+        "LayerRefused", "MemoryShortage", "ModelError", "ParameterError", "RecordError", "SdnbError",
+        "TextError",
     ),
     "sdnb.loading": ("Loaded", "load"),
-    "sdnb.anatomy": ("FFNFormula", "LayerView", "Norm", "branch_contributions", "decoder_layers", "layer_view"),
+    "sdnb.anatomy": (
+        "FFNFormula", "LayerView", "Norm", "WeightMatrix", "branch_contributions", "decoder_layers",
+        "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
+    ),
     "sdnb.linearize": (
         "LinearLayer", "SampledFit", "attention_matrix", "branch_scales", "closed_form_fit", "ffn_matrix",
         "gaussian_moments", "linear_layer", "sampled_fit",
     ),
     "sdnb.decompose": (
-        "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain", "leading_triplets",
-        "nearest_eigenpair", "random_angle", "random_angle_quantile",
+        "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain",
+        "leading_triplets", "nearest_eigenpair", "random_angle", "random_angle_quantile",
     ),
     "sdnb.activations": (
         "Detection", "HighNormStates", "Ledger", "collect_high_norm_states", "detect", "hidden_norms",
         "hidden_states", "ledger", "mean_pairwise_angle",
     ),
+    "sdnb.spectra": (
+        "BlockRemover", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival", "draw_matrix",
+        "fit_spectrum", "ks_distance", "ks_p_value", "largest_overlaps", "mp_cdf", "mp_density", "mp_edges",
+        "mp_median", "noise_spectrum", "observed_spike", "porter_thomas_cdf", "predicted_spike",
+        "singular_values", "spectrum_p_values", "tracy_widom_cdf", "tracy_widom_quantile",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - one table serves both uses
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,7 @@ from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.roles import Roles, layer_roles
 from sdnb.anatomy.trace import Decoder, find_decoder
 from sdnb.anatomy.weights import as_float32, linear_weight
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerRefused, ParameterError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
 AGREES = 2e-3  # relative error up to which a symmetry of the real layer counts as kept
@@ -111,6 +111,37 @@ def layer_matrices(model: nn.Module, number: int) -> list[WeightMatrix]:
     return _matrices(decoder, number, layer_roles(LayerProbe(decoder, number)))
 
 
+def layer_matrices_or_reason(
+    model: nn.Module, layers: Sequence[int] | None = None
+) -> Iterator[tuple[int, list[WeightMatrix] | str]]:
+    """Finds the weight matrices of many layers, or why a layer has none, watching each structure once.
+
+    Args:
+        model: a language model of transformers.
+        layers: numbers 1..L; all when None.
+
+    Yields:
+        A layer's number and its matrices, or the reason for which it was refused.
+
+    Raises:
+        ParameterError: there is no such layer.
+    """
+    decoder = find_decoder(model)
+    known: dict[tuple, Roles] = {}
+    for number in layers or range(1, len(decoder.layers) + 1):
+        if not 1 <= number <= len(decoder.layers):
+            raise ParameterError(
+                f"layer {number} does not exist: the model has layers 1 to {len(decoder.layers)}"
+            )
+        try:
+            form = _form(decoder.layers[number - 1])
+            if form not in known:
+                known[form] = layer_roles(LayerProbe(decoder, number))
+            yield number, _matrices(decoder, number, known[form])
+        except LayerRefused as problem:
+            yield number, str(problem)
+
+
 def model_matrices(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[list[WeightMatrix]]:
     """Finds the weight matrices of many layers, watching each structure once.
 
@@ -120,18 +151,20 @@ def model_matrices(model: nn.Module, layers: Sequence[int] | None = None) -> Ite
 
     Yields:
         One layer's matrices after the other.
+
+    Raises:
+        LayerRefused: a layer whose matrices cannot be told apart.
     """
-    decoder = find_decoder(model)
-    known: dict[tuple, Roles] = {}
-    for number in layers or range(1, len(decoder.layers) + 1):
-        form = tuple(
-            (name, type(m), tuple(getattr(m, "weight", torch.empty(0)).shape))
-            for name, m in decoder.layers[number - 1].named_modules()
-            if not list(m.children())
-        )
-        if form not in known:
-            known[form] = layer_roles(LayerProbe(decoder, number))
-        yield _matrices(decoder, number, known[form])
+    for number, found in layer_matrices_or_reason(model, layers):
+        if isinstance(found, str):
+            raise LayerRefused(number, "layer", found)
+        yield found
+
+
+def _form(layer: nn.Module) -> tuple:
+    """What two layers of the same structure have in common: names, classes and shapes of their leaves."""
+    leaves = [(name, module) for name, module in layer.named_modules() if not list(module.children())]
+    return tuple((n, type(m), tuple(getattr(m, "weight", torch.empty(0)).shape)) for n, m in leaves)
 
 
 def _matrices(decoder: Decoder, number: int, roles: Roles) -> list[WeightMatrix]:

@@ -21,7 +21,7 @@ from sdnb.spectra.overlap import (
 )
 from sdnb.spectra.porter_thomas import ks_distance, ks_p_value, porter_thomas_cdf, spectrum_p_values
 from sdnb.spectra.random_matrix import Noise, Spike, draw_matrix, observed_spike, predicted_spike, thresholds
-from sdnb.spectra.removal import BlockRemover, index_blocks
+from sdnb.spectra.removal import BlockRemover, index_blocks, removed_share
 from sdnb.spectra.singular import decomposition, singular_values
 from sdnb.spectra.tracy_widom import tracy_widom_cdf, tracy_widom_quantile
 
@@ -52,6 +52,7 @@ __all__ = [
     "porter_thomas_cdf",
     "predicted_spike",
     "rank_correlation",
+    "removed_share",
     "singular_values",
     "spectrum_p_values",
     "thresholds",
