@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnb.activations import hidden_states, ledger
+from sdnb.activations import hidden_states, ledger, token_batches
 from sdnb.decompose import expected_nearest_angle, nearest_eigenpair
 from sdnb.linearize import branch_scales, linear_layer
 from sdnb.loading import Loaded
-from sdnb.observations.common import Observation, empirical_direction, encode_text, layer_views
+from sdnb.observations.common import Direction, Observation, empirical_direction, encode_text, layer_views
 
 KEYS = (
     "angle_deg", "plane_angle_deg", "eigenvalue", "eigenvalue_imag",
@@ -34,8 +34,8 @@ def negative_eigenvalues(
 ) -> Observation:
     """Find what each layer does along the empirical direction (paper A, section 4, "decay").
 
-    R = L - I; (lambda, x) is the eigenpair whose real part is nearest to the direction. The norm-aware pair is that
-    of L_rho - I with rho the divisors of a real high-norm token at that layer (median over tokens).
+    R = L - I; (lambda, x) is the eigenpair whose real part is nearest to the direction. The norm-aware pair
+    is that of L_rho - I with rho the divisors of a real high-norm token at that layer (median over tokens).
 
     Args:
         loaded: the model.
@@ -88,7 +88,7 @@ def _residual(L: Tensor) -> Tensor:
 
 
 def _plain(R: Tensor, direction: Tensor) -> dict:
-    """The eigenpair of R = L - I nearest to the direction, as record entries; none where there is no such pair."""
+    """The eigenpair of R = L - I nearest to the direction, as record entries; empty without one."""
     pair = nearest_eigenpair(R, direction)
     if pair is None:
         return {}
@@ -101,7 +101,7 @@ def _plain(R: Tensor, direction: Tensor) -> dict:
 
 
 def _norm_aware(view, layer, inputs: Tensor, direction: Tensor) -> dict:
-    """The same for L_rho, with the divisors of the real high-norm tokens that enter the layer, inputs (n, d)."""
+    """The same for L_rho, with the divisors of real high-norm inputs, (n, d)."""
     rho1, rho2 = (scale.median().item() for scale in branch_scales(view, inputs))
     pair = nearest_eigenpair(_residual(layer.norm_aware(rho1, rho2)), direction)
     row = {"attention_scale": rho1, "ffn_scale": rho2}
@@ -111,7 +111,7 @@ def _norm_aware(view, layer, inputs: Tensor, direction: Tensor) -> dict:
 
 
 def _high_norm_prefixes(loaded: Loaded, lines: list[Tensor], threshold: float | None) -> Tensor | None:
-    """States (L+1, n, d) of the lines' high-norm tokens, initial ones where there are any; None without any."""
+    """States (L+1, n, d) of the lines' high-norm tokens, initial ones where there are any, else None."""
     if threshold is None:
         return None
     first = hidden_states(loaded.model, torch.stack([line[:1] for line in lines]))[:, :, 0]
@@ -126,28 +126,23 @@ def _high_norm_prefixes(loaded: Loaded, lines: list[Tensor], threshold: float | 
     return states if states.shape[1] else None
 
 
-def _ledger(loaded: Loaded, lines: list[Tensor], direction) -> dict:
-    """Mean contributions along the direction over the high-norm tokens, and over the other tokens, per layer."""
+def _ledger(loaded: Loaded, lines: list[Tensor], direction: Direction) -> dict:
+    """Mean contributions along the direction over high-norm and over other tokens, per layer."""
     names = ("ledger_attention", "ledger_ffn", "ledger_ordinary_attention", "ledger_ordinary_ffn")
-    layers = None
-    sums: dict[str, list[Tensor]] = {name: [] for name in names} | {"start": [], "end": []}
     if not direction.found:
         return dict.fromkeys((*names, "ledger_start", "ledger_end"))
-    for line in lines:
-        book = ledger(loaded.model, line[None], direction.vector)
-        high = (book.norms[1:, 0] > direction.threshold).any(dim=0)
-        layers = len(book.attention)
-        for name, entries, which in zip(
-            names, (book.attention, book.ffn) * 2, (high, high, ~high, ~high), strict=True
-        ):
-            sums[name].append(entries[:, 0][:, which])
-        sums["start"].append(book.start[0][high])
-        sums["end"].append(book.coordinate[-1, 0][high])
-    means = {name: torch.cat(sums[name], dim=1).mean(dim=1).tolist() for name in names}
-    if not sum(len(part) for part in sums["start"]):
-        means |= {name: [None] * layers for name in names[:2]}
-        return means | {"ledger_start": None, "ledger_end": None}
-    return means | {
-        "ledger_start": torch.cat(sums["start"]).mean().item(),
-        "ledger_end": torch.cat(sums["end"]).mean().item(),
-    }
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*names, "ledger_start", "ledger_end")}
+    for ids, real, _ in token_batches(lines):
+        book = ledger(loaded.model, ids, direction.vector)
+        high = (book.norms[1:] > direction.threshold).any(dim=0) & real
+        parts = (book.attention[:, high], book.ffn[:, high])
+        parts += (book.attention[:, real & ~high], book.ffn[:, real & ~high])
+        parts += (book.start[None, high], book.coordinate[-1:, high])
+        for column, part in zip(columns.values(), parts, strict=True):
+            column.append(part)
+    means = {}
+    for name, column in columns.items():
+        entries = torch.cat(column, dim=1)
+        mean = entries.mean(dim=1).tolist() if entries.shape[1] else [None] * len(entries)
+        means[name] = mean if name in names else mean[0]
+    return means
