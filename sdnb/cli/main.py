@@ -13,6 +13,10 @@ from sdnb.errors import SdnbError
 
 COMMANDS = {
     "run": ("sdnb.cli.run", "run notebooks on models and keep what is done"),
+    "detect": (
+        "sdnb.cli.detect",
+        "find high-norm tokens, input spikes and the modules a quantizer should skip",
+    ),
     "book": ("sdnb.cli.book", "build the book from what was run"),
 }
 FAILED, INTERRUPTED = 1, 130
