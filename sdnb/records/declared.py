@@ -1,10 +1,11 @@
 """All schemas by template, and the book's page about them."""
 
 from sdnb.errors import RecordError
-from sdnb.records import declared_defects, declared_spectra
+from sdnb.records import declared_defects, declared_paths, declared_spectra
 from sdnb.records.schema import Field, Schema
 
-SCHEMAS = {schema.template: schema for schema in declared_defects.SCHEMAS + declared_spectra.SCHEMAS}
+_ALL = declared_defects.SCHEMAS + declared_paths.SCHEMAS + declared_spectra.SCHEMAS
+SCHEMAS = {schema.template: schema for schema in sorted(_ALL, key=lambda schema: schema.template)}
 
 
 def schema_of(template: str) -> Schema:

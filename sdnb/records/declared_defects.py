@@ -1,4 +1,4 @@
-"""What the notebooks on singular defects (01 to 13) record; one line a key."""
+"""What the notebooks on singular defects (01 to 05, 12 and 13) record; one line a key."""
 
 from sdnb.records.schema import Field, Schema
 
@@ -131,52 +131,6 @@ VALUES_05 = (
     Field("nearest_random_angle_deg", "expected angle of the nearest of d random directions", unit="degrees"),
     *STEPS, *VIEW, REFUSED,
 )
-VALUES_06 = (
-    Field("explosion_layer", "layer after which the norms are taken; null if there is none", kind="integer",
-          null=True),
-    Field("exploding_share", "share of the trained vocabulary that explodes at position 0", null=True),
-)
-ARRAYS_06 = (
-    Field("norms_tokens", "norm after the layer of every vocabulary item alone", ("V",)),
-    Field("norms_random", "the same for random embeddings of the same mean norm", ("V",)),
-    Field("trained", "whether the item's embedding was trained", ("V",)),
-)
-VALUES_07 = (
-    Field("top_token_ids", "items with the largest norms with attention switched off", ("k",), "integer"),
-    Field("top_norms", "their norms", ("k",)),
-)
-ARRAYS_07 = (
-    Field("norms", "norm of every vocabulary item with attention switched off", ("V",)),
-)
-VALUES_08 = (
-    Field("first_to_second", "output norm of the leading right vector over the next largest", null=True),
-    Field("coefficient_first_mean", "mean coefficient on the subspace at position 0", null=True),
-    Field("coefficient_first_std", "its standard deviation over the vocabulary", null=True),
-    Field("coefficient_second_mean", "mean coefficient at position 1, after a random token", null=True),
-    Field("coefficient_second_std", "its standard deviation over the vocabulary", null=True),
-)
-ARRAYS_08 = (
-    Field("output_norms", "larger output norm of +v and -v through the real FFN, by vector", ("d",)),
-    Field("right_vector", "leading right singular vector of F, signed by the larger output", ("d",)),
-    Field("coefficients_first", "coefficient of every item at position 0", ("V",)),
-    Field("coefficients_second", "coefficient of every item at position 1", ("V",)),
-)
-VALUES_09 = (
-    Field("interventions", "by name of the intervention, \"none\" included", kind="groups", columns=(
-        Field("peak_norm", "largest norm of any token after any layer"),
-        Field("perplexity", "perplexity of the held-out text", null=True),
-        Field("sink_rate", "share of heads whose mean attention to position 0 exceeds 0.3", null=True),
-    )),
-)
-VALUES_10 = (
-    Field("steps", "training steps of the checkpoints", ("n",), "integer"),
-    Field("peak_ratio", "largest over median norm at each checkpoint", ("n",)),
-    Field("angle_to_final_deg", "direction there to the last one's", ("n",), unit="degrees", null=True),
-)
-VALUES_11 = (
-    Field("names", "the models, the base model first", ("n",), "text"),
-    Field("angle_deg", "each direction to the base model's", ("n",), unit="degrees", null=True),
-)
 VALUES_12 = (
     Field("rows", "one row a method and set of skipped modules", kind="rows", columns=(
         Field("method", "\"none\", \"rtn\" or \"smoothquant\"", kind="text"),
@@ -198,12 +152,6 @@ SCHEMAS = (
     Schema("03_linear_layers", "model", VALUES_03),
     Schema("04_singular_directions", "model", VALUES_04, ARRAYS_04),
     Schema("05_negative_eigenvalues", "model", VALUES_05),
-    Schema("06_initial_tokens", "model", VALUES_06, ARRAYS_06),
-    Schema("07_noninitial_tokens", "model", VALUES_07, ARRAYS_07),
-    Schema("08_explosion_subspace", "model", VALUES_08, ARRAYS_08),
-    Schema("09_interventions", "model", VALUES_09),
-    Schema("10_training_dynamics", "collection", VALUES_10),
-    Schema("11_fine_tuning", "collection", VALUES_11),
     Schema("12_quantization", "model", VALUES_12),
     Schema("13_signatures", "collection", VALUES_13, ARRAYS_13),
 )

@@ -1,6 +1,6 @@
 """What may stand in a record: keys with meaning, unit and shape, and the check that values keep to it.
 
-The declarations themselves are in `declared_defects` (01 to 13) and `declared_spectra` (14 to 19); a template
+The declarations themselves are in `declared_defects`, `declared_paths` and `declared_spectra`; a template
 that records one more number declares it there in one line. `book/records.md` is generated from them
 (`schema_markdown`).
 

@@ -10,12 +10,30 @@ import pytest
 import torch
 
 from sdnb.errors import RecordError
-from sdnb.records import files, read, store, write
+from sdnb.records import SCHEMAS, Field, Schema, files, read, store, write
 
-TEMPLATE = "08_explosion_subspace"
+TEMPLATE = "00_sample"
 PROVENANCE = {"model": "org/name", "fingerprint": "f" * 64, "layers": 2, "hidden_size": 4}
 KEYS = ("first_to_second", "coefficient_first_mean", "coefficient_first_std", "coefficient_second_mean",
         "coefficient_second_std")  # fmt: skip
+
+
+SAMPLE = Schema(
+    TEMPLATE,
+    "model",
+    tuple(Field(key, "a number", null=True) for key in KEYS),
+    (
+        *(Field(name, "an array", ("d",)) for name in ("output_norms", "right_vector")),
+        *(Field(name, "an array", ("V",)) for name in ("coefficients_first", "coefficients_second")),
+    ),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sample():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCHEMAS, TEMPLATE, SAMPLE)
+        yield
 
 
 def content(number: float, vocabulary: int = 5) -> tuple[dict, dict]:
