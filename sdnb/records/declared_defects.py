@@ -1,4 +1,4 @@
-"""What the notebooks on singular defects (01 to 05, 12 and 13) record; one line a key."""
+"""What the notebooks on singular defects (01 to 05) record; one line a key."""
 
 from sdnb.records.schema import Field, Schema
 
@@ -131,20 +131,6 @@ VALUES_05 = (
     Field("nearest_random_angle_deg", "expected angle of the nearest of d random directions", unit="degrees"),
     *STEPS, *VIEW, REFUSED,
 )
-VALUES_12 = (
-    Field("rows", "one row a method and set of skipped modules", kind="rows", columns=(
-        Field("method", "\"none\", \"rtn\" or \"smoothquant\"", kind="text"),
-        Field("skipped", "names of the modules left alone", ("*",), "text"),
-        Field("perplexity", "perplexity of the held-out text"),
-    )),
-)
-VALUES_13 = (
-    Field("names", "the models", ("n",), "text"),
-)
-ARRAYS_13 = (
-    Field("angle_deg", "acute angle between two models' directions", ("n", "n"), unit="degrees"),
-)
-
 # fmt: on
 SCHEMAS = (
     Schema("01_high_norm_tokens", "model", VALUES_01, ARRAYS_01),
@@ -152,6 +138,4 @@ SCHEMAS = (
     Schema("03_linear_layers", "model", VALUES_03),
     Schema("04_singular_directions", "model", VALUES_04, ARRAYS_04),
     Schema("05_negative_eigenvalues", "model", VALUES_05),
-    Schema("12_quantization", "model", VALUES_12),
-    Schema("13_signatures", "collection", VALUES_13, ARRAYS_13),
 )
