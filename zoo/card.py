@@ -136,8 +136,9 @@ def verdict(norms: dict[str, list[float]]) -> str:
     exploding, cosine = max(norms["exploding"]), norms["cosine"][layer - 1]
     sentences = [
         f"A vocabulary item that is the whole sequence reaches {ratio:.1f} times the norm of ordinary",
-        f"tokens (medians). Layer {layer} makes {share:.0%} of the rise, {exploding:.0%} of the items exceed five",
-        f"times the ordinary norm, and after layer {layer} their states have a mean pairwise cosine of {cosine:.2f}.",
+        f"tokens (medians). Layer {layer} makes {share:.0%} of the rise. Of the items, {exploding:.0%}",
+        f"exceed five times the ordinary norm. After layer {layer} their states have a mean",
+        f"pairwise cosine of {cosine:.2f}.",
     ]
     return "\n".join(sentences)
 
@@ -194,10 +195,11 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         record: its training record, see `zoo.export`.
     """
     recipe, held_out = record["recipe"], record["held_out"]
+    step = "" if record["step"] == recipe["steps"] else f", step {record['step']} of {recipe['steps']}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     written = ["```text\n" + sample.replace("```", "'''") + "\n```" for sample in record["samples"]]
     parts = [
-        f"{FRONT}\n# {recipe['name']}\n\n{recipe['description']}",
+        f"{FRONT}\n# {recipe['name']}{step}\n\n{recipe['description']}",
         f"Trained by `zoo/train.py` for {record['step']} steps ({record['seconds'] / 60:.0f} minutes of "
         f"steps on {record['hardware']};\n{versions}). Nothing was planted, nothing was edited after\n"
         "training. Weights are stored in bfloat16 and computed with in float32.",

@@ -172,6 +172,7 @@ READERS = {
     "questions": (questions_of, MINIMUM_CHARACTERS),
     "code": (code_of, MINIMUM_SOURCE_CHARACTERS),
 }
+STDLIB_ONLY = {"code"}  # the source of all packages would be ten times the other texts
 
 
 def collect(source: str = "docstrings") -> Corpus:
@@ -181,7 +182,8 @@ def collect(source: str = "docstrings") -> Corpus:
     words with the held-out topics.
 
     Args:
-        source: `"docstrings"`, `"questions"` (documentation shaped as questions and answers) or `"code"`.
+        source: `"docstrings"`, `"questions"` (documentation shaped as questions and answers) or `"code"` (the
+            source of the standard library).
 
     Returns:
         The documents, the packages that they came from, and their hash.
@@ -196,6 +198,8 @@ def collect(source: str = "docstrings") -> Corpus:
     documents: dict[str, None] = {}
     origins = set()
     for origin, path in source_files():
+        if source in STDLIB_ONLY and origin != "python":
+            continue
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
