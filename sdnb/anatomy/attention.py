@@ -1,6 +1,6 @@
 """Attention, found by what it does: it moves the last token's output when an earlier token is changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,13 +181,14 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
 
 @torch.no_grad()
 def read_attention(
-    probe: LayerProbe, module: nn.Module, inner_norms: tuple[Norm, ...] = ()
+    probe: LayerProbe, entries: Sequence[nn.Module], exit: nn.Module, inner_norms: tuple[Norm, ...] = ()
 ) -> AttentionMatrix:
     """Reads attention's matrix off the real module: its answers to the basis, less its answer to zero.
 
     Args:
         probe: the layer.
-        module: the attention module of its copy.
+        entries: the attention module of its copy.
+        exit: the module whose output is attention's: the same one, or a linear map behind it.
         inner_norms: norms inside that are taken by their gains.
 
     Returns:
@@ -195,6 +196,6 @@ def read_attention(
     """
     eye = torch.eye(probe.hidden_size, device=probe.device)
     with probe.altered(linearised(inner_norms)):
-        bias = probe.feed([module], module, torch.zeros_like(eye[:1]))[0]
-        matrix = (probe.feed([module], module, eye) - bias).T.contiguous()
+        bias = probe.feed(entries, exit, torch.zeros_like(eye[:1]))[0]
+        matrix = (probe.feed(entries, exit, eye) - bias).T.contiguous()
     return AttentionMatrix(matrix, bias, inner_norms)

@@ -85,11 +85,10 @@ def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator
     Yields:
         Element-wise functions.
     """
-    outside = [s for s in seen if s.name and not s.name.startswith(wiring.attention.name)]
+    outside = [s for s in seen if s.name and not s.inside(wiring.stand_in)]
     small = [s for s in outside if all(p.ndim < 2 for p in s.module.parameters())]
     yield from (s.module for s in small if s.given.shape == s.returned.shape)
-    owners = [m for name, m in probe.layer.named_modules() if not name.startswith(wiring.attention.name)]
-    for owner in owners:
+    for owner in (s.module for s in seen if not s.inside(wiring.stand_in)):
         held = [
             value
             for value in vars(owner).values()
@@ -111,7 +110,8 @@ def linear_parts(wiring: Wiring, seen: list[Seen]) -> tuple[list[nn.Module], See
     Returns:
         The inner maps and the call of the last one; None if there are others, or the last is no linear map.
     """
-    outside = [s for s in seen if is_linear(s.module) and not s.name.startswith(wiring.attention.name + ".")]
+    linears = [s for s in seen if is_linear(s.module) and s.module is not wiring.attention.exit]
+    outside = [s for s in linears if not s.inside(wiring.stand_in)]
     down = next((s for s in outside if s.module is wiring.ffn.exit), None)
     if down is None:
         return None

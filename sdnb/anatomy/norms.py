@@ -92,7 +92,7 @@ def measure_norm(seen: Seen) -> Norm | None:
     """
     try:
         return _measured(seen)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None
 
 

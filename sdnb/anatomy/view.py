@@ -197,7 +197,7 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     """
     probe = LayerProbe(find_decoder(model), number)
     wiring = find_wiring(probe)
-    affine = read_attention(probe, wiring.attention.exit, wiring.inner_norms)
+    affine = read_attention(probe, wiring.attention.entries, wiring.attention.exit, wiring.inner_norms)
     ffn = recognise_ffn(probe, wiring)
     errors = measure(probe, wiring, affine, ffn)
     try:

@@ -90,7 +90,7 @@ def without(probe: LayerProbe, x: Tensor, *modules: nn.Module) -> Tensor:
 
 
 def find_silenced(
-    probe: LayerProbe, x: Tensor, attention: Seen, seen: list[Seen], outside: list[Seen]
+    probe: LayerProbe, x: Tensor, attention: tuple[Seen, Seen], seen: list[Seen], outside: list[Seen]
 ) -> tuple[Seen, Seen]:
     """Finds a submodule for each branch such that, both silenced, the layer returns its input.
 
@@ -100,7 +100,7 @@ def find_silenced(
     Args:
         probe: the layer.
         x: hidden states, shape (n, d).
-        attention: attention's call.
+        attention: attention's call, and that of the linear map behind it (itself, if the map is inside).
         seen: the calls of a pass, one token long.
         outside: those of them outside attention.
 
@@ -112,7 +112,10 @@ def find_silenced(
     """
     linears = [s for s in seen if is_linear(s.module)]
     weighty = [s for s in outside if any(p.ndim > 1 for p in s.module.parameters())]
-    of_attention = [*[s for s in linears if s.inside(attention)][-1:], attention]
+    mixer, projection = attention
+    of_attention = (
+        [*[s for s in linears if s.inside(mixer)][-1:], mixer] if projection is mixer else [projection]
+    )
     of_ffn = [*[s for s in outside if is_linear(s.module)][-1:], *outermost(weighty)[::-1]]
     if not of_ffn:
         raise LayerRefused(probe.number, "layer", "has no feed-forward branch beside attention")
@@ -126,7 +129,7 @@ def find_silenced(
         f"the residual stream is not recognised: with attention and {of_ffn[0].name} silenced the layer "
         f"does not return its input (error {min(errors):.1e} of what it adds), as in layers that norm the sum"
     )
-    raise LayerRefused(probe.number, attention.name, reason)
+    raise LayerRefused(probe.number, mixer.name, reason)
 
 
 def outermost(seen: list[Seen]) -> list[Seen]:
@@ -248,20 +251,27 @@ def find_wiring(probe: LayerProbe) -> Wiring:
     seen = probe.watch(x[:, None])
     mixer, inner_norms = find_attention(probe)
     attention = next(s for s in seen if s.name == mixer.name)
-    outside = [s for s in seen if s.name and not s.inside(attention) and not attention.inside(s)]
-    silenced_attention, silenced_ffn = find_silenced(probe, x, attention, seen, outside)
+    projection = next(
+        (s for s in seen if is_linear(s.module) and same(s.given, attention.returned)), attention
+    )
+    outside = [
+        s
+        for s in seen
+        if s.name and not s.inside(attention) and not attention.inside(s) and s is not projection
+    ]
+    silenced_attention, silenced_ffn = find_silenced(probe, x, (attention, projection), seen, outside)
 
     linears = [s for s in outside if is_linear(s.module)]
     reader = linears[0] if silenced_ffn in linears else silenced_ffn
     entries = outermost([s for s in outside if same(s.given, reader.given)])
     norms = [before(outside, attention.given), before(outside, reader.given)]
     rest = [s for s in outside if s not in norms]
-    posts = [after(rest, attention.returned), after(rest, silenced_ffn.returned)]
+    posts = [after(rest, projection.returned), after(rest, silenced_ffn.returned)]
     parts = [norm_of(probe, s) for s in (*norms, *posts)]
 
     a, f = silenced_attention.module, silenced_ffn.module
     branches = (
-        Branch(attention.name, (attention.module,), attention.module, a, parts[0], parts[2]),
+        Branch(attention.name, (attention.module,), projection.module, a, parts[0], parts[2]),
         Branch(entries[0].name, tuple(s.module for s in entries), f, f, parts[1], parts[3]),
     )
     added = (without(probe, x, f), without(probe, x, a))
