@@ -1,19 +1,57 @@
 """Every picture of the book: from a record's values or arrays to a figure or its axes."""
 
 from sdnb.figures.directions import eigenpairs, ledger_bars, singular_directions, state_angles
+from sdnb.figures.dynamics import (
+    explosion_map,
+    intervention_norms,
+    norm_curves,
+    pair_angles,
+    training,
+)
 from sdnb.figures.linearity import linearity, sampling_error
 from sdnb.figures.norms import norms_2d, norms_3d
+from sdnb.figures.paths import (
+    ablations,
+    coefficients,
+    in_context,
+    initial_norms,
+    noninitial_norms,
+    subspace_outputs,
+)
+from sdnb.figures.random_matrix import example_spectra, outlier_positions
+from sdnb.figures.removal import removed_deciles, tuning_order
+from sdnb.figures.spectra import outlier_counts, spectra_grid
 from sdnb.figures.style import save, use_style
+from sdnb.figures.vectors import along_spectrum, overlap_summary
 
 __all__ = [
+    "ablations",
+    "along_spectrum",
+    "coefficients",
     "eigenpairs",
+    "example_spectra",
+    "explosion_map",
+    "in_context",
+    "initial_norms",
+    "intervention_norms",
     "ledger_bars",
     "linearity",
+    "noninitial_norms",
+    "norm_curves",
     "norms_2d",
     "norms_3d",
+    "outlier_counts",
+    "outlier_positions",
+    "overlap_summary",
+    "pair_angles",
+    "removed_deciles",
     "sampling_error",
     "save",
     "singular_directions",
+    "spectra_grid",
     "state_angles",
+    "subspace_outputs",
+    "training",
+    "tuning_order",
     "use_style",
 ]

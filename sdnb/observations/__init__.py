@@ -10,6 +10,7 @@ from sdnb.observations.quantization import quantization
 from sdnb.observations.random_matrix_model import random_matrix_model
 from sdnb.observations.removing_singular_values import removing_singular_values
 from sdnb.observations.singular_directions import singular_directions
+from sdnb.observations.singular_vectors import singular_vectors
 from sdnb.observations.weight_spectra import weight_spectra
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "removing_singular_values",
     "save",
     "singular_directions",
+    "singular_vectors",
     "weight_spectra",
 ]

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from sdnb.report import published
+from sdnb.report import paths, published
+from sdnb.report.spectra import SPECTRA
 from sdnb.report.tables import Markdown, number, numbers_table
 
 NONE_FOUND = (
-    "No token of this text is high-norm in this model: at no layer does a norm reach five times the layer's median "
-    "(largest ratio {ratio}). That is a result; the figures below a missing direction stay empty.\n\n"
+    "No token of this text is high-norm in this model: at no layer does a norm reach five times the layer's "
+    "median (largest ratio {ratio}). That is a result; figures that need a direction stay empty."
 )
 
 
@@ -57,13 +58,17 @@ def _empirical_direction(v: dict) -> tuple[str, list]:
     if v["high_norm_count"]:
         sentence = (
             f"{number(v['high_norm_count'])} hidden states on {number(v['line_count'])} lines lie above "
-            f"{number(v['threshold'])}; two of them make an angle of {number(v['mean_pairwise_angle_deg'], '°')} on "
-            "average."
+            f"{number(v['threshold'])}; two of them make an angle of "
+            f"{number(v['mean_pairwise_angle_deg'], '°')} on average."
         )
     else:
         sentence = NONE_FOUND.format(ratio=number(v["peak_ratio"]))
     exact = not v["mean_pairwise_angle_error_deg"]
-    how = "all pairs" if exact else f"estimate, standard error {number(v['mean_pairwise_angle_error_deg'], '°')}"
+    how = (
+        "all pairs"
+        if exact
+        else f"estimate, standard error {number(v['mean_pairwise_angle_error_deg'], '°')}"
+    )
     return sentence, [
         ("high-norm states: initial, noninitial", f"{v['initial_count']:,}, {v['noninitial_count']:,}", ""),
         ("mean norm of the other states", v["mean_low_norm"], ""),
@@ -75,7 +80,11 @@ def _empirical_direction(v: dict) -> tuple[str, list]:
             number(v["initial_to_noninitial_angle_deg"], "°"),
             published.INITIAL_NONINITIAL_ANGLE,
         ),
-        ("most frequent noninitial tokens", ", ".join(f"`{t}`" for t in v["noninitial_tokens"]) or "none", ""),
+        (
+            "most frequent noninitial tokens",
+            ", ".join(f"`{t}`" for t in v["noninitial_tokens"]) or "none",
+            "",
+        ),
     ]
 
 
@@ -85,7 +94,11 @@ def _linear_layers(v: dict) -> tuple[str, list]:
 
     rows = [
         (f"{name}, cosine on real states, smallest to largest over layers", span(f"{key}_cosine"), "")
-        for key, name in (("attention", "attention"), ("ffn", "FFN, paper's scale"), ("ffn_gain", "FFN, gain's scale"))
+        for key, name in (
+            ("attention", "attention"),
+            ("ffn", "FFN, paper's scale"),
+            ("ffn_gain", "FFN, gain's scale"),
+        )
     ]
     pairs = [(p, g) for p, g in zip(v["ffn_cosine"], v["ffn_gain_cosine"], strict=True) if p is not None]
     better = sum(g > p for p, g in pairs)
@@ -95,7 +108,9 @@ def _linear_layers(v: dict) -> tuple[str, list]:
         counts = f"{v['sample_counts'][0]:,} and {v['sample_counts'][-1]:,}"
         errors = f"{v['sampled_error'][0]:.1%} and {v['sampled_error'][-1]:.1%}"
         rows.append((f"error of the sampled B at {counts} samples, layer {v['sample_layer']}", errors, ""))
-    sentence = f"The gain's input scale fits real states better than the paper's at {better} of {len(pairs)} layers."
+    sentence = (
+        f"The gain's input scale fits real states better than the paper's at {better} of {len(pairs)} layers."
+    )
     return sentence, rows
 
 
@@ -115,30 +130,42 @@ def _singular_directions(v: dict) -> tuple[str, list]:
     for key, name in (("angle_deg", "L"), ("ffn_angle_deg", "F"), ("gain_angle_deg", "largest gain")):
         theirs = key == "angle_deg"
         at_up, at_down = _at(v[key], up, "°"), _at(v[key], down, "°")
-        rows.append((f"{name}, at explosion layers", at_up, published.SINGULAR_ANGLE_EXPLOSION if theirs else ""))
+        rows.append(
+            (f"{name}, at explosion layers", at_up, published.SINGULAR_ANGLE_EXPLOSION if theirs else "")
+        )
         rows.append((f"{name}, at decay layers", at_down, published.SINGULAR_ANGLE_DECAY if theirs else ""))
         rest = published.SINGULAR_ANGLE_OTHERS if theirs else ""
         rows.append((f"{name}, elsewhere", _elsewhere(v[key], marked, "°"), rest))
     for prefix, name in (("", "L"), ("ffn_", "F")):
         pairs = zip(v[f"{prefix}singular_value"], v[f"{prefix}second_singular_value"], strict=True)
         gaps = [None if one is None or not two else one / two for one, two in pairs]
-        rows.append((f"gap of {name} (first over second singular value), at explosion layers", _at(gaps, up), ""))
+        rows.append(
+            (f"gap of {name} (first over second singular value), at explosion layers", _at(gaps, up), "")
+        )
     return sentence, rows
 
 
 def _negative_eigenvalues(v: dict) -> tuple[str, list]:
     up, down = v["explosion_layers"], v["decay_layers"]
-    entries = [(a or 0.0) + (f or 0.0) for a, f in zip(v["ledger_attention"] or [], v["ledger_ffn"] or [], strict=True)]
+    entries = [
+        (a or 0.0) + (f or 0.0)
+        for a, f in zip(v["ledger_attention"] or [], v["ledger_ffn"] or [], strict=True)
+    ]
     if down:
-        sentence = f"The decay layer {down[0]} has the eigenvalue {number(v['eigenvalue'][down[0] - 1])} there."
+        sentence = (
+            f"The decay layer {down[0]} has the eigenvalue {number(v['eigenvalue'][down[0] - 1])} there."
+        )
     else:
         sentence = "No layer of this model takes the high norm away again, by the rule of notebook 01."
     if entries:
-        most, least = max(range(len(entries)), key=entries.__getitem__), min(range(len(entries)), key=entries.__getitem__)
+        most, least = (
+            max(range(len(entries)), key=entries.__getitem__),
+            min(range(len(entries)), key=entries.__getitem__),
+        )
         sentence += (
-            f" By the ledger, layer {most + 1} writes most along the direction ({number(entries[most])}) and layer "
-            f"{least + 1} least ({number(entries[least])}); a high-norm token starts at {number(v['ledger_start'])} and "
-            f"leaves at {number(v['ledger_end'])}."
+            f" By the ledger, layer {most + 1} writes most along the direction ({number(entries[most])}) and "
+            f"layer {least + 1} least ({number(entries[least])}); a high-norm token starts at "
+            f"{number(v['ledger_start'])} and leaves at {number(v['ledger_end'])}."
         )
     rows = []
     for layers, name, theirs in (
@@ -159,4 +186,11 @@ _TEMPLATES: dict[str, Callable[[dict], tuple[str, list]]] = {
     "03_linear_layers": _linear_layers,
     "04_singular_directions": _singular_directions,
     "05_negative_eigenvalues": _negative_eigenvalues,
+    "06_initial_tokens": paths.initial_tokens,
+    "07_noninitial_tokens": paths.noninitial_tokens,
+    "08_explosion_subspace": paths.explosion_subspace,
+    "09_interventions": paths.interventions,
+    "10_training_dynamics": paths.training_dynamics,
+    "11_fine_tuning": paths.fine_tuning,
+    **SPECTRA,
 }
