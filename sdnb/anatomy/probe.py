@@ -137,6 +137,8 @@ class LayerProbe:
         Returns:
             The layer's output, shape (n, d).
         """
+        if len(x) > ROWS_AT_ONCE:
+            return torch.cat([self.rows(part) for part in x.split(ROWS_AT_ONCE)])
         return self.output(x[:, None])[:, 0]
 
     def states(self, seed: int = 2) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import Call, replaced_forward, unwrap
+from sdnb.anatomy.overrides import REFUSED_TYPES
 from sdnb.errors import LayerRefused, ModelError
 
 
@@ -115,12 +116,16 @@ def find_decoder(model: nn.Module) -> Decoder:
         The model as a stack of layers.
 
     Raises:
-        ModelError: the model is an encoder-decoder, or no such list takes part in its forward pass.
+        ModelError: the model is an encoder-decoder or of a type refused by name, or no such list takes part in
+            its forward pass.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder: a decoder-only language model is needed"
         )
+    kind = model.config.get_text_config().model_type
+    if kind in REFUSED_TYPES:
+        raise ModelError(f"{type(model).__name__} is refused: {REFUSED_TYPES[kind]}")
     ids = torch.full((1, 3), plain_token(model))
     for stack in stacks(model):
         try:

@@ -169,6 +169,54 @@ def test_contributions_add_up_to_what_the_layer_does(name):
     assert close(ffn.reshape(-1, HIDDEN), view.ffn_branch(flat))
 
 
+class TestNormsInside:
+    """Latent attention: a norm in the value path enters by its gain, its divisor is told apart."""
+
+    OPTIONS = LLAMA_LIKE | {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 9,
+        "num_key_value_heads": HEADS,
+    }
+
+    def test_the_matrix_is_that_of_the_weights(self):
+        model = random_model("deepseek_v3", **self.OPTIONS)
+        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
+        down = attention.kv_a_proj_with_mqa.weight[:16]
+        up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
+        inner = up * attention.kv_a_layernorm.weight
+        assert view.status == "exact"
+        assert close(view.attention_matrix, attention.o_proj.weight @ inner @ down)
+        assert not close(view.attention_matrix, attention.o_proj.weight @ up @ down, 0.01)
+
+    def test_the_divisor_is_that_of_the_latent(self):
+        model = random_model("deepseek_v3", **self.OPTIONS)
+        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
+        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        latent = u @ attention.kv_a_proj_with_mqa.weight[:16].T
+        scale = view.attention_inner_scale(u)
+        assert close(scale, latent.square().mean(1, keepdim=True).sqrt())
+        assert close(u @ view.attention_matrix.T / scale + view.attention_bias, view.attention_module(u))
+
+    def test_there_is_none_elsewhere(self):
+        view = layer_view(build("qwen3"), 2)  # its norms of queries and keys do not touch the values
+        assert view.attention_inner_norms == ()
+        assert torch.equal(view.attention_inner_scale(torch.ones(3, HIDDEN)), torch.ones(3, 1))
+
+
+def test_a_projection_outside_the_mixing_module_belongs_to_attention():
+    sizes = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
+    model = random_model("roberta-prelayernorm", **sizes, is_decoder=True)
+    attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
+    assert view.status == "exact"
+    assert close(view.attention_matrix, attention.output.dense.weight @ attention.self.value.weight)
+    assert view.attention_norm.name == "attention.LayerNorm"
+
+
 class TestApproximate:
     def test_a_clip_makes_attention_approximate(self):
         options = {
@@ -203,6 +251,11 @@ class TestRefused:
         with pytest.raises(LayerRefused, match=r"layer 2, attention.*does not return its input") as refusal:
             layer_view(model, 2)
         assert refusal.value.layer == 2
+
+    def test_recurrent_networks_that_pass_for_gated_attention(self):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
+        with pytest.raises(ModelError, match="recurrent"):
+            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
 
     def test_state_space_models(self):
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
