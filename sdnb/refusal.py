@@ -18,10 +18,20 @@ def refuse(checkpoint: Checkpoint, *, trust_remote_code: bool = False, allow_pic
         trust_remote_code: allow the model's own Python code to run.
         allow_pickle: allow weights in pickle form, which can run code while they are read.
     """
-    _refuse_not_a_model(checkpoint)
-    _refuse_quantized(checkpoint)
+    refuse_files(checkpoint, allow_pickle=allow_pickle)
     _refuse_remote_code(checkpoint, trust_remote_code)
     _refuse_not_causal(checkpoint)
+
+
+def refuse_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> None:
+    """Refuse what its files alone give away; this part of `refuse` needs neither torch nor transformers.
+
+    Args:
+        checkpoint: what is known before loading.
+        allow_pickle: allow weights in pickle form.
+    """
+    _refuse_not_a_model(checkpoint)
+    _refuse_quantized(checkpoint)
     _refuse_weights(checkpoint, allow_pickle)
 
 

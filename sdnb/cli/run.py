@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.jobs < 1:
         raise ParameterError(f"--jobs {args.jobs} must be at least 1.")
-    results = args.results_dir.expanduser().resolve()
-    out = args.out.expanduser().resolve() if args.out else results
+    results = args.results_dir.expanduser()  # as it was given: the notebooks show it
+    out = args.out.expanduser() if args.out else results
     cells = plan.matrix(
         plan.models(args.models),
         plan.templates(args.templates, args.notebooks),
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _line(outcome: runner.Outcome, number: int, total: int) -> str:
     """One line of progress."""
-    text = f"[{number}/{total}] {outcome.cell.model}  {outcome.cell.template}  {outcome.status}"
+    text = f"[{number}/{total}] {outcome.cell.label}  {outcome.cell.template}  {outcome.status}"
     if outcome.status != runner.KEPT:
         text += f"  {outcome.wall_s:.1f} s"
     return text + (f"  {outcome.reason.splitlines()[0][:200]}" if outcome.reason else "")
@@ -114,5 +114,5 @@ def _summary(outcomes: list[runner.Outcome]) -> str:
         lines.append(f"{model.ljust(width)}  {row}".rstrip())
     counts = [(sum(o.status == s for o in outcomes), s) for s in (runner.DONE, runner.KEPT, runner.FAILED)]
     lines.append(", ".join(f"{count} {name}" for count, name in counts if count))
-    lines += [f"  {o.cell.model} {o.cell.template}: {o.reason}" for o in outcomes if o.reason]
+    lines += [f"  {o.cell.label} {o.cell.template}: {o.reason}" for o in outcomes if o.reason]
     return "\n".join(lines)

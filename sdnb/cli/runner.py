@@ -9,6 +9,8 @@ is the template's own affair and atomic, too. A lock per cell lets two runs shar
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,8 +18,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from sdnb.checkpoint import locate
 from sdnb.cli.plan import Cell
 from sdnb.errors import SdnbError
+from sdnb.refusal import refuse_files
 
 DONE, KEPT, FAILED = "done", "unchanged", "failed"
 _SMALL_FILE = 64 * 2**20
@@ -64,22 +68,34 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
     Yields:
         One outcome a cell.
     """
-    problems = {key: _model_problem(*key) for key in {(cell.model, cell.revision) for cell in cells}}
-    good = []
-    for cell in cells:
-        problem = problems[cell.model, cell.revision]
-        if problem:
-            yield Outcome(cell, FAILED, 0.0, problem)
-        else:
-            good.append(cell)
-    if jobs == 1 or len(good) < 2:
-        yield from (run_cell(cell, options) for cell in good)
+    if jobs == 1 or len(cells) < 2:
+        yield from (run_cell(cell, options) for cell in cells)
         return
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    os.environ.setdefault("OMP_NUM_THREADS", threads)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_cell, cell, options) for cell in good]
+    context = get_context("spawn")
+    gpus = context.Queue()
+    for number in range(jobs):
+        gpus.put(_gpu(number))
+    with ProcessPoolExecutor(jobs, context, _prepare_worker, (jobs, gpus)) as pool:
+        futures = [pool.submit(run_cell, cell, options) for cell in cells]
         yield from (future.result() for future in as_completed(futures))
+
+
+def _prepare_worker(jobs: int, gpus) -> None:
+    """Give a worker its share of the threads and a GPU of its own, where there are several."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    gpu = gpus.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+def _gpu(worker: int) -> str | None:
+    """The GPU of a worker by number or name, going round; None without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        visible = ",".join(str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU"))
+    names = [name.strip() for name in (visible or "").split(",") if name.strip()]
+    return names[worker % len(names)] if names else None
 
 
 def run_cell(cell: Cell, options: Options) -> Outcome:
@@ -102,10 +118,13 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
             key = cell_key(cell)
             if not options.force and _unchanged(cell, note, key):
                 return Outcome(cell, KEPT, 0.0)
+            refuse_files(
+                locate(cell.model, cell.revision), allow_pickle=cell.parameters.get("allow_pickle", False)
+            )
             note.unlink(missing_ok=True)
             timing = execute(cell, options.timeout_s)
             wall_s = time.perf_counter() - start
-            files = {str(path): _hash(path) for path in (cell.notebook, cell.record) if path.is_file()}
+            files = {str(path): _hash(path) for path in _products(cell)}
             text = json.dumps({"key": key, "files": files, "wall_s": round(wall_s, 3), **timing}, indent=1)
             atomic_write(note, text.encode())
     except SdnbError as error:
@@ -126,8 +145,7 @@ def cell_key(cell: Cell) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    from sdnb.checkpoint import locate
-    from sdnb.records.provenance import package_fingerprint, versions
+    from sdnb.records.sources import package_fingerprint, versions
 
     found = locate(cell.model, cell.revision)
     folder = found.folder
@@ -135,7 +153,7 @@ def cell_key(cell: Cell) -> str:
     parts = {
         "template": _hash(cell.source),
         "package": package_fingerprint(),
-        "parameters": cell.parameters,
+        "parameters": {name: value for name, value in cell.parameters.items() if name != "results_dir"},
         "model": _file_marks(path for path in folder.iterdir() if path.is_file())
         if folder
         else found.revision,
@@ -145,16 +163,11 @@ def cell_key(cell: Cell) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _model_problem(model: str, revision: str | None) -> str | None:
-    """What is wrong with a model before it is loaded, so that no kernel starts in vain."""
-    from sdnb.checkpoint import locate
-    from sdnb.refusal import refuse
-
-    try:
-        refuse(locate(model, revision))
-    except SdnbError as error:
-        return str(error)
-    return None
+def _products(cell: Cell) -> list[Path]:
+    """What a template left under its number: executed notebook, record, arrays, figures."""
+    number = cell.template.partition("_")[0]
+    found = {*cell.notebook.parent.glob(f"{number}_*"), *cell.record.parent.glob(f"{number}_*")}
+    return sorted(path for path in found if path.is_file() and not path.name.endswith(".failed.ipynb"))
 
 
 def _unchanged(cell: Cell, note: Path, key: str) -> bool:

@@ -1,22 +1,28 @@
-"""Result files: what may stand in them, how they are written and read, their provenance, and the cache."""
+"""Result files: what may stand in them, how they are written and read, their provenance, and the cache.
 
-from sdnb.records.cache import cached
-from sdnb.records.declared import SCHEMAS, schema_markdown, schema_of
-from sdnb.records.provenance import Measure, gather, package_fingerprint
-from sdnb.records.schema import Field, Schema
-from sdnb.records.store import Record, read, write
+A name is loaded when it is first used: the schema alone needs no torch.
+"""
 
-__all__ = [
-    "SCHEMAS",
-    "Field",
-    "Measure",
-    "Record",
-    "Schema",
-    "cached",
-    "gather",
-    "package_fingerprint",
-    "read",
-    "schema_markdown",
-    "schema_of",
-    "write",
-]
+from importlib import import_module
+
+_WHERE = {
+    "sdnb.records.cache": ("cached",),
+    "sdnb.records.declared": ("SCHEMAS", "schema_markdown", "schema_of"),
+    "sdnb.records.provenance": ("Measure", "gather"),
+    "sdnb.records.schema": ("Field", "Schema"),
+    "sdnb.records.sources": ("package_fingerprint",),
+    "sdnb.records.store": ("Record", "read", "write"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sdnb.records' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

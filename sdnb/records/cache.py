@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sdnb.records.files import atomic_write, locked
-from sdnb.records.provenance import package_fingerprint
+from sdnb.records.sources import package_fingerprint
 
 _NUMERICS = ("anatomy", "linearize", "decompose", "activations", "observations")
 

@@ -1,20 +1,17 @@
 """Where a record comes from, and what it cost."""
 
 import contextlib
-import functools
-import hashlib
 import platform
 import resource
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from sdnb.loading import Loaded
+from sdnb.records.sources import package_fingerprint, versions
 
-_PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
 _MIB = 2**20
 
 
@@ -72,24 +69,6 @@ def _peak_resident_mib() -> float:
     return peak / (_MIB if platform.system() == "Darwin" else 1024)
 
 
-@functools.cache
-def package_fingerprint(*parts: str) -> str:
-    """SHA-256 over the package's own sources.
-
-    Args:
-        parts: subfolders to take, such as "anatomy"; none takes the whole package.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    root = Path(__file__).resolve().parent.parent
-    folders = [root / part for part in parts] or [root]
-    total = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        total.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    return total.hexdigest()[:16]
-
-
 def gather(
     loaded: Loaded | None,
     *,
@@ -137,22 +116,6 @@ def gather(
         else None,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on.
-
-    Returns:
-        Version by name, None where a package is not installed.
-    """
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _device_name(device: str) -> str:

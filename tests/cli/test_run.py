@@ -1,0 +1,329 @@
+"""`sdnb run` on small notebooks made here: what is run, kept, told and left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sdnb.cli import plan, runner
+from sdnb.cli.main import main
+from tests.tiny import tiny_model
+
+PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nfail_on: str = ""'
+CELLS = {
+    # `log` counts runs: it is not part of what the runner looks at
+    "01_works": [
+        'open(results_dir + "/log", "a").write("1")',
+        "import sys; print(sys.executable, value)",
+        'print("a line for stderr", file=sys.stderr)',
+    ],
+    "02_fails": [
+        'open(results_dir + "/log", "a").write("2")',
+        "if fail_on in model: raise ValueError('broken, for ' + model)",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("org") / "tiny", layers=1)
+
+
+@pytest.fixture
+def templates(tmp_path):
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    for name, sources in CELLS.items():
+        make(folder / f"{name}.ipynb", sources)
+    return folder
+
+
+def make(path: Path, sources: list[str]) -> None:
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    kernel = {"kernelspec": {"name": "no-such-kernel", "display_name": "stale", "language": "python"}}
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+def run(templates, *more) -> int:
+    results = templates.parent / "results"
+    results.mkdir(exist_ok=True)
+    return main(["run", "--templates", str(templates), "--results-dir", str(results), *map(str, more)])
+
+
+def log(templates) -> str:
+    """Which templates were run so far."""
+    path = templates.parent / "results" / "log"
+    return path.read_text() if path.is_file() else ""
+
+
+def slug(model) -> str:
+    return f"{model.parent.name}__tiny".lower()
+
+
+def lines(capfd) -> list[str]:
+    out, err = capfd.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+def test_a_failing_cell_does_not_stop_the_others(templates, model, capfd):
+    assert run(templates, model, model.parent / "none", "-p", "fail_on", "org") == 1
+    out = lines(capfd)
+    assert [line.partition("]")[0] + "]" for line in out[:4]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    text = "\n".join(out)
+    assert f"{model}  01_works  done" in text
+    assert "02_fails  failed" in text and f"ValueError: broken, for {model}" in text
+    assert text.count("no folder") >= 2  # the model that is not there
+    assert "1 done, 3 failed" in text
+    folder = templates.parent / "results" / slug(model)
+    assert (folder / "01_works.ipynb").is_file()
+    failed = nbformat.read(folder / "02_fails.failed.ipynb", 4)
+    assert "broken" in json.dumps(failed)
+    assert not (folder / "02_fails.ipynb").exists()
+    assert log(templates) == "12"
+
+
+def test_the_executed_notebook_is_clean_and_of_this_interpreter(templates, model):
+    assert run(templates, model, "--notebooks", "01", "-p", "value", "7") == 0
+    notebook = nbformat.read(templates.parent / "results" / slug(model) / "01_works.ipynb", 4)
+    assert "papermill" not in notebook.metadata
+    assert not any("papermill" in cell.metadata for cell in notebook.cells)
+    injected = next(cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert "value = 7" in injected.source
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    printed = {out["name"]: out["text"] for out in outputs if out["output_type"] == "stream"}
+    assert printed == {"stdout": f"{sys.executable} 7\n", "stderr": "a line for stderr\n"}
+    note = json.loads((templates.parent / "results" / slug(model) / ".runs" / "01_works.json").read_text())
+    assert note["duration"] > 0
+
+
+def test_what_is_done_and_unchanged_is_not_run_again(templates, model, capfd):
+    only = ("--notebooks", "01")
+    assert run(templates, model, *only) == 0
+    assert run(templates, model, *only) == 0
+    assert log(templates) == "1"
+    assert "1 unchanged" in "\n".join(lines(capfd))
+    assert run(templates, model, *only, "--force") == 0
+    assert log(templates) == "11"
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Replaces papermill by a count, for tests of what is run again."""
+    runs = []
+
+    def execute(cell, timeout_s):
+        runs.append(cell.template)
+        cell.notebook.parent.mkdir(parents=True, exist_ok=True)
+        cell.notebook.write_text(f"run {len(runs)}")
+        cell.record.with_name("01_figure.png").write_text(f"drawn {len(runs)}")
+        return {}
+
+    monkeypatch.setattr("sdnb.cli.execute.execute", execute)
+    return runs
+
+
+def change_template(templates, model):
+    make(templates / "01_works.ipynb", ["print(2)"])
+
+
+def change_weights(templates, model):
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_notebook(templates, model):
+    (templates.parent / "results" / slug(model) / "01_works.ipynb").write_text("edited")
+
+
+def remove_notebook(templates, model):
+    (templates.parent / "results" / slug(model) / "01_works.ipynb").unlink()
+
+
+def remove_figure(templates, model):
+    (templates.parent / "results" / slug(model) / "01_figure.png").unlink()
+
+
+def damage_note(templates, model):
+    (templates.parent / "results" / slug(model) / ".runs" / "01_works.json").write_text("{")
+
+
+CHANGES = (change_template, change_weights, change_notebook, remove_notebook, remove_figure, damage_note)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_is_run_again(templates, tmp_path, counted, change):
+    model = tiny_model(tmp_path / "org" / "tiny", layers=1)
+    only = (model, "--notebooks", "01")
+    assert run(templates, *only) == run(templates, *only) == 0
+    assert len(counted) == 1
+    change(templates, model)
+    assert run(templates, *only) == run(templates, *only) == 0
+    assert len(counted) == 2
+
+
+def test_other_parameters_package_and_text_are_run_again(templates, model, counted, monkeypatch, tmp_path):
+    only = (model, "--notebooks", "01")
+    run(templates, *only)
+    run(templates, *only, "-p", "value", "2")
+    assert len(counted) == 2
+    text = tmp_path / "text.txt"
+    for content in ("one", "one", "two"):
+        text.write_text(content)
+        run(templates, *only, "-p", "fail_on", text)
+    assert len(counted) == 4
+    from sdnb.records import sources
+
+    monkeypatch.setattr(sources, "package_fingerprint", lambda *parts: "changed")
+    run(templates, *only, "-p", "fail_on", text)
+    assert len(counted) == 5
+
+
+def test_an_old_good_notebook_survives_a_failing_run(templates, model):
+    assert run(templates, model, "--notebooks", "02", "-p", "fail_on", "nothing") == 0
+    good = templates.parent / "results" / slug(model) / "02_fails.ipynb"
+    before = good.read_bytes()
+    assert run(templates, model, "--notebooks", "02") == 1  # "" is in every name
+    assert good.read_bytes() == before
+    assert good.with_name("02_fails.failed.ipynb").is_file()
+    assert run(templates, model, "--notebooks", "02", "-p", "fail_on", "nothing") == 0
+    assert not good.with_name("02_fails.failed.ipynb").exists()
+
+
+def test_nothing_starts_with_an_unknown_parameter(templates, model, counted, capfd):
+    assert run(templates, model, "-p", "valeu", "2") == 1
+    out, err = capfd.readouterr()
+    assert (
+        err.startswith("sdnb: No notebook of this run has a parameter 'valeu'")
+        and "did you mean value?" in err
+    )
+    assert out == "" and counted == []
+
+
+def test_a_refused_model_starts_no_kernel(templates, tmp_path, counted, capfd):
+    model = tiny_model(tmp_path / "org" / "tiny", layers=1)
+    (model / "config.json").write_text("{}")
+    capfd.readouterr()
+    assert run(templates, model) == 1
+    assert counted == []
+    assert "\n".join(lines(capfd)).count("no config.json") >= 2
+
+
+def test_a_kernel_that_dies_is_told(templates, model, capfd):
+    make(templates / "01_works.ipynb", ["import os, sys; os.write(2, b'last words'); os._exit(3)"])
+    assert run(templates, model, "--notebooks", "01") == 1
+    assert "kernel did not start or died" in "\n".join(lines(capfd))
+
+
+def test_a_cell_that_hangs_is_given_up(templates, model, capfd):
+    make(templates / "01_works.ipynb", ["import time; time.sleep(600)"])
+    assert run(templates, model, "--notebooks", "01", "--timeout", "1") == 1
+    assert "more than 1 s" in "\n".join(lines(capfd))
+
+
+def test_cells_run_side_by_side(templates, model, capfd):
+    assert run(templates, model, "--jobs", "2", "-p", "fail_on", "nothing") == 0
+    assert sorted(log(templates)) == ["1", "2"]
+    assert "2 done" in "\n".join(lines(capfd))
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 2),
+        (["run"], 2),
+        (["none"], 2),
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["run", "x", "--jobs", "0"], 1),
+    ],
+)
+def test_exit_codes(words, code, capfd):
+    assert main(words) == code
+    err = capfd.readouterr().err
+    assert (err == "") == (code == 0) and "Traceback" not in err
+
+
+def test_a_run_killed_in_a_notebook_is_resumed(templates, model):
+    make(
+        templates / "01_works.ipynb",
+        ['import time; open(results_dir + "/log", "a").write("1")', "time.sleep(value)"],
+    )
+    results = templates.parent / "results"
+    results.mkdir()
+    words = [
+        "run",
+        str(model),
+        "--templates",
+        str(templates),
+        "--results-dir",
+        str(results),
+        "--notebooks",
+        "01",
+    ]
+    program = [sys.executable, "-m", "sdnb.cli.main", *words, "-p", "value", "600"]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while log(templates) != "1" and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert log(templates) == "1"
+    assert not list((results / slug(model)).glob("*.ipynb"))
+    assert main([*words, "-p", "value", "0"]) == 0
+    assert [path.name for path in (results / slug(model)).glob("*.ipynb")] == ["01_works.ipynb"]
+
+
+def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(templates, model, counted):
+    """The second run starts while the first one works."""
+    from sdnb.cli import execute
+
+    slow, outcomes = execute.execute, []
+
+    def while_working(cell, timeout_s):
+        second.start()
+        second.join(0.3)
+        assert outcomes == []  # it waits
+        return slow(cell, timeout_s)
+
+    (cell,) = plan.matrix(
+        plan.models([str(model)]), plan.templates(templates, ["01"]), {}, templates, templates
+    )
+    second = threading.Thread(target=lambda: outcomes.append(runner.run_cell(cell, runner.Options())))
+    execute.execute = while_working
+    try:
+        assert runner.run_cell(cell, runner.Options()).status == runner.DONE
+    finally:
+        execute.execute = slow
+    second.join()
+    assert [outcome.status for outcome in outcomes] == [runner.KEPT]
+    assert counted == ["01_works"]
+
+
+def test_the_key_does_not_depend_on_order(model, tmp_path):
+    from sdnb.cli.plan import Cell
+
+    make(tmp_path / "01_works.ipynb", [])
+    source = tmp_path / "01_works.ipynb"
+    keys = {
+        runner.cell_key(Cell(str(model), source, p, tmp_path, tmp_path))
+        for p in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    }
+    assert len(keys) == 1
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    assert [runner._gpu(worker) for worker in range(3)] == ["2", "GPU-5f", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert runner._gpu(0) is None
