@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", help="hub id, folder, or zoo/<name>")
     add_loading_arguments(parser)
+    parser.add_argument("--no-special-tokens", action="store_true", help="add no begin token to a line")
     parser.add_argument("--max-lines", type=int, default=64, help="lines of the text (default 64)")
     parser.add_argument("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
     parser.add_argument(
@@ -36,7 +37,6 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
     parser.add_argument("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
-    parser.add_argument("--no-special-tokens", action="store_true", help="add no begin token to a line")
 
 
 def main(args: argparse.Namespace) -> int:

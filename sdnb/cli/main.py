@@ -17,6 +17,7 @@ COMMANDS = {
         "sdnb.cli.detect",
         "find high-norm tokens, input spikes and the modules a quantizer should skip",
     ),
+    "signature": ("sdnb.cli.signature", "say which models descend from one another, and how sure that is"),
     "book": ("sdnb.cli.book", "build the book from what was run"),
 }
 FAILED, INTERRUPTED = 1, 130

@@ -61,7 +61,7 @@ def quantization(
     threshold: float | None = None,
     min_ratio: float = MIN_TOKEN_RATIO,
 ) -> Observation:
-    """Quantize every linear module in several ways and measure perplexity (paper A, the table of its section 5).
+    """Quantize every linear module in several ways and measure perplexity (paper A, its table of W8A8).
 
     Args:
         loaded: the model.
