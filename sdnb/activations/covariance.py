@@ -86,6 +86,8 @@ def input_covariances(
 
     def watch(name: str) -> Callable[[nn.Module, tuple], None]:
         def read(module: nn.Module, args: tuple) -> None:
+            if not masks:  # a pass that only looks for the layers
+                return
             given = args[0].detach()
             if name not in leader:
                 leader[name] = next((other for other, x in seen.items() if x is args[0]), name)
@@ -103,7 +105,12 @@ def input_covariances(
         for name, leaf in leaves.items():
             stack.callback(leaf.register_forward_pre_hook(watch(name)).remove)
         for ids, real, high in batches:
-            masks[:] = [(real & ~high).flatten(), (real & high).flatten()]
-            visit_states(model, ids, lambda *_: None, stop_after=stop_after)
+            both = [(real & ~high).flatten(), (real & high).flatten()]
+
+            def begin(number: int, state: Tensor, both: list[Tensor] = both) -> None:
+                masks[:] = both
+
+            visit_states(model, ids, begin, stop_after=stop_after)
+            masks.clear()
             seen.clear()
     return {name: sums[leader[name]] for name in leaves if name in leader}

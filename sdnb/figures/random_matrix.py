@@ -79,14 +79,14 @@ def example_spectra(values: dict, spectra: dict[str, np.ndarray], title: str = "
     reach = 1.05 * max(float(nu.max()) for nu in spectra.values())
     x = np.linspace(0, values["edges"][1], FINE)
     for ax, (name, nu) in zip(axes.flat, spectra.items(), strict=True):
-        ax.hist(nu, bins=np.linspace(0, reach, 70), density=True, color=BULK)
+        ax.hist(nu, bins=np.linspace(0, reach, 70), density=True, color=BULK, lw=0)
         ax.plot(x, mp_density(torch.from_numpy(x), q).numpy(), color=LAW, lw=1.2)
         for entry in values["example"]:
             if entry["noise"] == name and entry["position"] is not None:
                 place = (entry["position"], 0.03)
                 ax.annotate(
                     rf"$\theta = {entry['signal']:g}$", place, xytext=(0, 26), textcoords="offset points",
-                    ha="center", fontsize=8, arrowprops={"arrowstyle": "->", "lw": 0.9},
+                    ha="center", fontsize=8, arrowprops={"arrowstyle": "->", "lw": 0.9, "color": "black"},
                 )  # fmt: skip
         ax.set(title=f"{name} noise", xlabel="singular value")
     axes[0, 0].set_ylabel("density")

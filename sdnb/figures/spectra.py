@@ -73,7 +73,7 @@ def _spectrum(ax: Axes, entry: dict, singular_values: np.ndarray) -> None:
     bins = np.linspace(0, reach, 45)
     parts = [nu[~outside], nu[outside]]
     weights = [np.full(len(part), 1 / (len(nu) * (bins[1] - bins[0]))) for part in parts]
-    ax.hist(parts, bins=bins, stacked=True, color=[BULK, OUTSIDE], weights=weights)
+    ax.hist(parts, bins=bins, stacked=True, color=[BULK, OUTSIDE], weights=weights, lw=0)
     x = np.linspace(0, entry["edges"][1] / scale, 300)
     ax.plot(x, mp_density(torch.from_numpy(x), q).numpy(), color=LAW, lw=1.1)
     below = "–" if entry["hard_edge"] else entry["outliers_below"]

@@ -4,6 +4,7 @@ from sdnb.observations.checkpoints import save_collection
 from sdnb.observations.common import Observation, save
 from sdnb.observations.empirical_direction import direction_over_text
 from sdnb.observations.explosion_subspace import explosion_subspace
+from sdnb.observations.fine_tuned_spectra import fine_tuned_spectra
 from sdnb.observations.fine_tuning import fine_tuning
 from sdnb.observations.high_norm_tokens import high_norm_tokens
 from sdnb.observations.initial_tokens import initial_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "detect_defects",
     "direction_over_text",
     "explosion_subspace",
+    "fine_tuned_spectra",
     "fine_tuning",
     "high_norm_tokens",
     "initial_tokens",
