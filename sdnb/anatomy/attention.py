@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdnb.anatomy.calls import Seen
 from sdnb.anatomy.norms import Norm, measure_norm
-from sdnb.anatomy.probe import LayerProbe, Seen
+from sdnb.anatomy.probe import LayerProbe
 from sdnb.errors import LayerRefused
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear

@@ -1,4 +1,4 @@
-"""Calls of modules: where in the arguments the hidden state stands, and how a result carries it.
+"""Calls of modules: where in the arguments the hidden state stands, how a result carries it, what was seen.
 
 Across families the hidden state is positional or a keyword, and layers return a tensor or a tuple; whoever
 asks, asks here.
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# What a module may raise when it is run in a way that it was not written for.
+RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,49 @@ class Call:
             args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
             return Call(args, self.kwargs, self.place)
         return Call(self.args, self.kwargs | {self.place: hidden}, self.place)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One call of a submodule.
+
+    Args:
+        name: its name in the layer.
+        module: the submodule.
+        given: a clone of its first floating-point argument.
+        returned: a clone of the tensor that it returned.
+        width: how many items it returned; None where it returned a bare tensor.
+    """
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    returned: Tensor
+    width: int | None = None
+
+    def inside(self, other: "Seen") -> bool:
+        """Whether this module is another one or lies inside it.
+
+        Args:
+            other: the module that may contain this one.
+
+        Returns:
+            True if it does.
+        """
+        return self.name == other.name or self.name.startswith(other.name + ".")
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their shapes.
+
+    Args:
+        a: a tensor.
+        b: another one.
+
+    Returns:
+        True if they are equal bit for bit.
+    """
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 def is_float(value: object) -> bool:
@@ -157,3 +203,15 @@ def replaced_forward(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 vars(module)["forward"] = forward
+
+
+def outermost(seen: list[Seen]) -> list[Seen]:
+    """The calls that lie inside no other of the list.
+
+    Args:
+        seen: calls of one pass.
+
+    Returns:
+        Those whose module is contained in no other module of the list, in order.
+    """
+    return [s for s in seen if not any(s is not other and s.inside(other) for other in seen)]

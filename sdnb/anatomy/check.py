@@ -8,7 +8,8 @@ from torch import Tensor
 from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
 from sdnb.anatomy.ffn import FFNFormula, ffn_error
 from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.wiring import Branch, Wiring, module_output, relative, without
+from sdnb.anatomy.residual import relative, without
+from sdnb.anatomy.wiring import Branch, Wiring, module_output
 from sdnb.errors import LayerRefused
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5

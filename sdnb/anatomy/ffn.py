@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from sdnb.anatomy.probe import LayerProbe, Seen, same
+from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
+from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.residual import relative
 from sdnb.anatomy.weights import is_linear, linear_weight
-from sdnb.anatomy.wiring import Wiring, module_output, relative
+from sdnb.anatomy.wiring import Wiring, module_output
 
 RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
 
@@ -154,7 +156,7 @@ def double_safe(activation: Activation) -> Activation:
     try:
         if activation(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64:
             return activation
-    except RuntimeError:
+    except RUN_ERRORS:
         pass
     return lambda x: activation(x.float()).to(x.dtype)
 
@@ -172,7 +174,7 @@ def tried(formula: FFNFormula, rows: Tensor, target: Tensor) -> float:
     """
     try:
         inner = formula.inner(rows)
-    except (TypeError, ValueError, RuntimeError):
+    except RUN_ERRORS:
         return float("inf")
     return (
         relative(inner - target, target)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.probe import Seen, same
+from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
 
 LARGE = 1e3  # entries at which an epsilon does not matter
 SMALL = 1e-3  # entries at which it does
@@ -92,7 +92,7 @@ def measure_norm(seen: Seen) -> Norm | None:
     """
     try:
         return _measured(seen)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except RUN_ERRORS:
         return None
 
 

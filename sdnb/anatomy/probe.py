@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Call, is_float, map_tensors, replaced_forward, rewrap, unwrap
+from sdnb.anatomy.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, replaced_forward, rewrap, unwrap
 from sdnb.anatomy.trace import Decoder, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerRefused, ParameterError
@@ -19,49 +18,6 @@ CALLS_KEPT = 8  # recorded arguments, by shape
 
 class _SeenEnough(Exception):
     """Ends a run of the layer that has shown what was asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """One call of a submodule.
-
-    Args:
-        name: its name in the layer.
-        module: the submodule.
-        given: a clone of its first floating-point argument.
-        returned: a clone of the tensor that it returned.
-        width: how many items it returned; None where it returned a bare tensor.
-    """
-
-    name: str
-    module: nn.Module
-    given: Tensor
-    returned: Tensor
-    width: int | None = None
-
-    def inside(self, other: "Seen") -> bool:
-        """Whether this module is another one or lies inside it.
-
-        Args:
-            other: the module that may contain this one.
-
-        Returns:
-            True if it does.
-        """
-        return self.name == other.name or self.name.startswith(other.name + ".")
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order, whatever their shapes.
-
-    Args:
-        a: a tensor.
-        b: another one.
-
-    Returns:
-        True if they are equal bit for bit.
-    """
-    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 class LayerProbe:
@@ -125,7 +81,7 @@ class LayerProbe:
         call = self.call(tuple(x.shape[:2]), ids).with_hidden(x)
         try:
             return unwrap(self.layer(*call.args, **call.kwargs))
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except RUN_ERRORS as error:
             raise LayerRefused(self.number, "layer", f"does not run by itself: {error}") from error
 
     def rows(self, x: Tensor) -> Tensor:

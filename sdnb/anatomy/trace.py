@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Call, replaced_forward, unwrap
+from sdnb.anatomy.calls import RUN_ERRORS, Call, replaced_forward, unwrap
 from sdnb.anatomy.overrides import REFUSED_TYPES
 from sdnb.errors import LayerRefused, ModelError
 
@@ -116,8 +116,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         The model as a stack of layers.
 
     Raises:
-        ModelError: the model is an encoder-decoder or of a type refused by name, or no such list takes part in
-            its forward pass.
+        ModelError: the model is an encoder-decoder or of a type refused by name, or no such list takes part
+            in its forward pass.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
@@ -130,7 +130,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     for stack in stacks(model):
         try:
             seen = first_call(model, stack[0], ids)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except RUN_ERRORS as error:
             raise ModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
         if seen is None:
             continue

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from sdnb.anatomy.calls import Seen
 from sdnb.anatomy.norms import measure_norm
-from sdnb.anatomy.probe import Seen
 
 D = 24
 
