@@ -53,9 +53,8 @@ def closed_form_coefficients(
     """Return alpha and mu with B = diag(alpha) W + diag(mu) V, the fit without its matrix.
 
     plain: alpha = m1 / s; gated: alpha = (w.v / s^2) m2 + (c / s) m1 and mu = m0, with s = |w_i| and the
-        moments of
-    `gaussian_moments`. In the limit s -> 0 (a dead unit) the product alpha w vanishes, and mu = phi(b)
-    remains.
+    moments of `gaussian_moments`. In the limit s -> 0 (a dead unit) the product alpha w vanishes, and
+    mu = phi(b) remains.
 
     Args:
         w: weights inside the activation, shape (f, d).

@@ -1,0 +1,104 @@
+"""Angles between directions, and what they are between random ones."""
+
+import itertools
+import math
+
+import torch
+from scipy import integrate, special
+from torch import Tensor
+
+from sdnb.errors import ParameterError
+
+
+def angle_deg(a: Tensor, b: Tensor) -> Tensor:
+    """Return the acute angle between directions in degrees.
+
+    angle = 2 atan2(|a - b|, |a + b|) for unit vectors with a.b >= 0, which is arccos |a.b| without
+    its loss of digits at small angles.
+
+    Args:
+        a: vectors, shape (..., d).
+        b: vectors, shape (..., d), broadcast against a.
+
+    Returns:
+        angles between 0 and 90 degrees, float64, shape (...); NaN where a vector is zero.
+
+    Source: paper A (arXiv 2502.07004) takes 90 - |angle - 90| of arccos in double precision.
+    """
+    a, b = (t / t.norm(dim=-1, keepdim=True) for t in (a.double(), b.to(a.device).double()))
+    apart, together = (a - b).norm(dim=-1), (a + b).norm(dim=-1)
+    return torch.rad2deg(2 * torch.atan2(torch.minimum(apart, together), torch.maximum(apart, together)))
+
+
+def random_angle(d: int) -> float:
+    """Return the expected acute angle between two random directions.
+
+    E = integral over t from 0 to 90 degrees of P(angle > t), with cos^2(angle) ~ Beta(1/2, (d - 1)/2).
+
+    Args:
+        d: dimension.
+
+    Returns:
+        the expectation in degrees: 0 for d = 1, 45 for d = 2, 57.3 (one radian) for d = 3, towards 90.
+    """
+    return expected_nearest_angle(d, 1)
+
+
+def random_angle_quantile(d: int, q: float) -> float:
+    """Return the angle below which a share q of all pairs of random directions lies.
+
+    sin^2(angle) ~ Beta((d - 1)/2, 1/2), inverted.
+
+    Args:
+        d: dimension.
+        q: share, between 0 and 1.
+
+    Returns:
+        the quantile of the acute angle in degrees.
+
+    Raises:
+        ParameterError: if d is less than 1 or q lies outside 0 to 1.
+    """
+    if d < 1 or not 0 <= q <= 1:
+        raise ParameterError(f"a quantile needs d >= 1 and 0 <= q <= 1, not d={d}, q={q}")
+    if d == 1:
+        return 0.0
+    # near 90 degrees sin^2 has no digits left, so the angle comes from the smaller of sin^2 and cos^2
+    sine2 = special.betaincinv((d - 1) / 2, 0.5, q)
+    cosine2 = special.betainccinv(0.5, (d - 1) / 2, q)
+    return math.degrees(math.atan2(math.sqrt(sine2), math.sqrt(cosine2)))
+
+
+def expected_nearest_angle(d: int, n: int) -> float:
+    """Return the expected angle to the nearest of n independent random directions.
+
+    E = integral over t from 0 to 90 degrees of P(angle > t)^n.
+
+    Args:
+        d: dimension.
+        n: number of directions.
+
+    Returns:
+        the expected smallest acute angle in degrees.
+
+    Raises:
+        ParameterError: if d or n is less than 1.
+    """
+    if d < 1 or n < 1:
+        raise ParameterError(f"the nearest of n directions in d dimensions needs d, n >= 1, not d={d}, n={n}")
+    if d == 1:
+        return 0.0
+
+    def all_beyond(t: float) -> float:
+        nearer = special.betainc((d - 1) / 2, 0.5, math.sin(t) ** 2)
+        return math.exp(n * math.log1p(-nearer)) if nearer < 1 else 0.0
+
+    # the integrand falls from 1 to 0 within a narrow range: cut there, in quantiles of the smallest angle
+    cuts = [
+        random_angle_quantile(d, -math.expm1(math.log1p(-q) / n)) for q in (1e-12, 0.01, 0.5, 0.99, 1 - 1e-12)
+    ]
+    edges = [0.0, *(math.radians(cut) for cut in cuts), math.pi / 2]
+    parts = (
+        integrate.quad(all_beyond, low, high)[0] for low, high in itertools.pairwise(edges) if low < high
+    )
+    return math.degrees(math.fsum(parts))

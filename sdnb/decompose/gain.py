@@ -1,0 +1,118 @@
+"""The input that a nonlinear branch amplifies most."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdnb.errors import ParameterError
+
+_KEPT = 8  # starts that are followed to the end
+_TOL = 1e-4  # slope at which an ascent counts as done
+_STILL = 1e-6  # or the length of a step, about the rounding of float32
+_FASTER, _SLOWER = 2.0, 0.25  # factors of the step after a success and a failure
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The maximiser of |f(x)| over unit vectors that was found.
+
+    Args:
+        input: x, shape (d,), of length 1.
+        output: f(x), shape (d,).
+        gain: |f(x)|.
+        slope: |gradient of |f| along the sphere| / |f| at x; 0 at a maximum.
+    """
+
+    input: Tensor
+    output: Tensor
+    gain: float
+    slope: float
+
+
+def largest_gain(
+    function: Callable[[Tensor], Tensor],
+    d: int,
+    *,
+    starts: int = 64,
+    steps: int = 60,
+    seed: int = 0,
+    extra: Tensor | None = None,
+    device: str | torch.device | None = None,
+) -> Gain:
+    """Maximise |f(x)| over unit vectors x by a nonlinear power iteration.
+
+    x <- (|f| x + tau g) / norm, g the gradient of |f(x)| along the sphere. With tau = 1 this is the power
+    iteration of f^T f where f is linear, whether or not a norm divides the scale of x out. Each start has its
+    own tau: a step that raises the gain is kept and doubles it, any other is undone and quarters it, so no
+    gain ever falls. After a quarter of the steps the best 8 starts go on, until each has slope |g| / |f| <
+    1e-4, or moves by less than 1e-6, or the steps are spent.
+
+    Args:
+        function: differentiable, maps float32 rows, shape (n, d), to rows, shape (n, m), each by itself.
+        d: size of the inputs.
+        starts: number of random starts.
+        steps: most gradient evaluations per start.
+        seed: of the starts, drawn on the CPU.
+        extra: more starting directions, shape (m, d), such as plus and minus the leading right singular
+            vector of F.
+        device: where the function runs; that of `extra`, or the CPU, when None.
+
+    Returns:
+        the best of all starts.
+
+    Raises:
+        ParameterError: if there is no start, `extra` has another width, or no start gives a finite output.
+
+    Source: beyond paper A (arXiv 2502.07004), which tests the right singular vectors of F one by one in the
+        real FFN.
+    """
+    if starts < 0 or (extra is None and starts == 0) or (extra is not None and extra.shape[1:] != (d,)):
+        raise ParameterError(f"largest_gain needs a start, and extra starts of shape (m, {d})")
+    device = device or ("cpu" if extra is None else extra.device)
+    x = torch.randn(starts, d, generator=torch.Generator().manual_seed(seed)).to(device)
+    if extra is not None:
+        x = torch.cat([extra.detach().to(x), x])
+    x = _unit(x)
+    gain, slope = _ascent(function, x)
+    tau = torch.ones_like(gain)
+    for step in range(steps):
+        if step == steps // 4:
+            best = gain.topk(min(_KEPT, len(gain))).indices
+            x, gain, slope, tau = x[best], gain[best], slope[best], tau[best]
+        size = slope.norm(dim=1)
+        if ((size < _TOL) | (tau * size < _STILL)).all():
+            break
+        trial = _unit(x + tau[:, None] * slope)
+        trial_gain, trial_slope = _ascent(function, trial)
+        better = trial_gain > gain
+        x, slope = torch.where(better[:, None], trial, x), torch.where(better[:, None], trial_slope, slope)
+        gain, tau = torch.where(better, trial_gain, gain), tau * torch.where(better, _FASTER, _SLOWER)
+    i = gain.argmax()
+    if not gain[i] > -torch.inf:
+        raise ParameterError("the function is not finite at any start: are the weights sound?")
+    with torch.no_grad():
+        output = function(x[i : i + 1])[0]
+    return Gain(x[i], output.detach(), gain[i].item(), slope[i].norm().item())
+
+
+def _ascent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |f(x)|, shape (n,), and its gradient along the sphere over |f(x)|, shape (n, d).
+
+    Where an output is not finite the gain is minus infinity and the gradient zero; where it is zero so is the
+    gradient.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        gain = function(x).float().norm(dim=1)
+        (gradient,) = torch.autograd.grad(gain.sum(), x)
+    x, gain = x.detach(), gain.detach()
+    slope = (gradient - (gradient * x).sum(1, keepdim=True) * x) / gain[:, None]
+    sound = torch.isfinite(gain) & torch.isfinite(slope).all(1)
+    return gain.where(torch.isfinite(gain), -torch.inf), slope.where(sound[:, None], 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return rows of length 1."""
+    return torch.nn.functional.normalize(x, dim=1)

@@ -1,0 +1,88 @@
+"""Angles, and the laws of angles between random directions against simulation and published numbers."""
+
+import math
+
+import pytest
+import torch
+
+from sdnb.decompose import angle_deg, expected_nearest_angle, random_angle, random_angle_quantile
+from sdnb.errors import ParameterError
+
+
+def random_angles(d, shape, seed=0):
+    """Acute angles of random directions to the first axis, by the arc cosine."""
+    x = torch.randn(*shape, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rad2deg((x[..., 0].abs() / x.norm(dim=-1)).clamp(max=1).arccos())
+
+
+def test_the_angle_is_acute_and_does_not_see_length_or_sign():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, -2.0])
+    assert angle_deg(a, b).item() == pytest.approx(45, abs=1e-12)
+    assert angle_deg(7 * a, -b).item() == pytest.approx(45, abs=1e-12)
+    assert angle_deg(a, a).item() == 0
+    assert angle_deg(a, torch.tensor([0.0, 3.0])).item() == pytest.approx(90, abs=1e-12)
+    assert angle_deg(a, b).dtype == torch.float64
+
+
+def test_tiny_angles_keep_their_digits():
+    for angle in (1e-3, 1e-7, 1e-11):
+        a, b = torch.tensor([1.0, 0.0]).double(), torch.tensor([math.cos(angle), math.sin(angle)]).double()
+        assert angle_deg(a, -b).item() == pytest.approx(math.degrees(angle), rel=1e-4)
+
+
+def test_angles_broadcast_and_a_zero_vector_has_none():
+    a = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    angles = angle_deg(a, b)
+    assert angles.shape == (5, 3)
+    cosine = (a.double() * b).sum(-1).abs() / (a.double().norm(dim=-1) * b.double().norm(dim=-1))
+    assert torch.allclose(angles, torch.rad2deg(cosine.arccos()), atol=1e-8)
+    assert angle_deg(torch.zeros(8), b).isnan().all()
+
+
+def test_the_known_dimensions():
+    assert random_angle(1) == 0
+    assert random_angle(2) == pytest.approx(45)
+    assert random_angle(3) == pytest.approx(math.degrees(1))
+    assert random_angle(2048) == pytest.approx(88.99, abs=0.005)
+    assert random_angle(4096) == pytest.approx(89.29, abs=0.005)
+    assert random_angle_quantile(2048, 0.01) == pytest.approx(86.74, abs=0.005)
+    assert random_angle_quantile(4096, 0.01) == pytest.approx(87.69, abs=0.005)
+    # at most a quarter of a degree of arc is expected between the nearest of n lines in the plane: 90 / (n +
+    # 1)
+    assert expected_nearest_angle(2, 9) == pytest.approx(9)
+
+
+@pytest.mark.parametrize("d", [2, 3, 7, 100])
+def test_expectation_and_quantiles_against_simulation(d):
+    angles = random_angles(d, (200_000,))
+    assert angles.mean().item() == pytest.approx(random_angle(d), abs=0.2)
+    for q in (0.01, 0.3, 0.5, 0.9):
+        assert (angles < random_angle_quantile(d, q)).double().mean().item() == pytest.approx(q, abs=0.004)
+    assert random_angle_quantile(d, 0) == 0
+    assert random_angle_quantile(d, 1) == pytest.approx(90)
+
+
+@pytest.mark.parametrize(("d", "n"), [(3, 5), (20, 20), (100, 300)])
+def test_the_nearest_of_many_against_simulation(d, n):
+    nearest = random_angles(d, (1000, n)).min(dim=1).values
+    error = nearest.std().item() / math.sqrt(1000)
+    assert nearest.mean().item() == pytest.approx(expected_nearest_angle(d, n), abs=4 * error)
+
+
+def test_the_nearest_falls_with_n_and_rises_with_d():
+    assert random_angle(512) == expected_nearest_angle(512, 1)
+    over_n = [expected_nearest_angle(512, n) for n in (1, 10, 1000, 10**6, 10**9)]
+    assert over_n == sorted(over_n, reverse=True)
+    over_d = [expected_nearest_angle(d, d) for d in (2, 16, 256, 4096, 65536)]
+    assert over_d == sorted(over_d)
+
+
+def test_nonsense_is_refused():
+    for call in (
+        lambda: random_angle(0),
+        lambda: expected_nearest_angle(5, 0),
+        lambda: random_angle_quantile(5, 1.1),
+    ):
+        with pytest.raises(ParameterError):
+            call()

@@ -1,0 +1,133 @@
+"""Leading triplets against the full float64 decomposition."""
+
+import pytest
+import torch
+
+from sdnb.decompose import angle_deg, leading_triplets
+from sdnb.errors import ParameterError
+from sdnb.linearize import Operator
+
+D = 400
+
+
+def matrix(values, seed=0, d=D, dtype=torch.float64):
+    """A random matrix with given leading singular values; the rest fall from 1 to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    S = torch.linspace(1, 0, d, dtype=torch.float64)
+    S[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    return (U * S @ V.T).to(dtype)
+
+
+def check(M, found, k, tol=1e-5):
+    """Everything that holds of every answer, whatever the matrix."""
+    M = M.double()
+    U, S, V = (t.double() for t in (found.U, found.S, found.V))
+    eye, exact = torch.eye(k, dtype=torch.float64), torch.linalg.svdvals(M)
+    assert (U.T @ U - eye).abs().max() < 1e-5
+    assert (V.T @ V - eye).abs().max() < 1e-5
+    assert (S - exact[:k]).abs().max() <= 1e-5 * exact[0]
+    residual = torch.maximum((M @ V - U * S).norm(dim=0), (M.T @ U - V * S).norm(dim=0))
+    assert (residual <= (2 * tol * S).clamp(min=1e-5 * S[0])).all()
+    assert (U.gather(0, U.abs().argmax(0)[None]) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [
+    [20.0, 2.0], [5000.0, 30.0, 2.0], [1.5, 1.49], [3.0, 3.0 - 1e-6, 3.0 - 2e-6], [2.0, 2.0], [1.001],
+], ids=str)  # fmt: skip
+def test_the_krylov_triplets_are_those_of_the_full_decomposition(values, dtype):
+    M = matrix(values, dtype=dtype)
+    found = leading_triplets(M, 2)
+    check(M, found, 2)
+    U, S, VT = torch.linalg.svd(M.double())
+    assert found.U.dtype == dtype
+    for i, gap in enumerate(found.gap.tolist()):
+        true_gap = (S[i] - torch.cat([S[:i], S[i + 1 :]])).abs().min() / S[i]
+        assert gap == pytest.approx(true_gap.item(), rel=0.05, abs=1e-5)
+        if gap > 1e-3:  # without a gap the direction means nothing
+            # degrees: residual over gap, in radians, for both
+            assert angle_deg(found.U[:, i], U[:, i]) < 60 * 2e-5 / gap
+            assert angle_deg(found.V[:, i], VT[i]) < 60 * 2e-5 / gap
+    if values[0] > 1.1:
+        assert found.method == "krylov"
+
+
+def test_float64_reaches_a_smaller_tolerance():
+    M = matrix([4.0, 3.0])
+    found = leading_triplets(M, 2, tol=1e-11)
+    assert found.method == "krylov"
+    assert found.residual.max() < 1e-11
+    assert torch.allclose(found.S, torch.linalg.svdvals(M)[:2], rtol=1e-13)
+
+
+def test_without_a_gap_it_turns_to_the_dense_decomposition():
+    d = 300
+    M = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    M *= 1 + 1e-3 * torch.rand(d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = leading_triplets(M, 3, tol=1e-9)
+    assert found.method == "dense"
+    check(M, found, 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("d", [40, D])
+def test_rank_deficient_matrices(rank, d):
+    generator = torch.Generator().manual_seed(rank)
+    M = torch.randn(d, rank, generator=generator) @ torch.randn(rank, d, generator=generator)
+    found = leading_triplets(M, 4)
+    check(M, found, 4)
+    assert torch.isfinite(found.residual).all()
+    assert torch.isfinite(found.gap).all()
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+def test_tiny_matrices(d):
+    M = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
+    for k in range(1, d + 1):
+        found = leading_triplets(M, k)
+        check(M, found, k)
+        assert found.method == "dense"
+    assert leading_triplets(torch.zeros(d, d), 1).S.item() == 0
+    assert leading_triplets(M, d).gap.shape == (d,)
+
+
+def test_an_operator_is_as_good_as_its_matrix():
+    M = matrix([6.0, 2.0])
+    products = []
+
+    def count(X, M):
+        products.append(X.shape[1])
+        return M @ X
+
+    operator = Operator(lambda X: count(X, M), lambda X: count(X, M.T), like=M, size=D)
+    by_operator, by_matrix = leading_triplets(operator, 2), leading_triplets(M, 2)
+    assert torch.allclose(by_operator.U, by_matrix.U)
+    assert sum(products) < D  # it never formed the matrix
+    small = Operator(lambda X: 2 * X, lambda X: 2 * X, like=torch.empty(0), size=3)
+    assert torch.allclose(leading_triplets(small, 1).S, torch.tensor([2.0]))
+
+
+def test_a_seed_fixes_the_answer_and_the_sign_depends_on_none():
+    M = matrix([3.0, 2.0], dtype=torch.float32)
+    first, again = (leading_triplets(M, 2, seed=3) for _ in range(2))
+    assert torch.equal(first.U, again.U)
+    other = leading_triplets(M, 2, seed=4)
+    assert torch.allclose(first.U, other.U, atol=1e-3)
+    negative = leading_triplets(-M, 2)
+    assert torch.allclose(negative.U, first.U, atol=1e-3)
+    assert torch.allclose(negative.V, -first.V, atol=1e-3)
+
+
+def test_half_precision_is_upcast():
+    M = matrix([3.0, 2.0], dtype=torch.bfloat16)
+    assert leading_triplets(M, 1).U.dtype == torch.float32
+
+
+def test_bad_input_is_refused():
+    M = matrix([3.0])
+    broken = M.clone()
+    broken[3, 5] = torch.nan
+    for arguments in ((M[:5], 1), (M, 0), (M, D + 1), (broken, 2), (broken[:9, :9], 2), (M[0], 1)):
+        with pytest.raises(ParameterError):
+            leading_triplets(*arguments)
