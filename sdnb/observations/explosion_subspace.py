@@ -36,9 +36,9 @@ def explosion_subspace(
 ) -> Observation:
     """Feed the right singular vectors of F to the real FFN, and find who lies along the leading one.
 
-    F = U S V^T at the explosion layer. Reported are n_i = max |FFN(norm(+-v_i))|, and v.x and v.x / rms(x) for
-    the input x of the FFN's norm, v the leading vector with the sign of the larger output, for every item at
-    position 0 and at position 1 behind a random item (paper A, "explosion subspace").
+    F = U S V^T at the explosion layer. Reported are n_i = max |FFN(norm(+-v_i))|, and v.x and v.x / rms(x)
+    for the input x of the FFN's norm, v the leading vector with the sign of the larger output, for every item
+    at position 0 and at position 1 behind a random item (paper A, "explosion subspace").
 
     Args:
         loaded: the model.

@@ -7,25 +7,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdnb import text as texts
-from sdnb.activations import hidden_norms, perplexity, token_batches, visit_states, window_length
+from sdnb.activations import hidden_norms, token_batches, visit_states
 from sdnb.activations.interventions import project_out, set_dimensions, zero_attention
 from sdnb.activations.sampling import continuation
-from sdnb.activations.sinks import sink_rate
 from sdnb.anatomy import layer_view
 from sdnb.decompose import leading_triplets
-from sdnb.errors import ModelError
 from sdnb.linearize import ffn_matrix
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation, encode_line, encode_text
 from sdnb.observations.explosion import Explosion, find_explosion
+from sdnb.observations.measures import text_ids, text_perplexity, text_sink_rate
 
 HELD = 0.9
 """Massive dimensions hold this share of the squared length of the mean high-norm state, ..."""
 MOST = 10
 """... but there are at most so many of them."""
-SINK_LENGTH, SINK_LINES = 64, 16
-"""Gu et al. measure sinks on sequences of 64 tokens."""
 
 Intervention = Callable[[], AbstractContextManager]
 
@@ -74,8 +70,7 @@ def interventions(
     place = find_explosion(loaded, encoded, explosion_layer=explosion_layer, threshold=threshold)
     layers = [place.layer] if explosion_layer else place.layers or [place.layer]
     massive = massive_means(loaded, encoded.lines, layers, place.state_threshold, massive_dimensions)
-    ids = texts.encode(loaded.tokenizer, "\n".join(texts.lines_of(text, max_lines)), False)
-    begin = loaded.tokenizer.bos_token_id if encoded.begin_token else None
+    ids, begin = text_ids(loaded, text, encoded.begin_token)
     start = encode_line(loaded, prompt, add_special_tokens)
     groups, first, others = {}, [], []
     for name, intervene in _interventions(loaded, place, layers, massive, seed).items():
@@ -83,8 +78,8 @@ def interventions(
             norms = _line_norms(loaded, encoded.lines)
             groups[name] = {
                 "peak_norm": max(part[1:].max().item() for part in norms),
-                "perplexity": _perplexity(loaded, ids, window, max_windows, begin),
-                "sink_rate": _sink_rate(loaded, ids, begin),
+                "perplexity": _finite(text_perplexity(loaded, ids, begin, window, max_windows).value),
+                "sink_rate": text_sink_rate(loaded, ids, begin),
                 "continuation": _sample(loaded, start, new_tokens, temperature, seed),
             }
         first.append(torch.stack([part[:, 0] for part in norms]).mean(dim=0))
@@ -184,26 +179,9 @@ def _line_norms(loaded: Loaded, lines: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _perplexity(
-    loaded: Loaded, ids: Tensor, window: int | None, max_windows: int, begin: int | None
-) -> float | None:
-    """Perplexity of the beginning of the text; None where it exceeds every number."""
-    longest = max_windows * window_length(loaded.model, window)
-    value = perplexity(loaded.model, ids[:longest], window=window, begin_token=begin).value
+def _finite(value: float) -> float | None:
+    """A perplexity, or None where it exceeds every number."""
     return value if value < float("inf") else None
-
-
-def _sink_rate(loaded: Loaded, ids: Tensor, begin: int | None) -> float | None:
-    """Sink rate on sequences of 64 tokens (a begin token included); None where attention is not told."""
-    front = [] if begin is None else [begin]
-    body = min(SINK_LENGTH - len(front), len(ids))
-    count = min(SINK_LINES, len(ids) // body)
-    rows = ids[: count * body].reshape(count, body)
-    rows = torch.cat([torch.tensor(front, dtype=ids.dtype).expand(count, len(front)), rows], dim=1)
-    try:
-        return sink_rate(loaded.model, rows).value
-    except ModelError:
-        return None
 
 
 def _sample(loaded: Loaded, start: Tensor, count: int, temperature: float, seed: int) -> str:

@@ -50,7 +50,7 @@ def test_curves_are_the_models_own(planted, found):
     torch.testing.assert_close(found.arrays["first_norms"][0], expected, rtol=1e-4, atol=0)
     expected = torch.cat([n[:, 1:] for n in norms], dim=1).median(dim=1).values
     torch.testing.assert_close(found.arrays["other_norms"][0], expected, rtol=1e-4, atol=0)
-    ids = torch.tensor(loaded.tokenizer("\n".join(TEXT), add_special_tokens=False).input_ids)
+    ids = torch.tensor(loaded.tokenizer("\n\n".join(TEXT), add_special_tokens=False).input_ids)
     own = perplexity(loaded.model, ids, window=32, begin_token=begin).value
     assert math.isclose(found.values["interventions"]["none"]["perplexity"], own, rel_tol=1e-6)
 
