@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 RUNS   := _build/runs
+PAGES  := $(shell sed -n 's|.*file: notebooks/\([0-9]*\)_.*|\1|p' _toc.yml)
 
 # One thread a process: two or more processes on few cores otherwise fight for them.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
@@ -20,7 +21,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(STAMP)
-	$(QUIET) $(BIN)/sdnb run zoo/llama --results-dir $(RUNS)
+	$(QUIET) $(BIN)/sdnb run zoo/llama --notebooks $(PAGES) --results-dir $(RUNS)
 	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS)
 
 test: $(STAMP)
