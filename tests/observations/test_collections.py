@@ -1,4 +1,4 @@
-"""Observations 10 and 11 on lists of planted models: the planted answer, one model at a time, records written."""
+"""Observations 10 and 11 on lists of planted models: the planted answer, and one model at a time."""
 
 import gc
 import weakref
@@ -20,7 +20,7 @@ COMMON = {"text": TEXT, "max_lines": 6, "add_special_tokens": True, "window": 32
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A training of three steps: no defect, one in another direction, the last one's; and the last one itself."""
+    """A training of three steps (no defect, another direction, the last one's), and a fine-tuning."""
     root = tmp_path_factory.mktemp("collection")
     tiny_model(root / "model-steps" / "step0", d=64, f=128, layers=6)
     other = planted_model(root / "model-steps" / "step100", seed=5, explosion_layer=3, size=300.0)
