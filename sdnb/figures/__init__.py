@@ -22,6 +22,13 @@ from sdnb.figures.random_matrix import example_spectra, outlier_positions
 from sdnb.figures.removal import removed_deciles, tuning_order
 from sdnb.figures.spectra import outlier_counts, spectra_grid
 from sdnb.figures.style import save, use_style
+from sdnb.figures.uses import (
+    input_spikes,
+    layer_errors,
+    quantized_perplexity,
+    signature_map,
+    signature_robustness,
+)
 from sdnb.figures.vectors import along_spectrum, overlap_summary
 
 __all__ = [
@@ -33,7 +40,9 @@ __all__ = [
     "explosion_map",
     "in_context",
     "initial_norms",
+    "input_spikes",
     "intervention_norms",
+    "layer_errors",
     "ledger_bars",
     "linearity",
     "noninitial_norms",
@@ -44,9 +53,12 @@ __all__ = [
     "outlier_positions",
     "overlap_summary",
     "pair_angles",
+    "quantized_perplexity",
     "removed_deciles",
     "sampling_error",
     "save",
+    "signature_map",
+    "signature_robustness",
     "singular_directions",
     "spectra_grid",
     "state_angles",

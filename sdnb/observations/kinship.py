@@ -13,7 +13,7 @@ from sdnb import text as texts
 from sdnb.checkpoint import locate, slug_of
 from sdnb.errors import ParameterError
 from sdnb.loading import load
-from sdnb.observations.common import Observation
+from sdnb.observations.checkpoints import CollectionObservation
 from sdnb.observations.robustness import robustness
 from sdnb.observations.signatures import (
     CHANCE,
@@ -149,7 +149,7 @@ def signatures(
     chance: float = CHANCE,
     seed: int = 0,
     **settings: object,
-) -> Observation:
+) -> CollectionObservation:
     """Compare many models' signatures, and say how far one model's moves when its weights change.
 
     Args:
@@ -178,4 +178,9 @@ def signatures(
             loaded, noise_levels, tuning_steps, learning_rate=learning_rate, seed=seed, **reading
         )
     hashes = {one.facts.text_hash for one in found}
-    return Observation(values, {"angle_deg": angles}, hashes.pop() if len(hashes) == 1 else None)
+    return CollectionObservation(
+        values,
+        {"angle_deg": angles},
+        hashes.pop() if len(hashes) == 1 else None,
+        models={one.facts.name: {"fingerprint": one.facts.fingerprint} for one in found},
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sdnb.report import paths, published
+from sdnb.report import paths, published, uses
 from sdnb.report.spectra import SPECTRA
 from sdnb.report.tables import Markdown, number, numbers_table
 
@@ -192,5 +192,7 @@ _TEMPLATES: dict[str, Callable[[dict], tuple[str, list]]] = {
     "09_interventions": paths.interventions,
     "10_training_dynamics": paths.training_dynamics,
     "11_fine_tuning": paths.fine_tuning,
+    "12_quantization": uses.quantization,
+    "13_signatures": uses.signatures,
     **SPECTRA,
 }
