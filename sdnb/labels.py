@@ -7,10 +7,10 @@ SPACE = "␣"
 
 
 def token_labels(tokenizer: object | None, ids: Iterable[int]) -> list[str]:
-    """Name tokens so that a person can tell them apart in a figure or a table.
+    r"""Name tokens so that a person can tell them apart in a figure or a table.
 
     Printable Latin characters stay, a space becomes "␣", everything else an escape as in a Python string
-    ("\\n", "\\u4e2d"; "\\xe2" for a byte that is only part of a character).
+    ("\n", "\u4e2d"; "\xe2" for a byte that is only part of a character).
 
     Args:
         tokenizer: the model's tokenizer; without one the ids themselves are the names.
@@ -32,7 +32,7 @@ def token_labels(tokenizer: object | None, ids: Iterable[int]) -> list[str]:
 
 
 def _text(piece: str, byte_level: bool) -> str:
-    """The text of a vocabulary item; bytes that are no whole character as the escapes "\\xHH"."""
+    r"""The text of a vocabulary item; bytes that are no whole character as the escapes "\xHH"."""
     if byte_level and all(character in _byte_of() for character in piece):
         return bytes(_byte_of()[character] for character in piece).decode("utf-8", errors="backslashreplace")
     return piece.replace("▁", " ")  # SentencePiece's mark for a space
@@ -53,7 +53,7 @@ def _visible(text: str) -> str:
 
 @functools.cache
 def _byte_of() -> dict[str, int]:
-    """The byte that each character stands for in a byte-level vocabulary: printable ones themselves, the rest from 256."""
+    """The byte that each character stands for in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)

@@ -67,12 +67,14 @@ def hidden_states(model: nn.Module, ids: Tensor, *, stop_after: int | None = Non
         stop_after: the last layer to run (1..L); all of them when None.
 
     Returns:
-        (K+1, B, T, d) in float32 on the CPU, K the last layer run; index 0 is what enters layer 1, index l the
-        output of layer l, before the final norm.
+        (K+1, B, T, d) in float32 on the CPU, K the last layer run; index 0 is what enters layer 1, index l
+        the output of layer l, before the final norm.
     """
     states: list[Tensor] = []
     # `.clone()`: a float32 state on the CPU would otherwise be the layer's own buffer.
-    visit_states(model, ids, lambda _, state: states.append(state.float().cpu().clone()), stop_after=stop_after)
+    visit_states(
+        model, ids, lambda _, state: states.append(state.float().cpu().clone()), stop_after=stop_after
+    )
     return torch.stack(states)
 
 
@@ -92,10 +94,13 @@ def hidden_norms(model: nn.Module, ids: Tensor, *, stop_after: int | None = None
     return torch.stack(norms)
 
 
-def token_batches(lines: Iterable[Tensor], *, max_tokens: int = 4096) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+def token_batches(
+    lines: Iterable[Tensor], *, max_tokens: int = 4096
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Group encoded lines of similar length into right-padded batches.
 
-    A causal model gives the real tokens the same states with padding behind them as without, so no mask is needed.
+    A causal model gives the real tokens the same states with padding behind them as without, so no mask is
+    needed.
 
     Args:
         lines: token ids of each line, (T_i,).
@@ -117,7 +122,7 @@ def token_batches(lines: Iterable[Tensor], *, max_tokens: int = 4096) -> Iterato
 
 
 def _pad(lines: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad (T_i,) lines on the right with their own last token; return ids (B, T) and the mask of real tokens."""
+    """Pad (T_i,) lines on the right with their own last token; return ids and real-token mask, (B, T)."""
     length = max(len(line) for line in lines)
     ids = torch.stack([torch.cat([line, line[-1:].expand(length - len(line))]) for line in lines])
     mask = torch.arange(length) < torch.tensor([len(line) for line in lines])[:, None]

@@ -1,15 +1,16 @@
-"""Which tokens are high-norm, and which layers make and unmake them: one written rule, no per-model threshold.
+"""Which tokens are high-norm, and which layers make and unmake them: one rule, no threshold per model.
 
 The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
 
-1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over tokens.
-2. The peak of a token is its largest norm; `peak` is the lower decile of the peaks of the high-norm tokens and
-   `ordinary` the largest norm that any other token reaches. A *state* is high-norm above
-   `threshold` = peak / 2, or, where ordinary tokens come higher than that (they grow late in some models),
-   sqrt(peak * ordinary).
-3. The step of a token at layer l is (N[l] - N[l-1]) / peak. Layer l is an explosion (decay) layer when the step is
-   at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter of the high-norm tokens. Lists are sorted by
-   the mean step, the largest first.
+1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over
+   tokens.
+2. The peak of a token is its largest norm; `peak` is the lower decile of the peaks of the high-norm tokens
+   and `ordinary` the largest norm that any other token reaches. A *state* is high-norm above `threshold` =
+   peak / 2, or, where ordinary tokens come higher than that (they grow late in some models), sqrt(peak *
+   ordinary).
+3. The step of a token at layer l is (N[l] - N[l-1]) / peak. Layer l is an explosion (decay) layer when the
+   step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter of the high-norm tokens. Lists are
+   sorted by the mean step, the largest first.
 """
 
 from dataclasses import dataclass
@@ -48,17 +49,21 @@ def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
 
     Args:
         norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
-        threshold: a norm that replaces the automatic one: tokens that pass it at some layer 1..L are high-norm.
+        threshold: a norm that replaces the automatic one: tokens that pass it at some layer 1..L are high-
+            norm.
 
     Returns:
-        The detection; without a high-norm token its lists are empty and its threshold None (or the one given).
+        The detection; without a high-norm token its lists are empty and its threshold None (or the one
+        given).
 
     Raises:
         TextError: fewer than three tokens: a median over them means nothing.
         ParameterError: norms that are not finite, or a threshold that is not positive.
     """
     if norms.shape[1] < 3:
-        raise TextError(f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give at least 3")
+        raise TextError(
+            f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give at least 3"
+        )
     if not torch.isfinite(norms).all():
         raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
     if threshold is not None and threshold <= 0:
@@ -72,7 +77,9 @@ def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
     if threshold is None:
         threshold = _automatic_threshold(peaks, high)
     mean_step, rises, falls = layer_steps(norms[:, high])
-    explosion = [layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE]
+    explosion = [
+        layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE
+    ]
     decay = [layer for layer in torch.argsort(mean_step).tolist() if falls[layer] >= MIN_SHARE]
     return Detection(peak_ratio, threshold, [n + 1 for n in explosion], [n + 1 for n in decay], high)
 

@@ -1,4 +1,4 @@
-"""The empirical direction: the mean of all high-norm hidden states (paper A, "singular_defects_empirical")."""
+"""The empirical direction: the mean of all high-norm hidden states (paper A)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,9 @@ class HighNormStates:
             ParameterError: no state is above the threshold.
         """
         if not len(self.states):
-            raise ParameterError(f"no hidden state has a norm above {self.threshold:g}: there is no direction")
+            raise ParameterError(
+                f"no hidden state has a norm above {self.threshold:g}: there is no direction"
+            )
         return self.states.double().mean(dim=0).float()
 
 
@@ -48,7 +50,7 @@ class HighNormStates:
 def collect_high_norm_states(
     model: nn.Module, lines: Sequence[Tensor], threshold: float, *, max_tokens: int = 4096
 ) -> HighNormStates:
-    """Collect every hidden state |h_l| > threshold, l = 0..L, over lines that are run one by one or in batches.
+    """Collect every hidden state |h_l| > threshold, l = 0..L, over the lines of a text.
 
     Args:
         model: a causal language model.
@@ -88,9 +90,9 @@ def mean_pairwise_angle(
 ) -> tuple[float, float]:
     """Return the mean acute angle over all pairs of distinct states, and its standard error.
 
-    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|). Exact up to `exact_up_to` states (in chunks, never all
-    pairs in memory); beyond, that many states are drawn at random without replacement and the standard error is
-    the spread of the chunks' means over the root of their number.
+    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|). Exact up to `exact_up_to` states (in chunks, never
+    all pairs in memory); beyond, that many states are drawn at random without replacement and the standard
+    error is the spread of the chunks' means over the root of their number.
 
     Args:
         states: (n, d).

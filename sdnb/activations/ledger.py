@@ -1,4 +1,4 @@
-"""Who writes the high norm and who erases it: every branch's contribution along a direction, exact to the last digit."""
+"""Who writes the high norm and who erases it: what every branch adds along a direction."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from sdnb.anatomy import branch_contributions
 
 @dataclass(frozen=True)
 class Ledger:
-    """Coordinates along a unit vector u; `start + attention.sum(0) + ffn.sum(0)` is the last state's coordinate.
+    """Coordinates along a unit vector u; `start` and all entries add up to the last state's.
 
     Args:
         start: u . h_0 of every token, (B, T).

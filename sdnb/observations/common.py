@@ -35,7 +35,13 @@ class Observation:
 
 
 def save(
-    result: Observation, cost: Measure, loaded: Loaded, template: str, *, results_dir: str | Path, seed: int | None = None
+    result: Observation,
+    cost: Measure,
+    loaded: Loaded,
+    template: str,
+    *,
+    results_dir: str | Path,
+    seed: int | None = None,
 ) -> Record:
     """Write a template's result with its provenance.
 
@@ -71,7 +77,9 @@ class EncodedText:
     begin_token: bool
 
 
-def encode_text(loaded: Loaded, text: str | list[str], max_lines: int, add_special_tokens: bool) -> EncodedText:
+def encode_text(
+    loaded: Loaded, text: str | list[str], max_lines: int, add_special_tokens: bool
+) -> EncodedText:
     """Encode the first `max_lines` usable lines of a text.
 
     Args:
@@ -135,7 +143,7 @@ def text_norms(loaded: Loaded, lines: list[Tensor]) -> Tensor:
 def empirical_direction(
     loaded: Loaded, encoded: EncodedText, *, threshold: float | None, results_dir: str | Path
 ) -> Direction:
-    """Find the threshold on the first lines and the mean high-norm state on all; kept in the cache of `results_dir`.
+    """Find the threshold on the first lines and the mean high-norm state on all; kept in the cache.
 
     Args:
         loaded: the model.

@@ -23,7 +23,7 @@ def direction_over_text(
     seed: int = 0,
     results_dir: str | Path,
 ) -> Observation:
-    """Collect every high-norm state of a text and measure how well one direction describes them (paper A, section 3).
+    """Collect every high-norm state of a text and measure how well one direction describes them.
 
     Args:
         loaded: the model.

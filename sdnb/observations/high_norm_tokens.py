@@ -48,4 +48,3 @@ def high_norm_tokens(
         "median_norm": norms[1:].median(dim=1).values.tolist(),
     }
     return Observation(values, {"norms": norms}, source, texts.begins_with_begin_token(ids, loaded.tokenizer))
-

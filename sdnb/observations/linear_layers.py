@@ -32,10 +32,10 @@ def linearity(
 ) -> Observation:
     """Compare each layer's linear view with the real layer, on Gaussian inputs and on real hidden states.
 
-    For an input x the view predicts A x / rho1 (attention), F x' / rho2 (FFN, x' the residual stream in front of
-    it) and L_rho x (layer), with x's own divisors rho. Reported: the mean cosine between prediction and real
-    output (for attention and FFN the divisors drop out of it), and the relative error |real - predicted| / |real|,
-    root of the ratio of summed squares.
+    For an input x the view predicts A x / rho1 (attention), F x' / rho2 (FFN, x' the residual stream in front
+    of it) and L_rho x (layer), with x's own divisors rho. Reported: the mean cosine between prediction and
+    real output (for attention and FFN the divisors drop out of it), and the relative error |real - predicted|
+    / |real|, root of the ratio of summed squares.
 
     Args:
         loaded: the model.
@@ -56,7 +56,11 @@ def linearity(
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(inputs.shape[1:], generator=generator)
     columns: dict[str, list] = {}
-    sampled: dict = {"sample_layer": sample_layer or (len(inputs) + 1) // 2, "sample_counts": [], "sampled_error": []}
+    sampled: dict = {
+        "sample_layer": sample_layer or (len(inputs) + 1) // 2,
+        "sample_counts": [],
+        "sampled_error": [],
+    }
     refused: dict[int, str] = {}
     for number, view in layer_views(loaded, refused):
         for scale in ("paper", "gain"):

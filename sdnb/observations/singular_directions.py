@@ -1,4 +1,4 @@
-"""04: the leading left singular vectors of L and F and the largest-gain output, against the empirical direction."""
+"""04: the singular directions of L and F and the largest-gain output, against the empirical direction."""
 
 from pathlib import Path
 

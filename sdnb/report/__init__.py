@@ -1,4 +1,4 @@
-"""What a page says in words and tables: this run's numbers from its record, the published ones with their source."""
+"""What a page says in words and tables: this run's numbers beside the published ones."""
 
 from sdnb.report.findings import findings
 from sdnb.report.tables import Markdown, numbers_table, provenance_table

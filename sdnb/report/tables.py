@@ -33,7 +33,7 @@ def number(value: object, unit: str = "") -> str:
         return ", ".join(number(entry, unit) for entry in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if isinstance(value, int) or float(value).is_integer() and abs(value) < 1e6:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:,.0f}{unit}"
     return f"{value:,.0f}{unit}" if abs(value) >= 1000 else f"{value:.3g}{unit}"
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tiny import build
 
 from sdnb.activations import hidden_norms, hidden_states, token_batches, visit_states
+from tests.tiny import build
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "mpt")
 
@@ -22,7 +22,9 @@ def test_states_equal_the_models_own_but_for_the_final_norm(model):
     states = hidden_states(model, IDS)
     assert states.shape == (4, 2, 5, 32) and states.dtype == torch.float32
     torch.testing.assert_close(states[:-1], torch.stack(own)[:-1])
-    norm = next(m for n, m in model.base_model.named_modules() if n in ("norm", "ln_f", "final_layer_norm", "norm_f"))
+    norm = next(
+        m for n, m in model.base_model.named_modules() if n in ("norm", "ln_f", "final_layer_norm", "norm_f")
+    )
     torch.testing.assert_close(norm(states[-1]), own[-1])
     assert not torch.allclose(states[-1], own[-1]), "the last state must be the one before the final norm"
 

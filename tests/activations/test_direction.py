@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tests.tiny import build, planted_model
 from transformers import AutoModelForCausalLM
 
 from sdnb.activations import collect_high_norm_states, hidden_states, mean_pairwise_angle
 from sdnb.decompose import angle_deg
 from sdnb.errors import ParameterError
+from tests.tiny import build, planted_model
 
 
 def test_collected_states_equal_a_loop_over_lines_layers_and_tokens():
@@ -30,7 +30,9 @@ def test_collected_states_equal_a_loop_over_lines_layers_and_tokens():
     found = collect_high_norm_states(model, lines, threshold, max_tokens=12)
     places = torch.stack([found.line, found.position, found.layer, found.token_id], dim=1)
     assert places.tolist() == [list(entry[:4]) for entry in expected]
-    torch.testing.assert_close(found.states, torch.stack([entry[4] for entry in expected]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.states, torch.stack([entry[4] for entry in expected]), rtol=1e-4, atol=1e-5
+    )
     assert math.isclose(found.mean_low_norm, sum(low) / len(low), rel_tol=1e-5)
     torch.testing.assert_close(found.direction, found.states.mean(0), rtol=1e-4, atol=1e-5)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.tiny import build
 
 from sdnb.activations import hidden_states, ledger
+from tests.tiny import build
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 
