@@ -28,6 +28,8 @@ def removed_deciles(values: dict, title: str = "") -> Figure:
         rows, columns, figsize=(PAGE * 1.2, 2.3 * rows + 0.6), sharey=True, squeeze=False
     )
     floor = _floor(types)
+    top = 2 * max(max(row["loss_added"]) + 3 * max(row["loss_added_error"]) for row in types.values())
+    top = max(top, 10 * floor)
     for ax in axes.flat[len(types) :]:
         ax.set_visible(False)
     for ax, (kind, row) in zip(axes.flat, types.items(), strict=False):
@@ -46,7 +48,7 @@ def removed_deciles(values: dict, title: str = "") -> Figure:
             capsize=1.5,
         )
         ax.set_yscale("log")
-        ax.set_ylim(bottom=floor)
+        ax.set_ylim(floor, top)
         ax.set_title({"all": "all types at once"}.get(kind, NAMES.get(kind, kind)), fontsize=9)
         ax.set_xticks(x[:: 1 if len(x) <= 10 else 2])
         ax.tick_params(labelsize=7)

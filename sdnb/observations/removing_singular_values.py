@@ -49,7 +49,8 @@ def removing_singular_values(
     """
     lines = texts.lines_of(text, max_lines)
     ids = texts.encode(loaded.tokenizer, "\n".join(lines), False)
-    begin = getattr(loaded.tokenizer, "bos_token_id", None) if add_special_tokens else None
+    own = getattr(loaded.tokenizer, "bos_token_id", None)
+    begin = own if add_special_tokens else None
     options = {"window": window_length(loaded.model, window), "begin_token": begin}
     refused: dict[int, str] = {}
     removers: dict[str, list[tuple[WeightMatrix, BlockRemover]]] = {}
@@ -76,7 +77,7 @@ def removing_singular_values(
         "parts": parts,
         "refused": {str(number): reason for number, reason in refused.items()},
     }
-    return Observation(values, {}, texts.text_hash(lines), begin is not None)
+    return Observation(values, {}, texts.text_hash(lines), None if own is None else add_special_tokens)
 
 
 def _type_row(
