@@ -120,21 +120,28 @@ def mixing_modules(probe: LayerProbe) -> list[Seen]:
 
 
 def norms_inside(probe: LayerProbe, attention: Seen) -> tuple[Norm, ...]:
-    """The norms inside attention.
+    """The norms inside attention's value path.
 
     Args:
         probe: the layer.
         attention: attention's call.
 
     Returns:
-        Those submodules that measure as norms.
+        Those submodules that measure as norms and whose divisors matter at length one (norms of queries and
+        keys do not, where the softmax is 1).
     """
-    seen = [
-        s for s in probe.watch(probe.states()[:, None]) if s.inside(attention) and s.name != attention.name
-    ]
+    seen = [s for s in probe.watch(probe.states()[:, None]) if s.inside(attention)]
     small = [s for s in seen if all(p.ndim < 2 for p in s.module.parameters())]
     norms = (measure_norm(s) for s in small if s.given.shape == s.returned.shape)
-    return tuple(norm for norm in norms if norm is not None)
+    rows = trial_rows(probe.hidden_size, probe.device)
+    plain = probe.feed([attention.module], attention.module, rows)
+    found = []
+    for norm in norms:
+        if norm is not None:
+            with probe.altered(linearised((norm,))):
+                changed = probe.feed([attention.module], attention.module, rows)
+            found += [norm] if (changed - plain).norm() > LINEAR * plain.norm() else []
+    return tuple(found)
 
 
 def linearised(norms: tuple[Norm, ...]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:

@@ -1,5 +1,6 @@
 """The feed-forward formula, recognised from the module's linear maps and kept if it reproduces the module."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
@@ -161,26 +162,24 @@ def double_safe(activation: Activation) -> Activation:
     return lambda x: activation(x.float()).to(x.dtype)
 
 
-def tried(formula: FFNFormula, rows: Tensor, target: Tensor) -> float:
-    """How far a candidate's inner units are from the real ones; infinite where the candidate does not run.
+def tried(activation: Activation, g: Tensor, u: Tensor | float, target: Tensor) -> float:
+    """How far phi(g) * u is from the real inner units; infinite where the candidate does not run.
 
     Args:
-        formula: the candidate.
-        rows: the FFN's normed input, shape (n, d).
+        activation: the candidate phi.
+        g: what stands inside it, shape (n, f).
+        u: the factor outside, shape (n, f), or 1.
         target: the real inner units, shape (n, f).
 
     Returns:
         The relative error.
     """
     try:
-        inner = formula.inner(rows)
+        inner = activation(g) * u
     except RUN_ERRORS:
-        return float("inf")
-    return (
-        relative(inner - target, target)
-        if torch.is_tensor(inner) and inner.shape == target.shape
-        else float("inf")
-    )
+        return math.inf
+    fits = torch.is_tensor(inner) and inner.shape == target.shape
+    return relative(inner - target, target) if fits else math.inf
 
 
 @torch.no_grad()
@@ -204,13 +203,16 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
     found: list[tuple[float, FFNFormula]] = []
     for (w, b), gate in pairings(inner, target.shape[-1]):
         v, c = gate or (None, None)
-        for activation in activations(probe, wiring, seen):
-            formula = FFNFormula(w, b, v, c, activation, linear_weight(down.module), down.module.bias)
-            found.append((tried(formula, rows, target), formula))
-    error, best = min(found, key=lambda item: item[0], default=(float("inf"), None))
-    if not error < RECOGNISED or ffn_error(probe, wiring, best, rows) > RECOGNISED:
-        return None
-    return FFNFormula(best.w, best.b, best.v, best.c, double_safe(best.activation), best.down, best.down_bias)
+        g = nn.functional.linear(rows, w, b)
+        u = 1.0 if v is None else nn.functional.linear(rows, v, c)
+        tests = [(tried(phi, g, u, target), phi) for phi in activations(probe, wiring, seen)]
+        error, phi = min(tests, key=lambda test: test[0])
+        found.append(
+            (error, FFNFormula(w, b, v, c, double_safe(phi), linear_weight(down.module), down.module.bias))
+        )
+    error, best = min(found, key=lambda item: item[0], default=(math.inf, None))
+    recognised = error < RECOGNISED and ffn_error(probe, wiring, best, rows) < RECOGNISED
+    return best if recognised else None
 
 
 def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tensor) -> float:
@@ -226,8 +228,7 @@ def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tens
         The largest relative error.
     """
     random = torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)).to(rows.device)
-    errors = []
-    for u in (random, rows, 8 * rows):
-        real = module_output(probe, wiring.ffn, u, wiring.stand_in)
-        errors.append(relative(formula(u) - real, real))
-    return max(errors)
+    u = torch.cat([random, rows, 8 * rows])
+    real = module_output(probe, wiring.ffn, u, wiring.stand_in)
+    errors = (formula(u) - real).chunk(3)
+    return max(relative(error, part) for error, part in zip(errors, real.chunk(3), strict=True))

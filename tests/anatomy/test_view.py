@@ -190,6 +190,7 @@ class TestNormsInside:
         up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
         inner = up * attention.kv_a_layernorm.weight
         assert view.status == "exact"
+        assert [norm.name for norm in view.attention_inner_norms] == ["self_attn.kv_a_layernorm"]
         assert close(view.attention_matrix, attention.o_proj.weight @ inner @ down)
         assert not close(view.attention_matrix, attention.o_proj.weight @ up @ down, 0.01)
 
