@@ -22,7 +22,7 @@ from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.fingerprint import first_not_finite, weights_fingerprint
 from sdnb.memory import check_memory, free_memory, offload_budget
-from sdnb.refusal import has_tokenizer, refuse
+from sdnb.refusal import has_tokenizer, is_encoder, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (
@@ -68,6 +68,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    encoders: bool = False,
 ) -> Loaded:
     """Load a causal decoder with its tokenizer.
 
@@ -84,6 +85,7 @@ def load(
             stay on disk and come one at a time, through accelerate).
         trust_remote_code: run Python code that comes with the model; never done unasked.
         allow_pickle: read weights in pickle form, which can run code; never done unasked.
+        encoders: take a BERT-shaped encoder too, without a head; for what needs weights and activations only.
 
     Returns:
         The model with what is known about it. What does not fit into the memory is a `MemoryShortage`.
@@ -97,7 +99,7 @@ def load(
         raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")
     with quiet():
         found = files.locate(model, revision)
-        refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, encoders=encoders)
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
         entries = {k: v for path in files.shards(found) for k, v in files.header(path).items()}
@@ -173,15 +175,17 @@ def _dtype(dtype: str, entries: dict, place: str) -> str:
 
 def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool) -> nn.Module:
     """The model with all its weights, or a `ModelError`."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    encoder = is_encoder(found)
+    auto = AutoModel if encoder else AutoModelForCausalLM
     options = {"dtype": DTYPES.get(dtype, dtype), "trust_remote_code": trust, "use_safetensors": not pickled}
     if place == "offload":
         options |= {"device_map": "auto", "max_memory": offload_budget()}
     elif place != "cpu":
         options |= {"device_map": {"": place}}
     try:
-        network, report = AutoModelForCausalLM.from_pretrained(
+        network, report = auto.from_pretrained(
             found.target, local_files_only=True, output_loading_info=True, **options
         )
     except torch.OutOfMemoryError as error:
@@ -192,6 +196,9 @@ def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bo
             f"{found.name} could not be loaded: {first} Either its files are damaged or do not fit its "
             "config.json (fetch or save it again), or this version of transformers does not support it."
         ) from error
+    if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
+        missing = [key for key in report["missing_keys"] if "pooler" not in key]
+        report = {"missing_keys": missing, "unexpected_keys": []}
     _refuse_partial(found.name, network, report)
     return network
 

@@ -10,17 +10,25 @@ _TOKENIZER_FILES = (
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
 
 
-def refuse(checkpoint: Checkpoint, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> None:
+def refuse(
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    encoders: bool = False,
+) -> None:
     """Refuse what is not a plain causal decoder with weights that can be read safely, by a `ModelError`.
 
     Args:
         checkpoint: what is known before loading.
         trust_remote_code: allow the model's own Python code to run.
         allow_pickle: allow weights in pickle form, which can run code while they are read.
+        encoders: allow an encoder.
     """
     refuse_files(checkpoint, allow_pickle=allow_pickle)
     _refuse_remote_code(checkpoint, trust_remote_code)
-    _refuse_not_causal(checkpoint)
+    if not (encoders and is_encoder(checkpoint)):
+        _refuse_not_causal(checkpoint)
 
 
 def refuse_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> None:
@@ -105,12 +113,29 @@ def _refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None
     )
 
 
+def is_encoder(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is of a BERT-shaped kind, which sees the tokens on both sides.
+
+    Args:
+        checkpoint: what is known before loading.
+
+    Returns:
+        True for an encoder.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    config = checkpoint.config
+    masked = config.get("model_type") in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both = config.get("is_encoder_decoder") or config.get("is_decoder") or config.get("causal")
+    return masked and not both
+
+
 def _refuse_not_causal(checkpoint: Checkpoint) -> None:
     from transformers.models.auto import modeling_auto as auto
 
     config, name = checkpoint.config, checkpoint.name
     kind = config.get("model_type")
-    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if any(key in config for key in _OTHER_SENSES):
         _refuse_several_senses(checkpoint)
         return
@@ -119,7 +144,7 @@ def _refuse_not_causal(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"{name} ({kind}) is an encoder-decoder: these analyses are about causal decoders only."
         )
-    encoder = kind in masked and not (config.get("is_decoder") or config.get("causal"))
+    encoder = is_encoder(checkpoint)
     if encoder or (kind not in causal and not config.get("auto_map")):
         raise ModelError(
             f"{name} ({kind}) is no causal decoder: an encoder sees the tokens on both sides. Give a causal "

@@ -18,6 +18,7 @@ COMMANDS = {
         "find high-norm tokens, input spikes and the modules a quantizer should skip",
     ),
     "signature": ("sdnb.cli.signature", "say which models descend from one another, and how sure that is"),
+    "spectra": ("sdnb.cli.spectra", "count singular values outside the law of noise, matrix by matrix"),
     "book": ("sdnb.cli.book", "build the book from what was run"),
 }
 FAILED, INTERRUPTED = 1, 130

@@ -1,0 +1,81 @@
+"""`sdnb spectra`: how many singular values of each weight matrix lie outside the law of noise."""
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser: of the subcommand.
+    """
+    parser.add_argument("model", help="hub id, folder, or zoo/<name>; a decoder or an encoder")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or offload")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.001,
+        help="probability of any outlier in a matrix of noise (default 0.001)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Fit every matrix and print the table.
+
+    Args:
+        args: from `add_arguments`.
+
+    Returns:
+        0.
+    """
+    from sdnb.loading import load
+    from sdnb.observations import weight_spectra
+
+    loaded = load(
+        args.model, revision=args.revision, dtype=args.dtype, device=args.device,
+        trust_remote_code=args.trust_remote_code, encoders=True,
+    )  # fmt: skip
+    values = weight_spectra(loaded, layers=args.layers, false_positive_rate=args.rate).values
+    print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(values))
+    return 0
+
+
+def table(values: dict) -> str:
+    """Write the outliers as text for a terminal.
+
+    Args:
+        values: of `weight_spectra`.
+
+    Returns:
+        One line a matrix: shape, sigma, edges of the bulk, values below and above it, distance from the law.
+    """
+    head = ("shape", "sigma", "bulk from", "to", "below", "above", "distance")
+    widths = (13, 9, 10, 10, 6, 6, 9)
+    cells = [f"{name:>{width}}" for name, width in zip(head, widths, strict=True)]
+    lines = [" ".join([f"{'matrix':<12}", *cells]) + "  noise"]
+    for name, entry in values["matrices"].items():
+        below = "hard" if entry["hard_edge"] else str(entry["outliers_below"])
+        shape = "x".join(map(str, entry["shape"]))
+        low, high = entry["edges"]
+        lines.append(
+            f"{name:<12} {shape:>13} {entry['sigma']:>9.4g} {low:>10.4g} {high:>10.4g} {below:>6} "
+            f"{entry['outliers_above']:>6} {entry['distance']:>9.3f}  {entry['noise_distance']:.3f}"
+        )
+    rate = values["false_positive_rate"]
+    lines.append("")
+    lines.append(
+        f"A matrix of noise shows an outlier on one side with probability {rate:g}; 95 % of noise lies"
+    )
+    lines.append(
+        "nearer to the law than the last column. hard: nearly square, nothing is counted below its bulk."
+    )
+    lines += [f"layer {number}: {reason}" for number, reason in values["refused"].items()]
+    return "\n".join(lines)
