@@ -17,7 +17,7 @@ GATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma
 
 
 def per_head(fused, which):
-    """Row block `which` of three in every head, (heads, 3, head size, in), as GPT-NeoX and Bloom store them."""
+    """Row block `which` of three in every head, as GPT-NeoX and Bloom store them."""
     return fused.reshape(HEADS, 3, HEAD, -1)[:, which].reshape(HIDDEN, -1)
 
 
@@ -52,8 +52,20 @@ def test_every_family_gives_its_matrices(name):
     assert found["up"].shape == found["down"].shape[::-1]
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox_serial", "bloom", "falcon", "falcon_new", "falcon_serial",
-                                  "gpt2", "phi3", "mpt"])  # fmt: skip
+FUSED = (
+    "gpt_neox",
+    "gpt_neox_serial",
+    "bloom",
+    "falcon",
+    "falcon_new",
+    "falcon_serial",
+    "gpt2",
+    "phi3",
+    "mpt",
+)
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_fused_queries_keys_and_values_are_cut_as_published(name):
     model = build(name)
     found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
