@@ -121,7 +121,8 @@ def fine_tuned(
     optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), learning_rate, weight_decay=0.0)
     for step in range(1, max(steps) + 1):
         ids = windows[torch.randint(len(windows), (8,), generator=generator)].to(device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
