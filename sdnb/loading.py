@@ -22,7 +22,7 @@ from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.fingerprint import first_not_finite, weights_fingerprint
 from sdnb.memory import check_memory, free_memory, offload_budget
-from sdnb.refusal import has_tokenizer, is_encoder, refuse
+from sdnb.refusal import has_tokenizer, is_encoder, refuse, refuse_codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (
@@ -103,6 +103,7 @@ def load(
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
         entries = {k: v for path in files.shards(found) for k, v in files.header(path).items()}
+        refuse_codes(model, entries)
         kept = _dtype(dtype, entries, place)
         check_memory(model, entries, kept, place)
         network = _network(found, kept, place, trust_remote_code, pickled)

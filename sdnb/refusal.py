@@ -43,6 +43,25 @@ def refuse_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> None:
     _refuse_weights(checkpoint, allow_pickle)
 
 
+def refuse_codes(name: str, entries: dict[str, dict]) -> None:
+    """Refuse weights that are stored as codes of 8 bits or less, whatever `config.json` says.
+
+    Args:
+        name: the model's name.
+        entries: the headers of its safetensors files.
+
+    Raises:
+        ModelError: a weight matrix is such a code.
+    """
+    for weight, entry in entries.items():
+        code = entry["dtype"] in ("I8", "U8") or entry["dtype"].startswith(("F8", "F6", "F4"))
+        if code and len(entry["shape"]) > 1 and weight.endswith("weight"):
+            raise ModelError(
+                f"{name} is quantized: {weight} is stored as {entry['dtype']}. Give the checkpoint that it "
+                "was made from, or dequantize it and save it in 16 or 32 bits."
+            )
+
+
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint comes with a tokenizer's files.
 

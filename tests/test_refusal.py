@@ -99,6 +99,12 @@ class TestWrongKinds:
         (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
         refused(folder, "quantized \\(gptq\\)")
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+    def test_codes_that_the_config_does_not_tell_of(self, folder, dtype):
+        name = "model.layers.0.mlp.up_proj.weight"
+        change_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+        refused(folder, f"quantized: {name} is stored as")
+
     def test_adapter(self, folder):
         for name in ("model.safetensors", "config.json"):
             (folder / name).unlink()

@@ -104,7 +104,8 @@ def _last_words(log: Path) -> str:
 @contextmanager
 def _workshop() -> Iterator[Path]:
     """A temporary folder with a kernel of this interpreter, for sockets and the running notebook."""
-    folder = Path(tempfile.mkdtemp(prefix="sdnb-"))
+    _sweep_workshops()
+    folder = Path(tempfile.mkdtemp(prefix=f"sdnb-{os.getpid()}-"))
     kernel = folder / "kernels" / "python3"
     kernel.mkdir(parents=True)
     command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
@@ -124,6 +125,20 @@ def _workshop() -> Iterator[Path]:
                 os.environ[name] = value
         with contextlib.suppress(OSError):
             shutil.rmtree(folder)
+
+
+def _sweep_workshops() -> None:
+    """Remove the temporary folders of runs that were killed."""
+    if os.name == "nt":
+        return  # there, signal 0 would not only ask
+    for left in Path(tempfile.gettempdir()).glob("sdnb-*-*"):
+        owner = left.name.split("-")[1]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (ValueError, OSError):
+            continue  # not ours
 
 
 def _transport(folder: Path):

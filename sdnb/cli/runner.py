@@ -109,7 +109,7 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
         The outcome; failures are told, not raised.
     """
     from sdnb.cli.execute import execute
-    from sdnb.records.files import atomic_write, locked
+    from sdnb.records.files import atomic_write, locked, sweep
 
     start = time.perf_counter()
     note = cell.notebook.parent / ".runs" / f"{cell.template}.json"
@@ -121,6 +121,8 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
             refuse_files(
                 locate(cell.model, cell.revision), allow_pickle=cell.parameters.get("allow_pickle", False)
             )
+            for path in (note, cell.notebook):
+                sweep(path)
             note.unlink(missing_ok=True)
             timing = execute(cell, options.timeout_s)
             wall_s = time.perf_counter() - start

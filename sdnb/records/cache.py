@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sdnb.records.files import atomic_write, locked
+from sdnb.records.files import atomic_write, locked, sweep
 from sdnb.records.sources import package_fingerprint
 
 _NUMERICS = ("anatomy", "linearize", "decompose", "activations", "observations")
@@ -48,6 +48,7 @@ def cached(
             kept = {
                 k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in compute().items()
             }
+            sweep(path)
             atomic_write(path, save(kept, metadata={"key": key}))
     return kept
 

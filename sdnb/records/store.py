@@ -17,7 +17,7 @@ from safetensors.torch import save as save_arrays
 
 from sdnb.errors import RecordError
 from sdnb.records.declared import schema_of
-from sdnb.records.files import atomic_write, digest, locked
+from sdnb.records.files import atomic_write, digest, locked, sweep
 from sdnb.records.schema import Mismatch, check_arrays, check_values
 
 _OWN_KEYS = ("template", "arrays", "provenance")
@@ -148,6 +148,8 @@ def _tensor(array) -> torch.Tensor:
 def _write_pair(path: Path, data: bytes | None, text: bytes) -> None:
     """Put arrays and JSON in place; killed at any moment, the old pair or the new one can be read."""
     arrays, previous = path.with_suffix(".safetensors"), _previous(path)
+    for target in (path, arrays, previous):
+        sweep(target)
     wanted = _named_hash(path)
     if wanted and wanted != _hash_of(arrays) and wanted == _hash_of(previous):
         previous.replace(arrays)  # an earlier writer was killed between its two renames

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -280,7 +281,9 @@ def test_a_run_killed_in_a_notebook_is_resumed(templates, model):
     process.communicate()
     assert log(templates) == "1"
     assert not list((results / slug(model)).glob("*.ipynb"))
+    assert list(Path(tempfile.gettempdir()).glob(f"sdnb-{process.pid}-*"))
     assert main([*words, "-p", "value", "0"]) == 0
+    assert not list(Path(tempfile.gettempdir()).glob(f"sdnb-{process.pid}-*"))
     assert [path.name for path in (results / slug(model)).glob("*.ipynb")] == ["01_works.ipynb"]
 
 

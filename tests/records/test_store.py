@@ -197,6 +197,9 @@ def test_a_process_killed_at_a_named_place_loses_nothing(tmp_path, monkeypatch, 
     assert number_in(tmp_path) == 1.0
     put(tmp_path, 3.0)
     assert number_in(tmp_path) == 3.0
+    assert sorted(path.name for path in (tmp_path / "org__name").iterdir()) == [
+        ".lock", f"{TEMPLATE}.json", f"{TEMPLATE}.safetensors",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [5000, 0])
@@ -253,7 +256,7 @@ def test_two_writers_and_a_reader_at_once(tmp_path):
     put(tmp_path, 0.0)
 
     def write_often(number: float) -> None:
-        for _ in range(100):
+        for _ in range(40):
             put(tmp_path, number)
         (tmp_path / f"finished {number}").touch()
 
