@@ -76,8 +76,8 @@ def make_view(gated, centred, parallel=False, seed=0):
     formula = SimpleNamespace(
         w=w, b=b, v=v, c=c, activation=functional.silu, down=down, down_bias=None, inner=inner
     )
-    return View(parallel, draw(D, D), draw(D), norm(), norm(), 0.7, formula, lambda x: inner(x) @ down.T, norm(), norm(),
-                1.3)  # fmt: skip
+    attention = (draw(D, D), draw(D), norm(), norm(), 0.7)
+    return View(parallel, *attention, formula, lambda x: inner(x) @ down.T, norm(), norm(), 1.3)
 
 
 CENTRING = torch.eye(D) - 1 / D
