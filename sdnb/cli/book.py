@@ -15,6 +15,7 @@ from sdnb.checkpoint import slug_of
 from sdnb.errors import RecordError, SdnbError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
+CARDS = ("README.md", "*/README.md", "*/loss.svg")
 FOLDERS = {".png": "book/figures", ".svg": "book/figures", ".json": "records", ".safetensors": "records"}
 
 
@@ -55,9 +56,10 @@ def staged_files(root: Path, runs: Path) -> dict[str, Path | bytes]:
     """
     from sdnb.records import schema_markdown
 
-    book = [path for path in (root / "book").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    files: dict[str, Path | bytes] = {path.relative_to(root).as_posix(): path for path in book}
-    files |= {name: root / name for name in ("_config.yml", "_toc.yml")}
+    sources = [root / "_config.yml", root / "_toc.yml", *(root / "book").rglob("*")]
+    sources += [path for name in CARDS for path in (root / "zoo").glob(name)]
+    found = [path for path in sources if path.is_file() and path.suffix != ".pyc"]
+    files: dict[str, Path | bytes] = {path.relative_to(root).as_posix(): path for path in found}
     records_page = (root / "book" / "records.md").read_text(encoding="utf8")
     files["book/records.md"] = records_page.replace(SCHEMA_MARK, schema_markdown()).encode()
     for page in toc_pages(root / "_toc.yml"):

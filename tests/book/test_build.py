@@ -26,20 +26,10 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("book")
     model = str(tiny.planted_model(folder / "planted").folder)
     options = ["--results-dir", str(folder / "results")]
-    # the planted token is the begin token, and some templates leave it out unless asked
-    sdnb(
-        "run",
-        model,
-        *options,
-        "-p",
-        "add_special_tokens",
-        "true",
-        "-p",
-        "max_lines",
-        "20",
-        "--notebooks",
-        *NUMBERS,
-    )
+    # The planted token is the begin token, and some templates leave it out unless asked.
+    small = {"add_special_tokens": "true", "max_lines": "20", "sample_counts": "[500, 1000]"}
+    pairs = [word for name, value in small.items() for word in ("-p", name, value)]
+    sdnb("run", model, *options, *pairs, "--notebooks", *NUMBERS)
     said = sdnb("book", "--model", model, "--out", str(folder), *options)
     assert said.stdout.splitlines()[-1] == str(folder / "_build" / "html" / "index.html")
     return folder
