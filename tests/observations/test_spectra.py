@@ -1,4 +1,6 @@
-"""Observations 14 to 18 on models whose truth is known: noise, a planted outlier, a planted covariance, a cut."""
+"""Observations 14 to 18 where the truth is known: noise, a planted outlier, a planted covariance, a cut."""
+
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,10 +21,8 @@ LINES = [f"The quick brown fox number {i} jumps over the lazy dog, again and aga
 
 @pytest.fixture
 def loaded():
-    model = build("llama", d=64, f=176, layers=2, heads=4, vocabulary=384, seed=3, scale=0.7).requires_grad_(
-        False
-    )
-    return Loaded(model, tiny_tokenizer(384), "tiny", "tiny", None, "float32", "cpu")
+    model = build("llama", d=64, f=176, layers=2, heads=4, vocabulary=384, seed=3, scale=0.7)
+    return Loaded(model.requires_grad_(False), tiny_tokenizer(384), "tiny", "tiny", None, "float32", "cpu")
 
 
 def test_random_weights_are_noise_and_a_planted_outlier_is_seen(loaded):
@@ -78,17 +78,16 @@ def test_removal_restores_the_model_and_costs_most_at_the_planted_value(loaded):
 
 
 def test_an_interrupted_fine_tuning_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
-    from sdnb.observations import fine_tuned_spectra as module  # the function; its module is patched by name
-
     options = {
         "tuning_text": "code", "kinds": ["up"], "deciles": [1, 10], "seeds": [0], "unpruned": 2, "steps": 2,
         "score_tokens": 512, "results_dir": tmp_path,
     }  # fmt: skip
     state = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    whole = module(loaded, **options)
+    whole = fine_tuned_spectra(loaded, **options)
     assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
     calls = []
-    monkeypatch.setattr("sdnb.observations.fine_tuned_spectra.tuned", lambda *a, **k: calls.append(1))
+    module = import_module("sdnb.observations.fine_tuned_spectra")
+    monkeypatch.setattr(module, "tuned", lambda *a, **k: calls.append(1))
     again = fine_tuned_spectra(loaded, **options)
     assert again.values == whole.values and not calls, "finished runs are kept"
     orders = [row["order"] for row in whole.values["rows"]]

@@ -16,8 +16,13 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     config = AutoConfig.for_model(
-        "bert", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=384,
-    )  # fmt: skip
+        "bert",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=384,
+    )
     torch.manual_seed(0)
     AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
