@@ -25,8 +25,11 @@ _WHERE = {
         "leading_triplets", "nearest_eigenpair", "random_angle", "random_angle_quantile",
     ),
     "sdnb.activations": (
-        "Detection", "HighNormStates", "Ledger", "collect_high_norm_states", "detect", "hidden_norms",
-        "hidden_states", "ledger", "mean_pairwise_angle",
+        "Coefficients", "Detection", "HighNormStates", "Ledger", "Perplexity", "SinkRate", "attention_maps",
+        "collect_high_norm_states", "continuation", "detect", "embedding_norms", "ffn_input_coefficients",
+        "hidden_norms", "hidden_states", "item_norms", "item_trajectories", "ledger", "mean_pairwise_angle",
+        "perplexity", "project_out", "random_norms", "set_dimensions", "sink_rate", "zero_attention",
+        "zero_branch", "zero_output",
     ),
     "sdnb.spectra": (
         "BlockRemover", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival", "draw_matrix",

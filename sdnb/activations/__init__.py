@@ -3,23 +3,58 @@
 from sdnb.activations.capture import hidden_norms, hidden_states, token_batches, visit_states
 from sdnb.activations.detection import Detection, detect, layer_steps
 from sdnb.activations.direction import HighNormStates, collect_high_norm_states, mean_pairwise_angle
+from sdnb.activations.interventions import (
+    project_out,
+    set_dimensions,
+    zero_attention,
+    zero_branch,
+    zero_output,
+)
 from sdnb.activations.ledger import Ledger, ledger
 from sdnb.activations.perplexity import Perplexity, perplexity, window_length
+from sdnb.activations.sampling import continuation
+from sdnb.activations.sinks import SinkRate, attention_maps, eager_attention, sink_rate
+from sdnb.activations.sweep import (
+    Coefficients,
+    embedding_norms,
+    ffn_input_coefficients,
+    item_norms,
+    item_trajectories,
+    random_norms,
+    vocabulary_size,
+)
 
 __all__ = [
+    "Coefficients",
     "Detection",
     "HighNormStates",
     "Ledger",
     "Perplexity",
+    "SinkRate",
+    "attention_maps",
     "collect_high_norm_states",
+    "continuation",
     "detect",
+    "eager_attention",
+    "embedding_norms",
+    "ffn_input_coefficients",
     "hidden_norms",
     "hidden_states",
+    "item_norms",
+    "item_trajectories",
     "layer_steps",
     "ledger",
     "mean_pairwise_angle",
     "perplexity",
+    "project_out",
+    "random_norms",
+    "set_dimensions",
+    "sink_rate",
     "token_batches",
     "visit_states",
+    "vocabulary_size",
     "window_length",
+    "zero_attention",
+    "zero_branch",
+    "zero_output",
 ]

@@ -136,7 +136,7 @@ def interventions(v: dict) -> tuple[str, list]:
     sentence = (
         f"Projecting the direction out takes the first token's norm after the explosion layer from "
         f"{number(intact['first_norm'])} to {number(projected['first_norm'])} and the perplexity from "
-        f"{number(intact['perplexity'])} to {number(projected['perplexity'])}."
+        f"{number(intact['perplexity'])} to {number(projected['perplexity'])}. {_cost(intact, projected)}"
     )
     if v["massive_dimensions"]:
         sentence += (
@@ -154,6 +154,14 @@ def interventions(v: dict) -> tuple[str, list]:
         rows.append((name, parts, theirs))
         rows.append((f"{name}: text", code(v["prompt"] + group["continuation"]), ""))
     return sentence, rows
+
+
+def _cost(intact: dict, projected: dict) -> str:
+    """Whether the model needs its high norm, by the rise of the perplexity, against paper A."""
+    before, after = intact["perplexity"], projected["perplexity"]
+    if before is None or after is None or after > 1.05 * before:
+        return "The model needs its high-norm tokens, as paper A says."
+    return "The text hardly suffers: unlike paper A's models, this one does not depend on its high norm."
 
 
 def training_dynamics(v: dict) -> tuple[str, list]:
@@ -271,25 +279,26 @@ def _place_rows(v: dict) -> list:
 def _and_random(v: dict) -> str:
     """Whether random embeddings behave like items."""
     if v["random_share"] < 0.5 * v["exploding_share"]:
-        return ", and a random embedding is less likely to"
-    return ", and a random embedding nearly as often: what stands there hardly matters"
+        return "; a random embedding is less likely to, as there"
+    return "; unlike there, a random embedding does so nearly as often"
 
 
 def _culprit(v: dict) -> str:
-    """Which zeroed branch takes most of the explosion away."""
-    losses = {
-        (name, layer): v["intact_norm"] - norm
+    """Which zeroed branch lowers the items' median norm most, and what the explosion layer's FFN does."""
+    norms = {
+        (name, layer): norm
         for branch, name in (("attention", "attention"), ("ffn", "FFN"))
         for layer, norm in enumerate(v[f"{branch}_zeroed_norm"], start=1)
         if norm is not None
     }
-    if not losses:
-        return ""
-    (name, layer), loss = max(losses.items(), key=lambda item: item[1])
-    if loss <= 0:
-        return "No single branch carries it."
-    return (
-        f"The {name} of layer {layer} carries it: without it the median norm falls from "
-        f"{number(v['intact_norm'])} to "
-        f"{number(v['intact_norm'] - loss)}."
+    if not norms or min(norms.values()) >= v["intact_norm"]:
+        return "No single branch lowers the norm."
+    (name, layer), least = min(norms.items(), key=lambda item: item[1])
+    sentence = (
+        f"Without the {name} of layer {layer} the median norm falls most, from {number(v['intact_norm'])} to "
+        f"{number(least)}"
     )
+    own = norms.get(("FFN", v["layer"]))
+    if own is None or (name, layer) == ("FFN", v["layer"]):
+        return sentence + "."
+    return f"{sentence}; without the FFN of the explosion layer itself, to {number(own)}."

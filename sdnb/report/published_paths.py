@@ -5,7 +5,7 @@ from sdnb.report.published import A_POSTER, A_README
 INITIAL = f"Llama-3.2-1B ~200 to 1010, mostly 600 to 950 ({A_README})"
 INITIAL_SHARE = f"Llama-3.2-1B: nearly all trained items ({A_README})"
 RANDOM = f"Llama-3.2-1B ~50 at rank 100,000, ~130 at 120,000, ~880 at the last of 128,256 ({A_README})"
-NONINITIAL_TOP = f"Llama-3.2-1B: `<|begin_of_text|>` ~434, then ~154, ~60, ~43 ({A_README})"
+NONINITIAL_TOP = f"Llama-3.2-1B: `<\\|begin_of_text\\|>` ~434, then ~154, ~60, ~43 ({A_README})"
 NONINITIAL_BULK = f"Llama-3.2-1B ~1.8 to 4 ({A_README})"
 LEADING_OUTPUT = f"LLaMA2-7B ~4985 ({A_POSTER}), Llama-3.2-1B ~1966 ({A_README})"
 FIRST_TO_SECOND = f"LLaMA2-7B above ~50 ({A_POSTER}); Llama-3.2-1B ~2.8 ({A_README})"
