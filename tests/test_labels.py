@@ -1,9 +1,9 @@
 """Token labels: nothing invisible, nothing that a Latin font lacks."""
 
-from tests.tiny import tiny_tokenizer
 from tokenizers import pre_tokenizers
 
 from sdnb.labels import _byte_of, token_labels
+from tests.tiny import tiny_tokenizer
 
 
 def test_the_byte_table_is_the_tokenizers_own():
@@ -20,7 +20,7 @@ def test_labels_are_readable():
     assert labels[0] == "<s>" and "\\n" in labels and "".join(labels) == "<s>a\\n␣the"
     chinese = token_labels(tokenizer, tokenizer("中", add_special_tokens=False).input_ids)
     assert "".join(chinese) in ("\\xe4\\xb8\\xad", "\\u4e2d")
-    assert all(c.isprintable() and ord(c) < 0x250 or c == "␣" for label in labels + chinese for c in label)
+    assert all((c.isprintable() and ord(c) < 0x250) or c == "␣" for label in labels + chinese for c in label)
 
 
 def test_every_item_of_the_vocabulary_has_a_label_of_its_own():
