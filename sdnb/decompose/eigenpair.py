@@ -53,9 +53,9 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
     with (R - sigma)^-1, sigma the Rayleigh-Ritz value of the eigenvector or complex plane nearest to the
     direction. What it answers is checked: |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
 
-    It may miss. Counted by the tests at d = 200: of 33 defects planted in layers R = F + A + F A (either sign,
+    It may miss. Counted in tests at d = 200: of 33 defects planted in layers R = F + A + F A (either sign,
     strength 0.05 to 20) none; of directions drawn within 44 degrees of an eigenvector inside the bulk of a
-    random matrix, 3 in 60, and 3 in 20 at d = 600; where that eigenvector is real none in 60, but once another
+    random matrix 3 in 60, and 3 in 20 at d = 600; where that eigenvector is real none in 60, but once another
     one within 45 degrees was answered.
 
     Args:
@@ -131,9 +131,8 @@ def _shifted(R: Tensor, q: Tensor) -> tuple[Tensor, Tensor] | None:
         found = _converged(R, V[:, :columns], RV[:, :columns])
         if found and angle_deg(found[1].real.T, q).min() <= _WITHIN:
             return found
-    # Inside the bulk a large Krylov space blurs what lies near q: start again from q alone (a real
-    # eigenvector) or
-    # from q and R q (a complex plane), whichever R maps more nearly into itself.
+    # Inside the bulk a large Krylov space blurs what lies near q: start again from q alone (for a real
+    # eigenvector) or from q and R q (for a complex plane), whichever R maps more nearly into itself.
     columns = min((1, 2), key=lambda n: _nearest(V[:, :n], RV[:, :n], q)[2])
     V, RV = V[:, :columns], RV[:, :columns]
     for turn in range(_ROUNDS):
@@ -164,7 +163,7 @@ def _plane_angle_deg(X: Tensor, q: Tensor) -> Tensor:
     second = second - first * (first * second).sum(0)
     # a real eigenvector spans a line: its imaginary part is zero, or rounding
     second = torch.where(second.norm(dim=0) > 1e-6, second / second.norm(dim=0), 0.0)
-    return angle_deg((first * (q @ first) + second * (q @ second)).T, q)
+    return angle_deg((first * (q @ first) + second * (q @ second)).T, q).nan_to_num(90.0)
 
 
 def _solve_and_extend(R: Tensor, shift: Tensor, B: Tensor, V: Tensor) -> Tensor:
