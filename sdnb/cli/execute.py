@@ -1,6 +1,5 @@
 """One template through papermill: a kernel of this interpreter, private sockets, an atomic file."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -57,7 +56,7 @@ def execute(cell: Cell, timeout_s: int | None) -> dict:
             target = failed if problem else cell.notebook
             atomic_write(target, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     if problem:
-        raise CellFailed(problem)
+        raise CellFailed(f"{problem} (see {failed})" if content else problem)
     failed.unlink(missing_ok=True)
     return timing
 
@@ -111,20 +110,21 @@ def _workshop() -> Iterator[Path]:
     command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
     spec = {"argv": command, "display_name": "Python 3", "language": "python"}
     (kernel / "kernel.json").write_text(json.dumps(spec))
-    # before every other place, so that a kernel of the same name installed elsewhere is not taken
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
-    changes = {name: os.environ.get(name) for name in (*_QUIET, "JUPYTER_PATH")}
-    os.environ.update(_QUIET | {"JUPYTER_PATH": path})
+    settings = _QUIET | {
+        # before every other place, so that a kernel of the same name installed elsewhere is not taken
+        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files would change the pages
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield folder
     finally:
-        for name, value in changes.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+        for name in [name for name, value in before.items() if value is None]:
+            del os.environ[name]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep_workshops() -> None:

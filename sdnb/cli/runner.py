@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from sdnb.checkpoint import locate
@@ -81,11 +82,18 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
 
 
 def _prepare_worker(jobs: int, gpus) -> None:
-    """Give a worker its share of the threads and a GPU of its own, where there are several."""
+    """Give a worker its share of the threads, a GPU of its own if there are any, and its parent's fate."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     gpu = gpus.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+def _end_with_parent() -> None:
+    """Without its parent, a worker of the pool would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _gpu(worker: int) -> str | None:

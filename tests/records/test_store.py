@@ -21,7 +21,10 @@ KEYS = ("first_to_second", "coefficient_first_mean", "coefficient_first_std", "c
 SAMPLE = Schema(
     TEMPLATE,
     "model",
-    tuple(Field(key, "a number", null=True) for key in KEYS),
+    (
+        *(Field(key, "a number", null=True) for key in KEYS),
+        Field("per_layer", "a list", ("L",), required=False),
+    ),
     (
         *(Field(name, "an array", ("d",)) for name in ("output_norms", "right_vector")),
         *(Field(name, "an array", ("V",)) for name in ("coefficients_first", "coefficients_second")),
@@ -100,14 +103,11 @@ def test_what_does_not_fit_the_schema_is_not_written(tmp_path):
 
 
 def test_lists_over_layers_are_held_against_the_models_layers(tmp_path):
-    values = {
-        "peak_ratio": 1.0, "threshold": None, "explosion_layers": [], "decay_layers": [], "tokens": ["a"],
-        "token_ids": [1], "high_norm_positions": [], "peak_norm": 1.0, "median_norm": [1.0, 2.0],
-    }  # fmt: skip
-    template, arrays = "01_high_norm_tokens", {"norms": torch.ones(3, 1)}
-    write(tmp_path, "org__name", template, values, arrays, PROVENANCE)
+    values, arrays = content(1.0)
+    values["per_layer"] = [1.0, 2.0]
+    write(tmp_path, "org__name", TEMPLATE, values, arrays, PROVENANCE)
     with pytest.raises(RecordError, match="2 entries along L, expected 3"):
-        write(tmp_path, "org__name", template, values, arrays, PROVENANCE | {"layers": 3})
+        write(tmp_path, "org__name", TEMPLATE, values, arrays, PROVENANCE | {"layers": 3})
 
 
 def test_a_missing_record_says_what_to_run(tmp_path):
