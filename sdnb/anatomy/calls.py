@@ -159,7 +159,10 @@ def rewrap(result: object, hidden: Tensor) -> object:
     Returns:
         A tensor or a tuple, as the module returns it.
     """
-    return type(result)([hidden, *result[1:]]) if isinstance(result, (tuple, list)) else hidden
+    if not isinstance(result, (tuple, list)):
+        return hidden
+    items = [hidden, *result[1:]]
+    return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -77,10 +77,13 @@ class LayerProbe:
 
         Raises:
             LayerRefused: the layer needs more than the arguments that it is called with.
+            OutOfMemoryError: the device's memory does not suffice.
         """
         call = self.call(tuple(x.shape[:2]), ids).with_hidden(x)
         try:
             return unwrap(self.layer(*call.args, **call.kwargs))
+        except torch.OutOfMemoryError:
+            raise
         except RUN_ERRORS as error:
             raise LayerRefused(self.number, "layer", f"does not run by itself: {error}") from error
 

@@ -118,6 +118,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         ModelError: the model is an encoder-decoder or of a type refused by name, or no such list takes part
             in its forward pass.
+        OutOfMemoryError: the device's memory does not suffice.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
@@ -130,6 +131,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     for stack in stacks(model):
         try:
             seen = first_call(model, stack[0], ids)
+        except torch.OutOfMemoryError:
+            raise
         except RUN_ERRORS as error:
             raise ModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
         if seen is None:
@@ -171,7 +174,8 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
         The call, without its hidden state (None in its place).
 
     Raises:
-        LayerRefused: the layer was not called, or its hidden state is not of shape (n, T, d).
+        LayerRefused: the layer cannot be reached or was not called, or its hidden state is not (n, T, d).
+        OutOfMemoryError: the device's memory does not suffice.
     """
     seen: list[Call] = []
 
@@ -184,7 +188,13 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
         raise _SeenEnough
 
     forwards: dict[nn.Module, Callable] = dict.fromkeys(decoder.layers[: number - 1], passed_on)
-    run_until(decoder.model, ids, forwards | {decoder.layers[number - 1]: recorded})
+    try:
+        run_until(decoder.model, ids, forwards | {decoder.layers[number - 1]: recorded})
+    except torch.OutOfMemoryError:
+        raise
+    except RUN_ERRORS as error:
+        reason = f"the model cannot be run up to here with the layers before left out: {error}"
+        raise LayerRefused(number, "layer", reason) from error
     if not seen or seen[0].hidden is None or seen[0].hidden.shape[:2] != ids.shape:
         raise LayerRefused(
             number, "layer", f"is not called with hidden states of shape {tuple(ids.shape)} + (d,)"

@@ -72,10 +72,11 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
     if seen is None:
         return None
     norm = measure_norm(seen)
-    if norm is None:
-        raise LayerRefused(
-            probe.number, seen.name, "stands where a norm is expected and is neither RMS nor LayerNorm"
+    if norm is None or len(norm.gain) != probe.hidden_size:
+        reason = (
+            "stands where a norm of the hidden state is expected and is neither an RMS norm nor a LayerNorm"
         )
+        raise LayerRefused(probe.number, seen.name, reason)
     return norm
 
 
@@ -125,6 +126,7 @@ def find_wiring(probe: LayerProbe) -> Wiring:
     seen = probe.watch(x[:, None])
     mixer, inner_norms = find_attention(probe)
     attention = next(s for s in seen if s.name == mixer.name)
+    # where the mixing module ends before its output projection (RoBERTa), the projection stands behind it
     projection = next(
         (s for s in seen if is_linear(s.module) and same(s.given, attention.returned)), attention
     )
@@ -135,11 +137,12 @@ def find_wiring(probe: LayerProbe) -> Wiring:
     ]
     silenced_attention, silenced_ffn = find_silenced(probe, x, (attention, projection), seen, outside)
 
+    # the FFN's input is what its first linear map reads, or the module that is silenced as a whole
     linears = [s for s in outside if is_linear(s.module)]
     reader = linears[0] if silenced_ffn in linears else silenced_ffn
     entries = outermost([s for s in outside if same(s.given, reader.given)])
     norms = [before(outside, attention.given), before(outside, reader.given)]
-    rest = [s for s in outside if s not in norms]
+    rest = [s for s in outside if s not in norms]  # Bloom's attention returns what the FFN's norm reads
     posts = [after(rest, projection.returned), after(rest, silenced_ffn.returned)]
     parts = [norm_of(probe, s) for s in (*norms, *posts)]
 
@@ -148,6 +151,7 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         Branch(attention.name, (attention.module,), projection.module, a, parts[0], parts[2]),
         Branch(entries[0].name, tuple(s.module for s in entries), f, f, parts[1], parts[3]),
     )
+    # silence shows what each branch really adds, alone with the residual stream
     added = (without(probe, x, f), without(probe, x, a))
     fitted = [
         replace(branch, multiplier=coefficient(real, branch_output(probe, branch, x)))
