@@ -40,4 +40,4 @@ def log10_chance(angle_deg: float, d: int) -> float:
     log = (
         a * math.log(x) + 0.5 * math.log1p(-x) - math.log(a) - special.betaln(a, 0.5) + math.log(terms.sum())
     )
-    return log / math.log(10)
+    return float(log / math.log(10))

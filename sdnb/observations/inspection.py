@@ -154,10 +154,15 @@ def detection_values(loaded: Loaded, seen: Inspection) -> dict:
 def _row(found: InputStatistics) -> dict:
     """One linear module's statistics."""
     return {
-        "module": found.name, "layer": found.layer, "largest_input": found.largest, "median_input": found.median,
-        "ratio": found.ratio, "median_token_largest": found.token_median, "token_ratio": found.token_ratio,
+        "module": found.name,
+        "layer": found.layer,
+        "largest_input": found.largest,
+        "median_input": found.median,
+        "ratio": found.ratio,
+        "median_token_largest": found.token_median,
+        "token_ratio": found.token_ratio,
         "int8_error": found.int8_error,
-    }  # fmt: skip
+    }
 
 
 def detect_defects(

@@ -18,11 +18,13 @@ class LinearModule:
         name: full name, as in `named_modules` of the model.
         module: an `nn.Linear`, or the `Conv1D` of GPT-2, which stores the transpose.
         layer: the decoder layer it belongs to, 1..L, or None outside of all.
+        branch: name of the layer's own child that holds it, such as "mlp"; "" outside of all layers.
     """
 
     name: str
     module: nn.Module
     layer: int | None
+    branch: str = ""
 
     @property
     def weight(self) -> Tensor:
@@ -45,13 +47,13 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
         ModelError: there is none.
     """
     kept = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
-    layer_of = {
-        id(module): number
+    place_of = {
+        id(module): (number, name.partition(".")[0])
         for number, layer in enumerate(decoder_layers(model), start=1)
-        for module in layer.modules()
+        for name, module in layer.named_modules()
     }
     found = {
-        name: LinearModule(name, module, layer_of.get(id(module)))
+        name: LinearModule(name, module, *place_of.get(id(module), (None, "")))
         for name, module in model.named_modules()
         if is_linear(module) and id(module) not in kept
     }

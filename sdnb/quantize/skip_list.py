@@ -79,7 +79,9 @@ def skip_list(
 def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
     """Return the down-projection of each of the given layers: the linear module that the layer calls last.
 
-    Attention runs before the FFN, side by side or in turn, and an FFN ends with its down-projection.
+    Attention runs before the FFN, side by side or in turn, and an FFN ends with its down-projection. Where
+    the last module belongs to the same branch as the first, the FFN has no linear module of its own (experts
+    in one parameter), and there is none.
 
     Args:
         statistics: with the order of calls.
@@ -88,8 +90,9 @@ def down_projections(statistics: dict[str, InputStatistics], layers: Collection[
     Returns:
         Full module names, in the order of `layers`.
     """
-    last: dict[int, InputStatistics] = {}
-    for found in statistics.values():
-        if found.layer is not None and (found.layer not in last or found.order > last[found.layer].order):
-            last[found.layer] = found
-    return [last[layer].name for layer in layers if layer in last]
+    found = []
+    for layer in layers:
+        called = sorted((s for s in statistics.values() if s.layer == layer), key=lambda s: s.order)
+        if called and called[-1].branch != called[0].branch:
+            found.append(called[-1].name)
+    return found

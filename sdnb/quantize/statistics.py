@@ -25,6 +25,7 @@ class InputStatistics:
     Args:
         name: full name of the module.
         layer: its decoder layer, 1..L, or None.
+        branch: the layer's own child that holds it, such as "mlp".
         order: its place in the order of calls, 0 first.
         largest: max |x|.
         median: median |x|, to 0.4 %.
@@ -37,6 +38,7 @@ class InputStatistics:
 
     name: str
     layer: int | None
+    branch: str
     order: int
     largest: float
     median: float
@@ -92,10 +94,17 @@ class _Gathering:
         """The statistics of all calls."""
         tokens = torch.cat(self.tokens)
         return InputStatistics(
-            self.linear.name, self.linear.layer, self.order, tokens.max().item(), _median_of(self.counts),
-            tokens.double().median().item(), self.error / self.error_tokens if self.error_tokens else None,
-            self.channels.cpu(), self.linear.weight.numel(),
-        )  # fmt: skip
+            name=self.linear.name,
+            layer=self.linear.layer,
+            branch=self.linear.branch,
+            order=self.order,
+            largest=tokens.max().item(),
+            median=_median_of(self.counts),
+            token_median=tokens.double().median().item(),
+            int8_error=self.error / self.error_tokens if self.error_tokens else None,
+            channel_largest=self.channels.cpu(),
+            parameters=self.linear.weight.numel(),
+        )
 
 
 def _median_of(counts: Tensor) -> float:

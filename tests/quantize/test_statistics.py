@@ -121,6 +121,11 @@ def test_down_projection_is_the_last_module_called(family):
     assert down_projections(found, [3, 1]) == [DOWN[family].format(2), DOWN[family].format(0)]
 
 
+def test_experts_in_one_parameter_have_no_down_projection():
+    model = build("mixtral", seed=1, num_local_experts=4, num_experts_per_tok=2, **SIZES)
+    assert down_projections(input_statistics(model, lines()), [1, 2]) == []
+
+
 @pytest.mark.parametrize("family", FED)
 def test_modules_fed_by_a_norm_are_found(family):
     model = build(family, seed=1, **SIZES)
