@@ -100,7 +100,7 @@ def affine_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, row
     """
     real = module_output(probe, wiring.attention, rows)
     ours = (affine(rows) - affine.bias) / affine.inner_scale(rows, real) + affine.bias
-    return relative(ours - real, real)
+    return relative(ours - real, real - affine.bias)  # a large bias must not hide a wrong matrix
 
 
 def layer_error(probe: LayerProbe, wiring: Wiring) -> float:

@@ -188,6 +188,7 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
         model: a causal language model of transformers, on any device, in any dtype, offloaded or not.
         number: the layer, 1..L.
         check: raise if the errors are too large; otherwise the status is "refused" and the errors tell why.
+            What is not recognised at all is refused either way.
 
     Returns:
         The layer's view.
