@@ -71,8 +71,7 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
             direction zero.
 
     Source: paper A (arXiv 2502.07004), the negative eigenvalue behind the decay: the eigenvector whose real
-        part lies
-    nearest to the empirical direction, as LAPACK normalises it (largest component real).
+    part lies nearest to the empirical direction, as LAPACK normalises it (largest component real).
     """
     d = len(direction)
     if R.shape != (d, d) or direction.dim() != 1 or method not in ("auto", "dense", "shifted"):
