@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from sdnb.errors import ModelError, ParameterError, TextError
 
 EPSILON = 0.3
 """Gu et al.'s share of attention above which a head counts as a sink."""
+CHOICE = "_attn_implementation_internal"
+"""Where transformers keeps the choice; the property in front of it would change nested configurations too."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,16 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     configs = {id(config): config for config in _configs(model)}.values()
-    # The attribute behind the property: the property's setter would change nested configurations as well.
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    before = [(config, getattr(config, CHOICE)) for config in configs]
     # transformers leaves the hooks with which it collects attentions, and a mark that they are there.
     hooks = {module: (set(module._forward_hooks), set(vars(module))) for module in model.modules()}
     try:
         for config, _ in before:
-            config._attn_implementation_internal = "eager"
+            setattr(config, CHOICE, "eager")
         yield
     finally:
         for config, implementation in before:
-            config._attn_implementation_internal = implementation
+            setattr(config, CHOICE, implementation)
         for module, (numbers, names) in hooks.items():
             for number in set(module._forward_hooks) - numbers:
                 del module._forward_hooks[number]
@@ -60,10 +60,10 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
                 delattr(module, name)
 
 
-def _configs(model: nn.Module) -> Iterator[PretrainedConfig]:
-    """Every configuration that a module of the model reads."""
+def _configs(model: nn.Module) -> Iterator[object]:
+    """Every configuration of attention that a module of the model reads."""
     for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, PretrainedConfig))
+        yield from (value for value in vars(module).values() if hasattr(value, CHOICE))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sdnb.report import paths, published, uses
+from sdnb.report import dynamics, paths, published, uses
 from sdnb.report.spectra import SPECTRA
 from sdnb.report.tables import Markdown, number, numbers_table
 
@@ -190,8 +190,8 @@ _TEMPLATES: dict[str, Callable[[dict], tuple[str, list]]] = {
     "07_noninitial_tokens": paths.noninitial_tokens,
     "08_explosion_subspace": paths.explosion_subspace,
     "09_interventions": paths.interventions,
-    "10_training_dynamics": paths.training_dynamics,
-    "11_fine_tuning": paths.fine_tuning,
+    "10_training_dynamics": dynamics.training_dynamics,
+    "11_fine_tuning": dynamics.fine_tuning,
     "12_quantization": uses.quantization,
     "13_signatures": uses.signatures,
     **SPECTRA,

@@ -1,4 +1,4 @@
-"""What records 06 to 11 say, in words and tables; every number from the record or published."""
+"""What records 06 to 09 say, in words and tables; every number from the record or published."""
 
 from sdnb.report import published_paths as published
 from sdnb.report.tables import number
@@ -164,74 +164,6 @@ def _cost(intact: dict, projected: dict) -> str:
     return "The text hardly suffers: unlike paper A's models, this one does not depend on its high norm."
 
 
-def training_dynamics(v: dict) -> tuple[str, list]:
-    """Say what record 10 holds.
-
-    Args:
-        v: its values.
-
-    Returns:
-        A sentence and the rows of the table.
-    """
-    exploded = [step for step, count in zip(v["steps"], v["high_norm_count"], strict=True) if count]
-    settled = [
-        step
-        for number_, step in enumerate(v["steps"])
-        if all(a is not None and a < 10 for a in v["angle_to_final_deg"][number_:])
-    ]
-    if not exploded:
-        sentence = "No checkpoint has a high-norm token on this text."
-    else:
-        sentence = f"The first checkpoint with a high-norm token is step {exploded[0]:,}. "
-        sentence += (
-            f"From step {settled[0]:,} on, the direction stays within 10° of the last one: it settles, "
-            "as paper A says."
-            if settled and len(v["steps"]) > 1 and settled[0] != v["steps"][-1]
-            else "The direction does not settle within 10° of the last one before the end."
-        )
-    rows = []
-    columns = ("steps", "peak_ratio", "explosion_layers", "angle_to_final_deg", "sink_rate", "loss")
-    for step, ratio, layers, angle, sink, loss in zip(*(v[key] for key in columns), strict=True):
-        text = (
-            f"ratio {number(ratio)}, explosion layers {number(layers)}, angle {number(angle, '°')}, sink "
-            "rate "
-            f"{number(sink)}, loss {number(loss)}"
-        )
-        rows.append((f"step {step:,}", text, published.SETTLES if step == v["steps"][-1] else ""))
-    return sentence, rows
-
-
-def fine_tuning(v: dict) -> tuple[str, list]:
-    """Say what record 11 holds.
-
-    Args:
-        v: its values.
-
-    Returns:
-        A sentence and the rows of the table.
-    """
-    angles = dict(zip(v["names"][1:], v["angle_deg"][1:], strict=True))
-    near = [name for name, angle in angles.items() if angle is not None and angle <= 10]
-    far = [name for name in angles if name not in near]
-    sentence = f"Within 10° of {code(v['names'][0])}: {', '.join(map(code, near)) or 'none'}."
-    if far:
-        sentence += f" Farther away, or without a direction: {', '.join(map(code, far))}."
-    sentence += (
-        f" Two random directions of this dimension make {number(v['random_angle_deg'], '°')} on average; "
-        "paper A "
-        "finds that a direction survives fine-tuning."
-    )
-    rows = []
-    columns = ("names", "angle_deg", "explosion_layers", "decay_layers", "peak_ratio")
-    for place, (name, angle, up, down, ratio) in enumerate(zip(*(v[key] for key in columns), strict=True)):
-        text = (
-            f"angle {number(angle, '°')}, explosion layers {number(up)}, decay layers {number(down)}, ratio "
-            f"{number(ratio)}"
-        )
-        rows.append((code(name), text, published.SURVIVES if place == 1 else ""))
-    return sentence, rows
-
-
 def code(label: str) -> str:
     """Write a token or a text as Markdown code that is safe in a table.
 
@@ -284,21 +216,23 @@ def _and_random(v: dict) -> str:
 
 
 def _culprit(v: dict) -> str:
-    """Which zeroed branch lowers the items' median norm most, and what the explosion layer's FFN does."""
-    norms = {
-        (name, layer): norm
+    """Which zeroed branch takes most of the explosion away, and what the explosion layer's own FFN does."""
+    # Where most items explode their median norm tells, where few do, their share.
+    what, text = ("norm", "median norm") if v["intact_share"] >= 0.5 else ("share", "share that explodes")
+    entries = {
+        (name, layer): entry
         for branch, name in (("attention", "attention"), ("ffn", "FFN"))
-        for layer, norm in enumerate(v[f"{branch}_zeroed_norm"], start=1)
-        if norm is not None
+        for layer, entry in enumerate(v[f"{branch}_zeroed_{what}"], start=1)
+        if entry is not None
     }
-    if not norms or min(norms.values()) >= v["intact_norm"]:
-        return "No single branch lowers the norm."
-    (name, layer), least = min(norms.items(), key=lambda item: item[1])
-    sentence = (
-        f"Without the {name} of layer {layer} the median norm falls most, from {number(v['intact_norm'])} to "
-        f"{number(least)}"
-    )
-    own = norms.get(("FFN", v["layer"]))
-    if own is None or (name, layer) == ("FFN", v["layer"]):
+    intact = v[f"intact_{what}"]
+    if not entries or min(entries.values()) >= intact:
+        return "No single branch takes it away."
+    least = min(entries.values())
+    names = [f"the {name} of layer {layer}" for (name, layer), entry in entries.items() if entry == least]
+    show = number if what == "norm" else _percent
+    sentence = f"Without {' or '.join(names)} the {text} falls most, from {show(intact)} to {show(least)}"
+    own = entries.get(("FFN", v["layer"]))
+    if own is None or own == least:
         return sentence + "."
-    return f"{sentence}; without the FFN of the explosion layer itself, to {number(own)}."
+    return f"{sentence}; without the FFN of the explosion layer itself, to {show(own)}."
