@@ -34,20 +34,22 @@ def cached(
     Returns:
         The tensors on the CPU, as computed (no change of dtype).
     """
-    key = json.dumps(
-        {"parts": parts, "sources": package_fingerprint(*_NUMERICS)}, sort_keys=True, allow_nan=False
-    )
-    short = hashlib.sha256(key.encode()).hexdigest()[:20]
-    path = Path(results_dir).expanduser() / slug / "cache" / f"{name}-{short}.safetensors"
+    sources = package_fingerprint(*_NUMERICS)
+    key = json.dumps({"parts": parts, "sources": sources}, sort_keys=True, allow_nan=False)
+    mark = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    folder = Path(results_dir).expanduser() / slug / "cache"
+    path = folder / f"{name}-{mark}-{sources}.safetensors"
     kept = _read(path, key)
     if kept is not None:
         return kept
-    with locked(path.parent / f".{name}-{short}.lock"):
+    with locked(folder / f".{name}-{mark}.lock"):
         kept = _read(path, key)
         if kept is None:
             kept = {
-                k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in compute().items()
+                n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in compute().items()
             }
+            for old in folder.glob(f"{name}-{mark}-*.safetensors"):
+                old.unlink(missing_ok=True)  # of other sources, never asked for again
             sweep(path)
             atomic_write(path, save(kept, metadata={"key": key}))
     return kept

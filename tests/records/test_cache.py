@@ -52,9 +52,11 @@ def test_a_change_of_the_numerics_computes_anew(tmp_path, monkeypatch):
 
     compute = Counter()
     cached(tmp_path, "slug", "thing", PARTS, compute)
+    cached(tmp_path, "slug", "thing", PARTS | {"seed": 1}, compute)
     monkeypatch.setattr(cache, "package_fingerprint", lambda *parts: "changed")
     cached(tmp_path, "slug", "thing", PARTS, compute)
-    assert compute.calls == 2
+    assert compute.calls == 3
+    assert len(list((tmp_path / "slug" / "cache").glob("*.safetensors"))) == 2  # the old one is gone
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: b"{" * len(data)])
