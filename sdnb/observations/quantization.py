@@ -10,6 +10,7 @@ from torch import Tensor
 from sdnb import text as texts
 from sdnb.activations import hidden_states, perplexity, window_length
 from sdnb.activations.perplexity import text_windows
+from sdnb.errors import ParameterError
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.observations.inspection import Inspection, detection_values, inspect_lines
@@ -157,17 +158,14 @@ def _rows(
     plans += [(Scheme(weights="channel", inputs="token"), finer), (Scheme("float8_e4m3"), finer)]
     rows = []
     for scheme, kinds in plans:
-        known: dict[frozenset, tuple[float, float]] = {}
+        known: dict[frozenset, tuple[float | None, float]] = {}
         for kind in kinds:
             key = frozenset(skips[kind])
             if key not in known:
                 with quantized(
                     loaded.model, scheme, skip=key, statistics=seen.statistics, norms=norms
                 ) as names:
-                    measured = perplexity(
-                        loaded.model, source.ids, window=source.window, begin_token=source.begin_token
-                    )
-                known[key] = (measured.value, kept_share(loaded.model, names))
+                    known[key] = (_perplexity(loaded, source), kept_share(loaded.model, names))
             value, share = known[key]
             row = {key: entry for key, entry in asdict(scheme).items() if key != "alpha"}
             row |= {"method": "rtn" if scheme.alpha is None else "smoothquant", "skip": kind}
@@ -178,6 +176,17 @@ def _rows(
             }
             rows.append(row)
     return rows
+
+
+def _perplexity(loaded: Loaded, source: Texts) -> float | None:
+    """Perplexity of the model as it is now; None where 16-bit numbers overflow."""
+    try:
+        value = perplexity(
+            loaded.model, source.ids, window=source.window, begin_token=source.begin_token
+        ).value
+    except ParameterError:
+        return None
+    return value if isfinite(value) else None
 
 
 def layer_errors(loaded: Loaded, source: Texts, skip: list[str]) -> list[float]:

@@ -15,6 +15,8 @@ PERPLEXITY = {
 }
 """Of 8-bit tensor-wise quantization by method and skipped modules; float16 under "none"."""
 
+LAYERS = f"Llama-2-7B 2; 31, Llama-3-8B 2; 32 ({A_POSTER} and code)"
+MASSIVE = "Llama-2-7B 2533 and 1415 (Sun et al., arXiv 2402.17762, code)"
 SPIKES = (
     "Llama-2-7B: layer 2 down-projection 4136, layer 31 down-projection 139, next 17.8 (Yang et al., lists)"
 )

@@ -8,6 +8,7 @@ SKIP_WORDS = {
     "paper": "down-projections of explosion and decay layers kept",
     "detected": "detected skip list kept",
 }
+LISTED = 8
 NEAR = 0.002
 """A loss of less than 0.2 % of the perplexity counts as none."""
 
@@ -29,7 +30,14 @@ def quantization(v: dict) -> tuple[str, list]:
     names = ", ".join(f"`{name}`" for name in v["spiking_modules"]) or "none"
     share = _find(v, "rtn", "detected")["kept_share"]
     worst = max(v["linear_inputs"], key=lambda row: row["token_ratio"] or 0.0)
+    tokens = ", ".join(f"`{row['token']}`" for row in v["high_norm_tokens"][:LISTED]) or "none"
+    more = len(v["high_norm_tokens"]) - LISTED
+    massive = ", ".join(f"{row['dimension']} ({row['share']:.0%})" for row in v["massive_dimensions"])
     rows += [
+        ("explosion layers; decay layers", f"{number(v['explosion_layers'])}; {number(v['decay_layers'])}",
+         published.LAYERS),
+        ("high-norm tokens", tokens + (f" and {more} more" if more > 0 else ""), ""),
+        ("massive dimensions, with their share of the squared norm", massive or "none", published.MASSIVE),
         ("detected modules", names, ""),
         ("weights of the linear modules that these keep in high precision", f"{share:.1%}", ""),
         ("share of all parameters in the output embedding, never quantized", f"{v['head_share']:.1%}", ""),
