@@ -112,7 +112,8 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the norms of each branch divide real inputs by.
 
     rho1 and rho2: the root mean square (the standard deviation if the norm is centred) that the branch's norm
-    meets, times that which its post-norm meets.
+    meets, times that which its post-norm meets, and for rho1 times that of a norm inside the value path (latent
+    attention).
 
     Args:
         view: the layer.
@@ -123,8 +124,9 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     with torch.no_grad():
         inner = x if view.attention_norm is None else view.attention_norm.module(x)
-        attended = inner @ view.attention_matrix.T + view.attention_bias
-        rho1 = _divisor(view.attention_norm, x) * _divisor(view.attention_post_norm, attended)
+        rho1 = _divisor(view.attention_norm, x) * view.attention_inner_scale(inner)[:, 0]
+        if view.attention_post_norm is not None:
+            rho1 = rho1 * _divisor(view.attention_post_norm, view.attention_module(inner))
         y = x if view.parallel else x + view.attention_branch(x)
         rho2 = _divisor(view.ffn_norm, y)
         if view.ffn_post_norm is not None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
 from sdnb.errors import LayerRefused, ModelError, ParameterError
+from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
 from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, redraw
 
 
@@ -202,6 +203,13 @@ class TestNormsInside:
         scale = view.attention_inner_scale(u)
         assert close(scale, latent.square().mean(1, keepdim=True).sqrt())
         assert close(u @ view.attention_matrix.T / scale + view.attention_bias, view.attention_module(u))
+
+    def test_the_linear_branch_with_all_divisors_is_the_real_one(self):
+        view = layer_view(random_model("deepseek_v3", **self.OPTIONS), 2)
+        x = 3 * torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        rho1, _ = branch_scales(view, x)
+        predicted = x @ attention_matrix(view).T / rho1[:, None] + attention_intercept(view)
+        assert close(predicted, view.attention_branch(x))
 
     def test_there_is_none_elsewhere(self):
         view = layer_view(build("qwen3"), 2)  # its norms of queries and keys do not touch the values

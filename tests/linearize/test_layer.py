@@ -53,8 +53,14 @@ class View:
     ffn_multiplier: float
     hidden_size: int = D
 
+    def attention_module(self, u):
+        return u @ self.attention_matrix.T + self.attention_bias
+
+    def attention_inner_scale(self, u):
+        return torch.ones(len(u), 1)
+
     def attention_branch(self, x):
-        y = self.attention_norm.module(x) @ self.attention_matrix.T + self.attention_bias
+        y = self.attention_module(self.attention_norm.module(x))
         return self.attention_multiplier * self.attention_post_norm.module(y)
 
 
