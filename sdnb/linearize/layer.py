@@ -112,8 +112,8 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the norms of each branch divide real inputs by.
 
     rho1 and rho2: the root mean square (the standard deviation if the norm is centred) that the branch's norm
-    meets, times that which its post-norm meets, and for rho1 times that of a norm inside the value path (latent
-    attention).
+    meets, times that which its post-norm meets, and for rho1 times that of a norm inside the value path
+    (latent attention).
 
     Args:
         view: the layer.
