@@ -22,7 +22,7 @@ _WHERE = {
     ),
     "sdnb.decompose": (
         "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain",
-        "leading_triplets", "nearest_eigenpair", "random_angle", "random_angle_quantile",
+        "leading_triplets", "log10_chance", "nearest_eigenpair", "random_angle", "random_angle_quantile",
     ),
     "sdnb.activations": (
         "Coefficients", "Detection", "HighNormStates", "Ledger", "Perplexity", "SinkRate", "attention_maps",
@@ -30,6 +30,11 @@ _WHERE = {
         "hidden_norms", "hidden_states", "item_norms", "item_trajectories", "ledger", "mean_pairwise_angle",
         "perplexity", "project_out", "random_norms", "set_dimensions", "sink_rate", "zero_attention",
         "zero_branch", "zero_output",
+    ),
+    "sdnb.quantize": (
+        "InputStatistics", "LinearModule", "QuantizedLinear", "Scheme", "SkipList", "down_projections",
+        "input_statistics", "linear_modules", "never_quantized", "norm_feeding", "quantized",
+        "quantized_product", "skip_list", "smoothing_factors",
     ),
     "sdnb.spectra": (
         "BlockRemover", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival", "draw_matrix",
