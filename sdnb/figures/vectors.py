@@ -59,7 +59,6 @@ def _against_noise(ax: Axes, nu: np.ndarray, place: np.ndarray, entry: dict) -> 
     scale = entry["sigma"] * math.sqrt(max(entry["shape"]))
     ax.plot(place, nu / (scale * mp_quantiles(torch.from_numpy(place), q).numpy()), color=LAW, lw=1.3)
     ax.axhline(1, color="black", lw=0.6)
-    ax.set_yscale("log")
 
 
 def _p_values(ax: Axes, entry: dict, smallest: float) -> None:
@@ -92,6 +91,8 @@ def overlap_summary(values: dict, title: str = "") -> Figure:
     matrices = values["matrices"]
     kinds, layers = kinds_of(matrices), shown_layers(matrices, most=10**6)
     fig, axes = plt.subplots(1, 2, figsize=(PAGE * 1.15, 0.42 * len(kinds) + 1.8), sharey=True)
+    keys = ("overlap_above", "overlap_above_ordinary")
+    most = max(0.01, *(entry[key] for entry in matrices.values() for key in keys))
     for ax, suffix, name in zip(
         axes, ("", "_ordinary"), ("all tokens", "without high-norm tokens"), strict=True
     ):
@@ -102,8 +103,8 @@ def overlap_summary(values: dict, title: str = "") -> Figure:
             correlation = entry[f"rank_correlation{suffix}"]
             if len(layers) <= 16 and correlation is not None:
                 ax.text(place[1], place[0], f"{correlation:.1f}", ha="center", va="center", fontsize=7,
-                        color="black" if share[place] > 0.5 else "white")  # fmt: skip
-        image = ax.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+                        color="black" if share[place] > 0.6 * most else "white")  # fmt: skip
+        image = ax.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=most)
         ax.set_yticks(range(len(kinds)), [NAMES.get(kind, kind) for kind in kinds], fontsize=8)
         step = max(1, len(layers) // 12)
         ax.set_xticks(range(0, len(layers), step), layers[::step])
