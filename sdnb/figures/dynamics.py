@@ -97,7 +97,7 @@ def training(values: dict, title: str = "") -> Figure:
     sink.set(ylabel="sink rate", ylim=(0, None), xlabel="training step")
     loss.plot(steps, numbers(values["loss"]), "o-", color=COLOURS["layer"], ms=4)
     loss.set(ylabel="loss (nats a token)", xlabel="training step")
-    first = steps[steps > 0].min(initial=1.0)
+    first = min(steps[steps > 0], default=1.0)
     for ax in axes.flat:
         ax.set_xscale("symlog", linthresh=first)  # step 0 has its place on the axis
         ax.set_xlim(left=0)

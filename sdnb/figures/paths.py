@@ -98,7 +98,7 @@ def noninitial_norms(norms: np.ndarray, values: dict, annotate: bool = True, tit
     if annotate:
         named = list(zip(values["top_token_ids"], values["top_tokens"], strict=True))[:6]
         for rank, (i, token) in enumerate(named):  # one below the other: top items often are neighbours
-            ax.annotate(plain(token), (i, norms[i]), xytext=(40, 10 - 11 * rank), textcoords="offset points",
+            ax.annotate(plain(token), (i, norms[i]), xytext=(40, -11 * rank), textcoords="offset points",
                         fontsize=8, arrowprops={"arrowstyle": "-", "lw": 0.4})  # fmt: skip
     ax.axhline(
         values["threshold"], color="black", ls="--", lw=0.9, label=f"threshold {values['threshold']:.3g}"

@@ -60,8 +60,7 @@ def noninitial_tokens(v: dict) -> tuple[str, list]:
     else:
         sentence += (
             "None of the top items is a high-norm token behind the prefix: this model has no noninitial "
-            "high-norm "
-            "token among them. Paper A's models have one to eight."
+            "high-norm token among them. Paper A's figures name one to four in each model."
         )
     top = "; ".join(f"{code(token)} {number(norm)}" for token, norm, _ in triples[:LISTED])
     peaks = zip(v["top_tokens"][:LISTED], v["in_context_peak"], strict=False)
