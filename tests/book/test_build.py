@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_numbers_of_the_introduction_come_from_the_records(built):
     [results] = [path for path in (built / "results").iterdir() if path.is_dir()]
     record = read(built / "results", results.name, "04_singular_directions")
     layer = record.values["explosion_layers"][0]
-    text = page(built, "book/intro")
+    text = unescape(page(built, "book/intro"))
     angle = f"{record.values['angle_deg'][layer - 1]:.0f}"
     assert re.search(
         rf'<abbr title="04_singular_directions: angle_deg@explosion_layers[^"]*">{angle}</abbr>', text
