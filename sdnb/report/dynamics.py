@@ -23,12 +23,8 @@ def training_dynamics(v: dict) -> tuple[str, list]:
     if not exploded:
         sentence = "No checkpoint has a high-norm token on this text."
     else:
-        sentence = f"The first checkpoint with a high-norm token is step {exploded[0]:,}. "
-        sentence += (
-            f"From step {settled[0]:,} on, the direction stays within 10° of the last one: it settles, "
-            "as paper A says."
-            if settled and len(v["steps"]) > 1 and settled[0] != v["steps"][-1]
-            else "The direction does not settle within 10° of the last one before the end."
+        sentence = (
+            f"The first checkpoint with a high-norm token is step {exploded[0]:,}. {_settling(v, settled)}"
         )
     rows = []
     columns = ("steps", "peak_ratio", "explosion_layers", "angle_to_final_deg", "sink_rate", "loss")
@@ -40,6 +36,18 @@ def training_dynamics(v: dict) -> tuple[str, list]:
         )
         rows.append((f"step {step:,}", text, published.SETTLES if step == v["steps"][-1] else ""))
     return sentence, rows
+
+
+def _settling(v: dict, settled: list[int]) -> str:
+    """When the direction has come within 10° of the last one for good, against paper A."""
+    last = v["steps"][-1]
+    if not settled or settled[0] == last:
+        return "The direction does not settle within 10° of the last one before the end."
+    if settled[0] <= last / 2:
+        return (
+            f"From step {settled[0]:,} on, the direction stays within 10° of the last one, as paper A says."
+        )
+    return f"The direction turns until late: it stays within 10° of the last one from step {settled[0]:,} on."
 
 
 def fine_tuning(v: dict) -> tuple[str, list]:

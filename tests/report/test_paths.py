@@ -111,6 +111,8 @@ def test_10():
     settled = dynamics([0, 4, 8, 8], [None, 50.0, 3.0, 0.0])
     text = said("10_training_dynamics", settled)
     assert "high-norm token is step 100" in text and "From step 1,000 on" in text
+    slow = settled | {"steps": [0, 100, 4000, 5000]}
+    assert "turns until late" in said("10_training_dynamics", slow)
     late = dynamics([0, 4, 8, 8], [None, 50.0, 30.0, 0.0])
     assert "does not settle" in said("10_training_dynamics", late)
     assert "No checkpoint has" in said("10_training_dynamics", dynamics([0] * 4, [None] * 4))
