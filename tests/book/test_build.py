@@ -28,7 +28,12 @@ def built(tmp_path_factory):
     model = str(tiny.planted_model(folder / "planted").folder)
     options = ["--results-dir", str(folder / "results")]
     # The planted token is the begin token, and some templates leave it out unless asked.
-    small = {"add_special_tokens": "true", "max_lines": "20", "sample_counts": "[500, 1000]"}
+    small = {
+        "add_special_tokens": "true",
+        "max_lines": "20",
+        "sample_counts": "[500, 1000]",
+        "max_tokens": "1024",
+    }
     pairs = [word for name, value in small.items() for word in ("-p", name, value)]
     sdnb("run", model, *options, *pairs, "--notebooks", *NUMBERS)
     said = sdnb("book", "--model", model, "--out", str(folder), *options)
