@@ -61,8 +61,8 @@ def quantized_product(X: Tensor, W: Tensor) -> Tensor:
     """Return X W^T for quantized matrices, without a rounding error for int8.
 
     Integers: blocks of `EXACT_SUMMANDS` columns are multiplied in float32, where every partial sum is a whole
-    number below 2**24 and thus exact, and the blocks are added up in float64. Equal to int32 accumulation up to
-    133,000 columns, where int32 overflows, and to int64 beyond. float8 numbers are multiplied exactly and
+    number below 2**24 and thus exact, and the blocks are added up in float64. Equal to int32 accumulation up
+    to 133,000 columns, where int32 overflows, and to int64 beyond. float8 numbers are multiplied exactly and
     summed in float32.
 
     Args:
