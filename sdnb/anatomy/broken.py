@@ -1,0 +1,121 @@
+"""Broken twins of a layer's view: each lacks one thing, and the check must refuse it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from sdnb.anatomy.attention import AttentionMatrix, read_attention
+from sdnb.anatomy.check import measure, verdict
+from sdnb.anatomy.view import LayerView
+from sdnb.anatomy.weights import is_linear
+from sdnb.anatomy.wiring import Wiring
+from sdnb.errors import LayerRefused
+
+SIDES = ("attention", "ffn")
+VISIBLE = 1e-3  # a bias, or a deviation of a gain from 1, that is smaller cannot be missed
+
+
+def _changed(wiring: Wiring, side: str, **changes: object) -> Wiring:
+    return replace(wiring, **{side: replace(getattr(wiring, side), **changes)})
+
+
+def broken_wirings(view: LayerView) -> Iterator[tuple[str, Wiring]]:
+    """Wirings that lack a gain, a norm's bias, a post-norm or a multiplier, or add up the other way.
+
+    Args:
+        view: a view that passed the check.
+
+    Yields:
+        What is broken, and the wiring.
+    """
+    wiring = view.wiring
+    for side in SIDES:
+        branch = getattr(wiring, side)
+        for place in ("norm", "post_norm"):
+            norm = getattr(branch, place)
+            if norm is None:
+                continue
+            if (norm.gain - 1).abs().max() > VISIBLE:
+                plain = replace(norm, gain=torch.ones_like(norm.gain))
+                yield "gain ignored", _changed(wiring, side, **{place: plain})
+            if norm.bias.abs().max() > VISIBLE:
+                bare = replace(norm, bias=torch.zeros_like(norm.bias))
+                yield "bias dropped", _changed(wiring, side, **{place: bare})
+        if branch.post_norm is not None:
+            yield "post-norm skipped", _changed(wiring, side, post_norm=None)
+        if branch.multiplier != 1.0:
+            yield "multiplier ignored", _changed(wiring, side, multiplier=1.0)
+    yield "serial for parallel", replace(wiring, parallel=not wiring.parallel)
+
+
+@torch.no_grad()
+def permuted_heads(view: LayerView, heads: int) -> AttentionMatrix | None:
+    """Attention's matrix with the first and the last head exchanged on their way out.
+
+    Where all heads share one value head, which hides the exchange, channels are rolled by one.
+
+    Args:
+        view: the layer.
+        heads: how many heads it has.
+
+    Returns:
+        The wrong matrix with the right bias; None if no linear map stands behind the heads.
+    """
+    branch = view.wiring.attention
+    projection = branch.silenced
+    if not is_linear(projection):
+        return None
+    transposed = not isinstance(projection, torch.nn.Linear)
+    kept = projection.weight.clone()
+    right = kept.T if transposed else kept
+    if right.shape[1] % heads:
+        return None
+    parts = right.chunk(heads, dim=1)
+    wrongs = (torch.cat([parts[-1], *parts[1:-1], parts[0]], dim=1), right.roll(1, dims=1))
+    for wrong in wrongs:
+        projection.weight.copy_(wrong.T if transposed else wrong)
+        affine = read_attention(view.probe, branch.entries, branch.exit, view.wiring.inner_norms)
+        projection.weight.copy_(kept)
+        if not torch.allclose(affine.matrix, view.attention_matrix, rtol=1e-3, atol=1e-5):
+            return affine
+    return None
+
+
+def broken_views(view: LayerView, heads: int) -> Iterator[tuple[str, LayerView]]:
+    """Views that are wrong in one way each, as far as the layer has what can be left out.
+
+    Args:
+        view: a view that passed the check.
+        heads: how many attention heads the layer has.
+
+    Yields:
+        What is broken, and the view.
+    """
+    for kind, wiring in broken_wirings(view):
+        yield kind, replace(view, wiring=wiring)
+    permuted = permuted_heads(view, heads)
+    if permuted is not None:
+        yield "heads permuted", replace(view, affine=permuted)
+    if view.attention_bias.abs().max() > VISIBLE:
+        bare = replace(view.affine, bias=torch.zeros_like(view.attention_bias))
+        yield "bias dropped", replace(view, affine=bare)
+    for name in ("b", "c", "down_bias") if view.ffn is not None else ():
+        if getattr(view.ffn, name) is not None:
+            yield "bias dropped", replace(view, ffn=replace(view.ffn, **{name: None}))
+
+
+def caught(twin: LayerView) -> bool:
+    """Whether the check refuses a view.
+
+    Args:
+        twin: a broken view.
+
+    Returns:
+        True if it is refused.
+    """
+    try:
+        verdict(twin.probe, twin.wiring, measure(twin.probe, twin.wiring, twin.affine, twin.ffn))
+    except LayerRefused:
+        return True
+    return False

@@ -1,0 +1,175 @@
+"""Small random models of transformers' model types: a generic configuration, and a line for the others."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sdnb.errors import ModelError
+
+MOST_PARAMETERS = 10_000_000  # a configuration that asks for more ignores the small sizes
+HEADS = 4
+
+# every name of a size that configurations use; a type takes those that it has
+SMALL = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_dim"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("encoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
+    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim"), 16),
+    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "laurel_rank", "index_topk"), 8),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 4),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "altup_num_inputs", "index_n_heads"), 2),
+    "moe_shared_expert_intermediate_size": 32,
+    "first_k_dense_replace": 9,  # dense layers only, where a type has both
+    "num_kv_shared_layers": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ROTATED_PART = {"head_dim": 8}  # latent attention: head_dim is the part of a head that positions rotate
+HEAD_SIZE = {"head_dim": 16}
+GLOBAL_SIZE = {"hidden_size_global": 64}
+ROTATION = {"rope_type": "default", "rope_theta": 1e4}
+DECODER = {"is_decoder": True}  # an encoder unless told otherwise
+MIXED = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
+CONVOLVED = {"layer_types": ["conv", "full_attention", "conv"]}
+
+# what the generic sizes cannot say, with the reason where it is not the name itself
+OWN: dict[str, dict] = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1", "axk2", "glm4_moe_lite"), ROTATED_PART),
+    **dict.fromkeys(("glm_moe_dsa", "youtu", "mistral4"), ROTATED_PART),
+    **dict.fromkeys(("bert", "bert-generation", "camembert", "electra", "ernie", "megatron-bert"), DECODER),
+    **dict.fromkeys(("data2vec-text", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"), DECODER),
+    **dict.fromkeys(("roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"), DECODER),
+    # layers by kind: the default list is as long as the real model is deep
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "minimax"), MIXED),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), CONVOLVED),
+    "lfm3": {"layer_types": ["full_attention"] * 3},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention", "attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "gpt_neo": {"attention_types": [[["global"], 3]]},
+    # heads whose size is not hidden_size / heads, or is derived when it is left out
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), HEAD_SIZE),
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
+    # blocks of tokens longer than the test's sequences
+    "big_bird": {"attention_type": "original_full", **DECODER},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32]},
+    # sizes under names of their own
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "longcat_flash": {
+        **ROTATED_PART, "num_layers": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96,
+        "zero_expert_num": 1, "n_routed_experts": 4, "moe_topk": 2,
+    },
+    # latent attention without shared heads; its default has sizes of their own for single layers
+    "dots3_note_text": {**ROTATED_PART, "num_key_value_heads": 4, "per_layer_config": {}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTATION}},  # its default is empty
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), GLOBAL_SIZE),
+}  # fmt: skip
+
+
+def causal_types() -> list[str]:
+    """All model types of transformers' causal-LM mapping, sorted.
+
+    Returns:
+        Their names.
+    """
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _is_set(config: PretrainedConfig, name: str) -> bool:
+    """Whether a configuration has an option and a value for it."""
+    try:
+        return getattr(config, name, None) is not None
+    except Exception:  # transformers refuses to say what differs from layer to layer
+        return True
+
+
+def options_of(config_class: type[PretrainedConfig], kind: str, depth: int = 0) -> dict:
+    """The options of a small configuration: the generic sizes that a type has, and its own line.
+
+    Args:
+        config_class: the type's configuration class.
+        kind: the model type.
+        depth: how deep this configuration stands inside another.
+
+    Returns:
+        Option -> value; configurations inside (text, vision) as dictionaries.
+    """
+    default = config_class()
+    options = {}
+    for name, value in SMALL.items():
+        if not isinstance(getattr(config_class, name, None), property) and _is_set(default, name):
+            options[name] = value
+    if depth < 2:
+        for name, value in vars(default).items():
+            if isinstance(value, PretrainedConfig):
+                options[name] = options_of(type(value), value.model_type, depth + 1)
+    return options | OWN.get(kind, {})
+
+
+@torch.no_grad()
+def redraw_model(model: nn.Module, seed: int = 0) -> None:
+    """Redraws every parameter: gains around 1 (around 0 where they start there), biases, and weights.
+
+    Args:
+        model: the model, changed in place.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim < 2:
+            parameter.copy_(0.3 * noise + (1.0 if parameter.float().mean() > 0.5 else 0.0))
+        else:
+            parameter.copy_(noise * 1.2 / min(parameter.shape[-2:]) ** 0.5)
+
+
+def small_model(kind: str) -> PreTrainedModel:
+    """Builds a small model of a type, every parameter redrawn, so that no gain or bias is blind.
+
+    Args:
+        kind: a type of the causal-LM mapping.
+
+    Returns:
+        The model, float32, in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be built small; the message says why.
+    """
+    try:
+        config_class = CONFIG_MAPPING[kind]
+        config = config_class(**options_of(config_class, kind))
+        with torch.device("meta"):
+            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if count > MOST_PARAMETERS:
+            raise ModelError(f"the small configuration has {count / 1e6:.0f} million parameters")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        redraw_model(model)
+    except Exception as error:  # configurations and models raise whatever they like
+        lines = str(error).split("\n")
+        reason = " ".join(line.strip() for line in lines if line.strip())[:200]
+        raise ModelError(f"cannot be built: {type(error).__name__}: {reason}") from error
+    return model.requires_grad_(False)

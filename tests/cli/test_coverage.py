@@ -1,0 +1,89 @@
+"""`sdnb coverage`: record and page of a few types, resumed; and a broken twin that is not caught shows."""
+
+import json
+
+import pytest
+
+from sdnb.anatomy import broken, layer_view
+from sdnb.anatomy.coverage import tried_twins
+from sdnb.anatomy.small_configs import causal_types
+from sdnb.cli.coverage_page import page
+from sdnb.cli.main import main
+from tests.families import HEADS, build
+
+VERDICTS = {"llama": "exact", "mixtral": "sampled", "bert": "refused", "gemma4_assistant": "unbuilt"}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("coverage") / "coverage.json"
+    assert main(["coverage", "--types", *VERDICTS, "--record", str(path)]) == 0
+    return path
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_each_type_has_its_verdict(record):
+    rows = rows_of(record)
+    assert {kind: row["status"] for kind, row in rows.items()} == VERDICTS
+    assert rows["llama"]["layers"] == [1, 2, 3]
+    assert rows["llama"]["error"] < 1e-5
+    assert "norm the sum" in rows["bert"]["reason"]
+    assert "hidden_size_per_layer_input" in rows["gemma4_assistant"]["reason"]
+
+
+def test_broken_twins_are_tried_and_caught(record):
+    twins = rows_of(record)["llama"]["twins"]
+    assert twins.keys() == {"gain ignored", "serial for parallel", "heads permuted"}
+    assert all(found == tried > 0 for found, tried in twins.values())
+    assert "twins" not in rows_of(record)["bert"]
+
+
+def test_twins_are_made_of_what_the_layer_has():
+    twins = tried_twins(layer_view(build("gpt2"), 2), HEADS)
+    assert twins["bias dropped"] == [5, 5]  # two norms, attention, and the two maps of the FFN
+    twins = tried_twins(layer_view(build("gemma2"), 2), HEADS)
+    assert twins["post-norm skipped"] == [2, 2]
+
+
+def test_a_twin_that_is_not_caught_shows_on_the_page(record, monkeypatch):
+    monkeypatch.setattr(broken, "verdict", lambda *_: "exact")
+    twins = tried_twins(layer_view(build("llama"), 2), HEADS)
+    assert all(found == 0 for found, _ in twins.values())
+    found = json.loads(record.read_text())
+    found["rows"]["llama"]["twins"] = twins
+    assert "**heads permuted: 0 of 1**" in page(found)
+
+
+def test_the_page_is_the_record(record):
+    text = record.with_suffix(".md").read_text()
+    assert text == page(json.loads(record.read_text()))
+    assert f"{len(causal_types())} causal language models" in text
+    for kind, verdict in VERDICTS.items():
+        assert f"| `{kind}` | {verdict} |" in text
+        assert f"\n| {verdict} | 1 |" in text
+
+
+def test_types_that_are_done_are_kept(record, capsys):
+    before = record.read_bytes()
+    capsys.readouterr()
+    assert main(["coverage", "--types", "llama", "bert", "--record", str(record)]) == 0
+    assert not capsys.readouterr().out
+    assert record.read_bytes() == before
+
+
+def test_unknown_types_and_foreign_files_are_refused(tmp_path, capsys):
+    assert main(["coverage", "--types", "lama", "--record", str(tmp_path / "c.json")]) == 1
+    assert "lama" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text("[]")
+    assert main(["coverage", "--types", "llama", "--record", str(tmp_path / "c.json")]) == 1
+    assert "is no record" in capsys.readouterr().err
+
+
+def test_a_type_that_takes_too_long_is_a_row(tmp_path):
+    path = tmp_path / "c.json"
+    assert main(["coverage", "--types", "gpt2", "--record", str(path), "--limit-s", "1"]) == 0
+    row = rows_of(path)["gpt2"]
+    assert row["status"] in {"failed", "exact"}  # a fast machine may finish
