@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sdnb.errors import ModelError
 
-MOST_PARAMETERS = 10_000_000  # a configuration that asks for more ignores the small sizes
+MOST_PARAMETERS = 20_000_000  # a configuration that asks for more ignores the small sizes
 HEADS = 4
 
 # every name of a size that configurations use; a type takes those that it has
@@ -30,7 +30,11 @@ SMALL = {
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
     **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "altup_num_inputs", "index_n_heads"), 2),
     "moe_shared_expert_intermediate_size": 32,
-    "first_k_dense_replace": 9,  # dense layers only, where a type has both
+    "first_k_dense_replace": 1,  # the first layer dense, the others experts, where a type has both
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
     "num_kv_shared_layers": 0,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -38,6 +42,7 @@ SMALL = {
 }
 
 ROTATED_PART = {"head_dim": 8}  # latent attention: head_dim is the part of a head that positions rotate
+INDEXED = {**ROTATED_PART, "num_key_value_heads": HEADS}  # keys and values are never shared by heads
 HEAD_SIZE = {"head_dim": 16}
 GLOBAL_SIZE = {"hidden_size_global": 64}
 ROTATION = {"rope_type": "default", "rope_theta": 1e4}
@@ -47,14 +52,15 @@ CONVOLVED = {"layer_types": ["conv", "full_attention", "conv"]}
 
 # what the generic sizes cannot say, with the reason where it is not the name itself
 OWN: dict[str, dict] = {
-    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1", "axk2", "glm4_moe_lite"), ROTATED_PART),
-    **dict.fromkeys(("glm_moe_dsa", "youtu", "mistral4"), ROTATED_PART),
+    **dict.fromkeys(("deepseek_v3", "axk1", "glm4_moe_lite", "youtu", "mistral4"), ROTATED_PART),
+    **dict.fromkeys(("deepseek_v32", "axk2", "glm_moe_dsa"), INDEXED),
     **dict.fromkeys(("bert", "bert-generation", "camembert", "electra", "ernie", "megatron-bert"), DECODER),
     **dict.fromkeys(("data2vec-text", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"), DECODER),
     **dict.fromkeys(("roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"), DECODER),
     # layers by kind: the default list is as long as the real model is deep
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "minimax"), MIXED),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), CONVOLVED),
+    "lfm2": CONVOLVED,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 2},
     "lfm3": {"layer_types": ["full_attention"] * 3},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
@@ -82,7 +88,7 @@ OWN: dict[str, dict] = {
         "zero_expert_num": 1, "n_routed_experts": 4, "moe_topk": 2,
     },
     # latent attention without shared heads; its default has sizes of their own for single layers
-    "dots3_note_text": {**ROTATED_PART, "num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"head_dim": 16, "num_key_value_heads": HEADS, "per_layer_config": {}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROTATION}},  # its default is empty
     "blt": {"encoder_hash_byte_group_vocab": 100},
     **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), GLOBAL_SIZE),
