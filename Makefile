@@ -9,7 +9,7 @@ PAGES  := $(shell sed -n 's|.*file: notebooks/\([0-9]*\)_.*|\1|p' _toc.yml)
 # One thread a process: two or more processes on few cores otherwise fight for them.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
 
-.PHONY: setup book test lint clean
+.PHONY: setup book test bench lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,16 @@ book: $(STAMP)
 
 test: $(STAMP)
 	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+# What takes minutes on a few cores; benchmarks/*.py say what else there is. DEVICE=cuda where there is a GPU.
+DEVICE ?= cpu
+bench: $(STAMP)
+	$(QUIET) $(BIN)/python benchmarks/linearize.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/decompose.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/eigenpair.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/vocabulary.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/offload.py --device $(DEVICE)
+	$(BIN)/python benchmarks/page.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

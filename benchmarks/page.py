@@ -1,0 +1,157 @@
+"""The book's page about speed, written from the stored records.
+
+python benchmarks/page.py            # writes book/performance.md
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+from common import RESULTS, table
+
+PAGE = Path(__file__).parents[1] / "book" / "performance.md"
+ABOUT = {
+    "linearize": (
+        "The FFN's linear fit",
+        "B of one layer, from its weights alone and from random inputs. The closed form passes over W and V "
+        "once and integrates each unit (its operations count the passes alone); the sampled ways multiply "
+        "100,000 inputs by them. The aims at d 2048 are 1000 times (least squares) and 300 times (normal "
+        "equations). With as few inputs as were measured a sampled answer is far off; its error falls with "
+        "the square root of what they exceed d by.",
+    ),
+    "decompose": (
+        "Leading singular triplets",
+        "Two leading triplets of a d x d matrix with two planted ones, against all of them. The iterative "
+        "way needs products with single vectors, each of which reads the matrix: bytes are those of one "
+        "reading, so the limit is out of its reach.",
+    ),
+    "eigenpair": (
+        "The nearest eigenpair",
+        "The eigenpair of L - I nearest to a direction 20 degrees from it, against a dense decomposition of "
+        "the same matrix. Outside the bulk 30 products find it; inside the bulk a factorisation is needed. "
+        "The operations are those of these parts alone: checks and small bases come on top. The aim at "
+        "d 4096 is 20 times.",
+    ),
+    "offload": (
+        "A model larger than the memory",
+        "A random model on disk goes through the linear layer, its leading triplets and its nearest "
+        "eigenpair one layer at a time. Bytes are those of the stored weights. The aim is a peak of "
+        "anonymous memory below three layers' stored weights plus 2 GiB, and the model in memory is no "
+        "slower way but a larger one.",
+    ),
+}
+WANTED = [
+    ("linearize", "llama-3.2-1b", "cpu"), ("linearize", "llama-2-7b", "cpu"),
+    ("decompose", "llama-3.2-1b", "cpu"), ("decompose", "llama-2-7b", "cpu"),
+    ("eigenpair", "llama-3.2-1b", "cpu"), ("eigenpair", "llama-2-7b", "cpu"),
+    ("offload", "quarter-70b", "cpu"), ("offload", "llama-3-70b", "cpu"),
+    ("linearize", "llama-3.2-1b", "cuda"), ("linearize", "llama-2-7b", "cuda"),
+    ("decompose", "llama-3.2-1b", "cuda"), ("decompose", "llama-2-7b", "cuda"),
+    ("eigenpair", "llama-3.2-1b", "cuda"), ("eigenpair", "llama-2-7b", "cuda"),
+]  # fmt: skip
+HEAD = """# What it costs
+
+<!-- written by `python benchmarks/page.py` from benchmarks/results/; not by hand -->
+
+Each table is one run of a script in `benchmarks/` on one machine, on random weights of the shape named;
+`make bench` repeats those that take minutes. Ratios hold within a table. On a CPU they are ratios of
+processor time, which does not count what other programs did meanwhile: where the load named exceeds the
+cores, wall times are several times longer than on an idle machine, and processor times suffer from shared
+caches and memory. With a GPU they are ratios of wall time. Memory is what was taken at most above what was
+held before: anonymous memory of the process, sampled every 10 ms, or the GPU's.
+
+"At the limit" is the time that the method would take if it reached, throughout, the rate of a float32 matrix
+product and of reading memory that were measured in the same run: the larger of operations over the one and
+bytes over the other.
+"""
+
+
+def records(folder: Path) -> list[dict]:
+    """The stored records in the order of the page.
+
+    Args:
+        folder: where they are.
+
+    Returns:
+        Those that exist, wanted ones first to last.
+    """
+    names = [folder / f"{'-'.join(key)}.json" for key in WANTED]
+    return [json.loads(path.read_text(encoding="utf8")) for path in names if path.is_file()]
+
+
+def limit_table(record: dict) -> str:
+    """What each way costs at the limit beside what was reached."""
+    gpu, rates = record["machine"]["gpu"] is not None, record["limits"]
+    lines = ["| how | operations | bytes read | at the limit, s | reached, s |", "|---|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        least = max(row["operations"] / rates["operations_per_s"], row["bytes"] / rates["bytes_per_s"])
+        reached = row["wall_s" if gpu else "cpu_s"]
+        costs = f"{row['operations']:.2g} | {row['bytes']:.2g} | {least:.3g} | {reached:.3g}"
+        lines.append(f"| {row['what']} | {costs} |")
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    """A fact's value, a fraction with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def section(record: dict) -> str:
+    """One record's heading, machine, table and limits."""
+    there = record["machine"]
+    place = f"{there['processor']}, {there['cores']} cores, {there['threads']} used, load {there['load']}"
+    place += f", {there['gpu']}" if there["gpu"] else ""
+    versions = f"Python {there['python']}, torch {there['torch']}, transformers {there['transformers']}"
+    facts = ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in record["facts"].items())
+    rates = record["limits"]
+    speed = f"{rates['operations_per_s'] / 1e9:.0f} GFLOP/s, {rates['bytes_per_s'] / 1e9:.0f} GB/s"
+    return (
+        f"### {record['shape']}, {record['device']}\n\n{record['date']}; {place}; {versions}; {facts}.\n\n"
+        f"{table(record)}\n\nAt the limit ({speed}):\n\n{limit_table(record)}\n"
+    )
+
+
+def open_rows(there: list[dict]) -> str:
+    """What is wanted and was not measured yet."""
+    done = {(r["benchmark"], r["shape"], r["device"]) for r in there}
+    lines = [f"- `benchmarks/{n}.py --shape {s} --device {d}`" for n, s, d in WANTED if (n, s, d) not in done]
+    if not lines:
+        return ""
+    why = "Not measured yet; rows with `cuda` wait for a GPU, the others for an idle machine with the memory:"
+    return f"\n## Open\n\n{why}\n\n" + "\n".join(lines) + "\n"
+
+
+def summary(there: list[dict]) -> str:
+    """One line a record: how many times longer the straightforward ways take."""
+    lines = ["\n| benchmark | shape | device | ours | against | times |", "|---|---|---|---|---|---:|"]
+    for record in there:
+        key, rows = ("wall_s" if record["machine"]["gpu"] else "cpu_s"), record["rows"]
+        for ours, other in itertools.product(rows, rows):
+            if "ours" in ours["what"] and "ours" not in other["what"]:
+                times = f"{other[key] / ours[key]:.3g}"
+                name = ours["what"].replace(" (ours)", "").removeprefix("ours, ")
+                start = (record["benchmark"], record["shape"], record["device"])
+                lines.append("| " + " | ".join((*start, name, other["what"], times)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(folder: Path) -> str:
+    """The page's text.
+
+    Args:
+        folder: where the records are.
+
+    Returns:
+        Markdown.
+    """
+    there = records(folder)
+    text = HEAD + summary(there)
+    for name, (title, words) in ABOUT.items():
+        sections = [section(record) for record in there if record["benchmark"] == name]
+        if sections:
+            text += f"\n## {title}\n\n{words}\n\n" + "\n".join(sections)
+    return text + open_rows(there)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(RESULTS), encoding="utf8")
