@@ -1,7 +1,7 @@
 """A model on disk through its layers one at a time: the linear layer, its leading triplets, its eigenpair.
 
     python benchmarks/offload.py                                   # a 70B shape with every side quartered
-    python benchmarks/offload.py --shape llama-3-70b --layers 8    # 14 GB on disk, where accelerate keeps it
+    python benchmarks/offload.py --shape llama-3-70b --layers 8    # 14 GB in TMPDIR
 
 A random bfloat16 model is written layer by layer as safetensors and loaded with device="offload". The peak of
 anonymous memory must stay below three layers' weights as stored plus 2 GiB; otherwise the exit status is 1.
