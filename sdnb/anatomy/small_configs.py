@@ -31,9 +31,11 @@ SMALL = {
     **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "altup_num_inputs", "index_n_heads"), 2),
     "moe_shared_expert_intermediate_size": 32,
     "first_k_dense_replace": 1,  # the first layer dense, the others experts, where a type has both
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 16,
+    # state-space and linear-attention mixers
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     "mamba_n_groups": 1,
     "num_kv_shared_layers": 0,
     "pad_token_id": 0,
@@ -63,17 +65,17 @@ OWN: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 2},
     "lfm3": {"layer_types": ["full_attention"] * 3},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"]},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention", "mlp"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention", "attention"]},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
     "gpt_neo": {"attention_types": [[["global"], 3]]},
     # heads whose size is not hidden_size / heads, or is derived when it is left out
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), HEAD_SIZE),
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
-    "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2, "n_groups": 1},
     # blocks of tokens longer than the test's sequences
     "big_bird": {"attention_type": "original_full", **DECODER},
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -87,8 +89,20 @@ OWN: dict[str, dict] = {
         **ROTATED_PART, "num_layers": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96,
         "zero_expert_num": 1, "n_routed_experts": 4, "moe_topk": 2,
     },
+    "kimi_linear": {
+        **INDEXED, "linear_num_heads": HEADS, "linear_head_dim": 16, "num_experts_per_token": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},  # it routes to one expert only
+    "falcon_h1": {"mamba_d_ssm": 128},
+    # experts are left out unless their numbers are given
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     # latent attention without shared heads; its default has sizes of their own for single layers
     "dots3_note_text": {"head_dim": 16, "num_key_value_heads": HEADS, "per_layer_config": {}},
+    "dots3_note_vision_encoder": {
+        "mlp_layer_types": ["dense"] * 3, "per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROTATION}},  # its default is empty
     "blt": {"encoder_hash_byte_group_vocab": 100},
     **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), GLOBAL_SIZE),

@@ -40,8 +40,8 @@ def page(record: dict) -> str:
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {text} |" for status, text in STATUSES.items() if counts[status]),
         "",
-        f"Of the exact types {partly} are so on some of their layers only (column *layers*): hybrid stacks, "
-        "whose other layers are refused.",
+        f"Of the exact types {partly} are so on some of their layers only (column *layers*); the "
+        "others are refused, as the mixers without attention in hybrid stacks.",
         "",
         f"A check is worth what it refuses. Of a layer of each of {len(twins)} types with an exact layer, "
         "broken twins were made: a gain ignored, heads permuted, a bias dropped, a post-norm skipped, a "
