@@ -1,4 +1,4 @@
-"""What a forward pass leaves in the residual stream: hidden states, norms, the empirical direction, the ledger."""
+"""What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
 
 from sdnb.activations.capture import hidden_norms, hidden_states, token_batches, visit_states
 from sdnb.activations.detection import Detection, detect, layer_steps

@@ -115,7 +115,8 @@ def test_linearity_has_a_line_a_branch_scale_and_input():
 
 def test_sampling_error_has_its_own_slope():
     values = {
-        "sample_counts": [100, 400, 1600], "sampled_error": [0.4, 0.2, 0.1], "sampled_standard_error": [0.4] * 3,
+        "sample_counts": [100, 400, 1600], "sampled_error": [0.4, 0.2, 0.1],
+        "sampled_standard_error": [0.4] * 3,
     }  # fmt: skip
     shown = lines_of(figures.sampling_error(values))
     np.testing.assert_allclose(shown[r"$1/\sqrt{n}$"], [0.4, 0.2, 0.1])

@@ -33,7 +33,8 @@ def test_provenance_lists_every_entry():
 
 
 SINGULAR = {
-    "angle_deg": [80.0, 30.0, 70.0], "ffn_angle_deg": [80.0, 10.0, 60.0], "gain_angle_deg": [None, 12.0, 50.0],
+    "angle_deg": [80.0, 30.0, 70.0], "ffn_angle_deg": [80.0, 10.0, 60.0],
+    "gain_angle_deg": [None, 12.0, 50.0],
     "singular_value": [2.0, 3.0, 2.0], "second_singular_value": [1.0, 1.5, 2.0],
     "ffn_singular_value": [2.0, 4.0, 2.0], "ffn_second_singular_value": [1.0, 1.0, 2.0],
     "explosion_layers": [2], "decay_layers": [],
@@ -53,7 +54,8 @@ def test_a_missing_phenomenon_in_words():
     assert "no explosion layer" in text
     empty = {
         "explosion_layers": [], "decay_layers": [], "ledger_attention": None, "ledger_ffn": None,
-        "angle_deg": [None], "eigenvalue": [None], "norm_aware_eigenvalue": [None], "nearest_random_angle_deg": 75.0,
+        "angle_deg": [None], "eigenvalue": [None], "norm_aware_eigenvalue": [None],
+        "nearest_random_angle_deg": 75.0,
     }  # fmt: skip
     assert (
         "No layer of this model takes the high norm away"
@@ -63,7 +65,8 @@ def test_a_missing_phenomenon_in_words():
 
 def test_the_ledger_in_words():
     values = {
-        "explosion_layers": [1], "decay_layers": [2], "ledger_attention": [1.0, 0.0], "ledger_ffn": [100.0, -90.0],
+        "explosion_layers": [1], "decay_layers": [2], "ledger_attention": [1.0, 0.0],
+        "ledger_ffn": [100.0, -90.0],
         "ledger_start": 2.0, "ledger_end": 13.0, "angle_deg": [5.0, 4.0], "eigenvalue": [0.5, -7.0],
         "norm_aware_eigenvalue": [0.1, -0.9], "nearest_random_angle_deg": 75.0,
     }  # fmt: skip
