@@ -37,8 +37,8 @@ ABOUT = {
         "A random model on disk goes through the linear layer, its leading triplets and its nearest "
         "eigenpair one layer at a time. Bytes are those of the stored weights; operations leave out the "
         "checks of each layer, the triplets and the eigenpair. The aim is a peak of anonymous memory (with "
-        "what was held before) below three layers' stored weights plus 2 GiB. On a CPU the weights of a model "
-        "in memory may stay mapped from their files, and those pages are not anonymous either.",
+        "what was held before) below three layers' stored weights plus 2 GiB. On a CPU the weights of a "
+        "model in memory may stay mapped from their files, and those pages are not anonymous either.",
     ),
 }
 WANTED = [
