@@ -1,16 +1,19 @@
 """`sdnb coverage`: record and page of a few types, resumed; and a broken twin that is not caught shows."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 
-from sdnb.anatomy import broken, layer_view
+from sdnb.anatomy import broken, coverage, layer_view
 from sdnb.anatomy.coverage import tried_twins
 from sdnb.anatomy.small_configs import causal_types
 from sdnb.cli.coverage_page import page
 from sdnb.cli.main import main
 from tests.families import HEADS, build
 
+ROOT = Path(__file__).resolve().parents[2]
 VERDICTS = {"llama": "exact", "mixtral": "sampled", "bert": "refused", "gemma4_assistant": "unbuilt"}
 
 
@@ -66,6 +69,16 @@ def test_the_page_is_the_record(record):
         assert f"\n| {verdict} | 1 |" in text
 
 
+def test_the_committed_page_is_the_committed_record():
+    committed = json.loads((ROOT / "book" / "coverage.json").read_text(encoding="utf8"))
+    assert set(committed["rows"]) == set(committed["types"])
+    assert (ROOT / "book" / "coverage.md").read_text(encoding="utf8") == page(committed)
+    for row in committed["rows"].values():
+        assert row["reason"] or row["layers"]
+        assert row["status"] != "exact" or row["twins"]
+        assert all(found == tried > 0 for found, tried in row.get("twins", {}).values())
+
+
 def test_types_that_are_done_are_kept(record, capsys):
     before = record.read_bytes()
     capsys.readouterr()
@@ -82,8 +95,15 @@ def test_unknown_types_and_foreign_files_are_refused(tmp_path, capsys):
     assert "is no record" in capsys.readouterr().err
 
 
-def test_a_type_that_takes_too_long_is_a_row(tmp_path):
+def test_a_type_that_takes_too_long_or_that_we_fail_on_is_a_row(tmp_path, monkeypatch):
+    def stuck(kind):
+        if kind == "gpt2":
+            time.sleep(60)
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(coverage, "cover", stuck)
     path = tmp_path / "c.json"
-    assert main(["coverage", "--types", "gpt2", "--record", str(path), "--limit-s", "1"]) == 0
-    row = rows_of(path)["gpt2"]
-    assert row["status"] in {"failed", "exact"}  # a fast machine may finish
+    assert main(["coverage", "--types", "gpt2", "opt", "--record", str(path), "--limit-s", "1"]) == 0
+    assert {row["status"] for row in rows_of(path).values()} == {"failed"}
+    assert "limit 1 s" in rows_of(path)["gpt2"]["reason"]
+    assert "a fault of ours" in rows_of(path)["opt"]["reason"]
