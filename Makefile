@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 RUNS   := _build/runs
+# Notebooks run side by side, each on one thread.
+JOBS   ?= 2
 PAGES  := $(shell sed -n 's|.*file: notebooks/\([0-9]*\)_.*|\1|p' _toc.yml)
 
 # One thread a process: two or more processes on few cores otherwise fight for them.
@@ -21,7 +23,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(STAMP)
-	$(QUIET) $(BIN)/sdnb run zoo/llama --notebooks $(PAGES) --results-dir $(RUNS)
+	$(QUIET) $(BIN)/sdnb run zoo/llama --notebooks $(PAGES) --jobs $(JOBS) --results-dir $(RUNS)
 	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS)
 
 test: $(STAMP)
