@@ -15,7 +15,7 @@ from sdnb.checkpoint import slug_of
 from sdnb.errors import RecordError, SdnbError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
-CARDS = ("README.md", "*/README.md", "*/loss.svg")
+CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
 FOLDERS = {".png": "book/figures", ".svg": "book/figures", ".json": "records", ".safetensors": "records"}
 
 
