@@ -92,6 +92,7 @@ def test_the_zoo_lies_beside_the_package():
 
 
 def test_outside_a_checkout_the_zoo_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the working directory must not be a checkout either
     monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "site-packages" / "zoo")
     refused("zoo/llama", "outside a checkout.*Clone the repository")
 

@@ -133,12 +133,23 @@ def _sweep_workshops() -> None:
         return  # there, signal 0 would not only ask
     for left in Path(tempfile.gettempdir()).glob("sdnb-*-*"):
         owner = left.name.split("-")[1]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
+        if owner.isdigit() and not _runs(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
-        except (ValueError, OSError):
-            continue  # not ours
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and not only its entry (a zombie that nobody has waited for)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return not Path("/proc").is_dir()  # gone meanwhile; or a system without /proc, where kill has told
 
 
 def _transport(folder: Path):

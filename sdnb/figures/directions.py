@@ -74,7 +74,9 @@ def singular_directions(values: dict, annotate: bool = True, title: str = "") ->
         y = numbers(values[key])
         ax.plot(x, y, marker=marker, color=COLOURS[name], label=label, ms=4.5, lw=1.2)
         if annotate:
-            _annotate(ax, x, y, [*values["explosion_layers"], *values["decay_layers"]], COLOURS[name])
+            marked = [*values["explosion_layers"], *values["decay_layers"]]
+            # F's and the largest gain's points often coincide: one label to the right, the other to the left.
+            _annotate(ax, x, y, marked, COLOURS[name], left=name == "gain")
     ax.axhline(values["random_angle_deg"], color=COLOURS["null"], ls="--", lw=1,
                label=f"two random directions: {values['random_angle_deg']:.1f}°")  # fmt: skip
     ax.set(ylabel="angle to the empirical\ndirection (degrees)", ylim=RIGHT_ANGLE, title=title)
@@ -174,10 +176,18 @@ def numbers(entries: list) -> np.ndarray:
 
 
 def _annotate(
-    ax: Axes, x: np.ndarray, y: np.ndarray, layers: list[int], colour: str, form: str = "{:.1f}°"
+    ax: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    layers: list[int],
+    colour: str,
+    form: str = "{:.1f}°",
+    left: bool = False,
 ) -> None:
-    """Write y at the given layers."""
+    """Write y at the given layers, to the right of the point or to its left."""
+    place = {"xytext": (-6, 2), "ha": "right"} if left else {"xytext": (6, 4), "ha": "left"}
     for layer in layers:
         if np.isfinite(y[layer - 1]):
-            ax.annotate(form.format(y[layer - 1]), (x[layer - 1], y[layer - 1]), xytext=(6, 4),
-                        textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+            point = (x[layer - 1], y[layer - 1])
+            text = form.format(y[layer - 1])
+            ax.annotate(text, point, textcoords="offset points", fontsize=8, color=colour, **place)

@@ -143,7 +143,7 @@ def test_a_browser_without_a_network_draws_the_mathematics(built, tmp_path):
 def test_numbers_of_the_introduction_come_from_the_records(built):
     from sdnb.records import read
 
-    [results] = [path for path in (built / "results").iterdir() if path.is_dir()]
+    [results] = [path.parent for path in (built / "results").glob("*/01_high_norm_tokens.json")]
     record = read(built / "results", results.name, "04_singular_directions")
     layer = record.values["explosion_layers"][0]
     text = unescape(page(built, "book/intro"))
@@ -159,7 +159,8 @@ def test_notebook_pages_show_parameters_figure_numbers_and_provenance(built):
     for name in (name for name in PAGES if name.startswith("notebooks/")):
         text = page(built, name)
         plain = re.sub(r"<[^>]+>", "", text)
-        assert "Parameters" in text and "planted" in plain, name
+        assert "Parameters" in text, name
+        assert "planted" in plain or name == "notebooks/18_random_matrix_model", name  # 18 has no model
         assert re.search(r'<img [^>]*src="[^"]*_images/', text), name
         assert "What this model says" in plain and "fingerprint" in plain, name
         assert not re.search(r"output_stderr|traceback|output stderr", text), name
@@ -182,7 +183,7 @@ def test_the_api_page_has_every_public_name(built):
 def test_a_second_build_renders_nothing_again(built):
     html = built / "_build" / "html"
     before = {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES}
-    [results] = [path for path in (built / "results").iterdir() if path.is_dir()]
+    [results] = [path.parent for path in (built / "results").glob("*/01_high_norm_tokens.json")]
     book.stage(book.staged_files(ROOT, results), built / "_build" / "source")
     book.build(built / "_build" / "source", built)
     assert {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES} == before
