@@ -27,7 +27,7 @@ book: $(STAMP)
 	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS)
 
 test: $(STAMP)
-	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What takes minutes on a few cores; benchmarks/*.py say what else there is. DEVICE=cuda where there is a GPU.
 DEVICE ?= cpu
