@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sdnb.anatomy.small_configs import redraw_model
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 2, 4, 2, 64
 POSITIONS = 64
@@ -99,23 +100,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-@torch.no_grad()
-def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Redraws every parameter: gains around 1 (around 0 where they start there), biases, and weights.
-
-    Args:
-        model: the model, changed in place.
-        seed: of the random numbers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim < 2:
-            parameter.copy_(0.3 * noise + (1.0 if parameter.float().mean() > 0.5 else 0.0))
-        else:
-            parameter.copy_(noise * 1.2 / min(parameter.shape[-2:]) ** 0.5)
-
-
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Builds a small random model with every parameter redrawn.
 
@@ -128,5 +112,5 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
         A causal language model in evaluation mode.
     """
     model = AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32).eval()
-    redraw(model, seed)
+    redraw_model(model, seed)
     return model.to(dtype).requires_grad_(False)

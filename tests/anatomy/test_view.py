@@ -8,14 +8,15 @@ from accelerate import cpu_offload
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
+from sdnb.anatomy.small_configs import redraw_model
 from sdnb.errors import LayerRefused, ModelError, ParameterError
 from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
-from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, redraw
+from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
 
 
 def random_model(kind, auto=AutoModelForCausalLM, **options):
     model = auto.from_config(AutoConfig.for_model(kind, **COMMON, **options), dtype=torch.float32).eval()
-    redraw(model)
+    redraw_model(model)
     return model.requires_grad_(False)
 
 
