@@ -1,16 +1,15 @@
 """What `sdnb run` is asked to do: templates, models and parameters, checked before anything starts."""
 
-import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from sdnb.checkpoint import slug_of
+from sdnb.cli.parameters import declared, literal, read_yaml, refuse_type, refuse_unknown, without_own
 from sdnb.errors import ParameterError
 
-OWN = ("model", "results_dir")
-_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}
+LISTS = ("checkpoints", "descendants", "models")
+"""Parameters in which a collection names the models beside its own."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Cell:
         parameters: everything that is passed to it.
         results: the folder of all results.
         out: the folder of all executed notebooks.
+        members: the other models that it looks at, as its parameters or their defaults name them.
+        reads_records: whether it reads what the other cells write, and so waits for them.
     """
 
     model: str
@@ -45,6 +46,8 @@ class Cell:
     parameters: dict
     results: Path
     out: Path
+    members: tuple[str, ...] = ()
+    reads_records: bool = False
 
     @property
     def template(self) -> str:
@@ -77,7 +80,7 @@ class Cell:
         return self.results / self.slug / f"{self.template}.json"
 
 
-def models(names: list[str]) -> list[Model]:
+def models(names: list[str], only: list[str] | None = None) -> list[Model]:
     """Read the models of the command line; a `.yaml` file stands for the models that it lists.
 
     Such a file is a list under `models`, each entry a name or an object with `model` and, if need be,
@@ -85,19 +88,20 @@ def models(names: list[str]) -> list[Model]:
 
     Args:
         names: hub ids, folders, `zoo/<name>`, or paths of YAML files.
+        only: names of those to take; None takes all.
 
     Returns:
         The models in order, each once.
 
     Raises:
-        ParameterError: a file is missing or says something else.
+        ParameterError: a file is missing or says something else, or `only` names what is not there.
     """
     found: list[Model] = []
     for name in names:
         if not name.endswith((".yaml", ".yml")):
             found.append(Model(name))
             continue
-        entries = _yaml(Path(name)).get("models")
+        entries = read_yaml(Path(name)).get("models")
         if not isinstance(entries, list) or not entries:
             raise ParameterError(f"{name} must hold a list under `models`.")
         found += [_model(entry, name) for entry in entries]
@@ -107,21 +111,24 @@ def models(names: list[str]) -> list[Model]:
         raise ParameterError(
             f"Several models would share the results folder {', '.join(twice)}: name each once."
         )
-    return found
+    unknown = sorted(set(only or ()) - {model.name for model in found})
+    if unknown:
+        there = ", ".join(model.name for model in found)
+        raise ParameterError(f"--only {' '.join(unknown)}: not among the models, which are {there}.")
+    return [model for model in found if only is None or model.name in only]
 
 
-def templates(folder: Path | None, chosen: list[str] | None) -> list[Path]:
-    """Find the templates to run.
+def templates(folder: Path | None) -> list[Path]:
+    """Find the templates.
 
     Args:
         folder: where they are; None for `notebooks` of the checkout.
-        chosen: numbers or names; None for every numbered template whose scope is one model.
 
     Returns:
         Their paths, in order of number.
 
     Raises:
-        ParameterError: there is no such folder or template.
+        ParameterError: there are none.
     """
     folder = folder or Path(__file__).resolve().parents[2] / "notebooks"
     there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
@@ -130,53 +137,55 @@ def templates(folder: Path | None, chosen: list[str] | None) -> list[Path]:
             f"There are no templates (NN_name.ipynb) in {folder}: run from a checkout that sdnb was "
             "installed from (pip install -e .), or give --templates."
         )
-    if chosen is None:
-        return [path for path in there if _scope(path.stem) == "model"]
-    found = []
-    for name in chosen:
+    return there
+
+
+def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
+    """Choose templates.
+
+    Args:
+        there: all of them.
+        names: numbers or names; None for those that look at one model.
+
+    Returns:
+        The chosen ones, in order of number.
+
+    Raises:
+        ParameterError: there is no such template.
+    """
+    if names is None:
+        return [path for path in there if _about(path)[0] == "model"]
+    found = set()
+    for name in names:
         matches = [path for path in there if _matches(path, name)]
         if not matches:
-            names = ", ".join(path.stem for path in there)
-            raise ParameterError(f"There is no notebook {name!r}; there are: {names}.")
-        found += [path for path in matches if path not in found]
+            listed = ", ".join(path.stem for path in there)
+            raise ParameterError(f"There is no notebook {name!r}; there are: {listed}.")
+        found.update(matches)
     return sorted(found)
 
 
-def parameters(files: list[Path], pairs: list[list[str]]) -> dict:
-    """Read the parameters of the command line, values in YAML (`3`, `null`, `[1, 2]`); later ones win.
-
-    Args:
-        files: YAML files with an object of names and values.
-        pairs: names with values as text.
-
-    Returns:
-        Values by name.
-
-    Raises:
-        ParameterError: a file or a value cannot be read, or a name has an option of its own.
-    """
-    given: dict = {}
-    for path in files:
-        given |= _yaml(path)
-    for name, text in pairs:
-        try:
-            given[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ParameterError(f"-p {name} {text}: the value is no YAML ({error}).") from error
-    return _without_own(given)
-
-
-def matrix(chosen: list[Model], sources: list[Path], given: dict, results: Path, out: Path) -> list[Cell]:
+def matrix(
+    chosen: list[Model],
+    there: list[Path],
+    given: dict,
+    results: Path,
+    out: Path,
+    asked: list[str] | None = None,
+) -> list[Cell]:
     """Cross models with templates, and refuse parameters that nobody knows or that are of the wrong type.
 
-    A parameter goes to those templates that have it; one that no template of the run has is an error.
+    A model runs its own list of templates, or those that look at one model; `asked` stands in for the
+    latter and narrows the former. A parameter goes to those templates that have it; one of the command line
+    that no template of the run has is an error, and so is one of a model's own that no template has at all.
 
     Args:
         chosen: the models.
-        sources: the templates.
+        there: all templates.
         given: parameters of the command line; a model's own win over them.
         results: the folder of all results.
         out: the folder of all executed notebooks.
+        asked: numbers or names of templates, None for no wish.
 
     Returns:
         The cells, model by model.
@@ -184,21 +193,18 @@ def matrix(chosen: list[Model], sources: list[Path], given: dict, results: Path,
     Raises:
         ParameterError: a parameter is unknown or of the wrong type, or nothing is left to run.
     """
-    known = {path: declared(path) for path in sources}
-    everything = {name for names in known.values() for name in names}
-    cells = []
+    wished = pick(there, asked)
+    sources = []
     for model in chosen:
-        own = given | model.parameters
-        _refuse_unknown(own, everything, model.name)
-        for path in sources:
-            if model.notebooks and not any(_matches(path, name) for name in model.notebooks):
-                continue
-            values = {name: value for name, value in own.items() if name in known[path]}
-            for name, value in values.items():
-                _refuse_type(path.stem, name, value, known[path][name])
-            fixed = {"model": model.name, "results_dir": str(results)}
-            values |= {name: value for name, value in fixed.items() if name in known[path]}
-            cells.append(Cell(model.name, path, values, results, out))
+        own = pick(there, model.notebooks) if model.notebooks else wished
+        sources.append([path for path in own if asked is None or path in wished])
+    known = {path: declared(path) for path in there}
+    run = {path for paths in sources for path in paths}
+    refuse_unknown(given, {name for path in run for name in known[path]}, "this run")
+    cells = []
+    for model, paths in zip(chosen, sources, strict=True):
+        refuse_unknown(model.parameters, {name for names in known.values() for name in names}, model.name)
+        cells += [_cell(model, path, given | model.parameters, known[path], results, out) for path in paths]
     if not cells:
         raise ParameterError(
             "No notebook is left to run on these models: check --notebooks and the models' file."
@@ -206,42 +212,17 @@ def matrix(chosen: list[Model], sources: list[Path], given: dict, results: Path,
     return cells
 
 
-def declared(source: Path) -> dict[str, dict]:
-    """The parameters of a template as papermill reads them from its cell tagged `parameters`.
-
-    Args:
-        source: the template.
-
-    Returns:
-        For each name its `inferred_type_name`, `default` (as source text) and `help`.
-
-    Raises:
-        ParameterError: the template cannot be read.
-    """
-    import papermill
-
-    try:
-        return papermill.inspect_notebook(str(source))
-    except Exception as error:  # whatever a damaged notebook makes nbformat raise
-        raise ParameterError(f"The template {source} cannot be read: {error}") from error
-
-
-def _refuse_unknown(given: dict, everything: set[str], model: str) -> None:
-    for name in given:
-        if name not in everything:
-            near = difflib.get_close_matches(name, everything, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
-            raise ParameterError(f"No notebook of this run has a parameter {name!r} (for {model}): {hint}")
-
-
-def _refuse_type(template: str, name: str, value: object, entry: dict) -> None:
-    """Numbers and switches are checked; what may be a path, a list or null is the notebook's own affair."""
-    kind = entry["inferred_type_name"].strip("\"' ")
-    allowed = _TYPES.get(kind)
-    if allowed is None or (value is None and entry["default"].strip() == "None"):
-        return
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-        raise ParameterError(f"{template}: {name} must be {kind}, not {value!r}.")
+def _cell(model: Model, source: Path, wanted: dict, known: dict, results: Path, out: Path) -> Cell:
+    values = {name: value for name, value in wanted.items() if name in known}
+    for name, value in values.items():
+        refuse_type(source.stem, name, value, known[name])
+    fixed = {"model": model.name, "results_dir": str(results)}
+    values |= {name: value for name, value in fixed.items() if name in known}
+    lists = [values.get(name, literal(known[name])) for name in LISTS if name in known]
+    members = [str(entry) for entries in lists for entry in entries or ()]
+    if "checkpoints" in known and not values.get("checkpoints"):
+        members.append(f"{model.name.rstrip('/')}-steps/*")
+    return Cell(model.name, source, values, results, out, tuple(members), _about(source)[1])
 
 
 def _model(entry: object, file: str) -> Model:
@@ -252,30 +233,11 @@ def _model(entry: object, file: str) -> Model:
         raise ParameterError(
             f"{file}: each model is a name or an object with {', '.join(sorted(keys))}, not {entry!r}."
         )
-    own = _without_own(entry.get("parameters") or {})
+    own = without_own(entry.get("parameters") or {})
     if entry.get("revision") is not None:
         own |= {"revision": str(entry["revision"])}
     chosen = entry.get("notebooks")
     return Model(entry["model"], own, tuple(str(name).zfill(2) for name in chosen) if chosen else None)
-
-
-def _without_own(given: dict) -> dict:
-    for name in OWN:
-        if name in given:
-            raise ParameterError(
-                f"{name} is no parameter to pass here: give MODEL and --results-dir instead."
-            )
-    return given
-
-
-def _yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ParameterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ParameterError(f"{path} must hold names with values.")
-    return content
 
 
 def _matches(path: Path, name: str) -> bool:
@@ -283,7 +245,9 @@ def _matches(path: Path, name: str) -> bool:
     return path.stem == name or path.stem.partition("_")[0] == name.zfill(2)
 
 
-def _scope(template: str) -> str:
+def _about(source: Path) -> tuple[str, bool]:
+    """A template's scope, and whether it reads records; one of somebody's own looks at one model."""
     from sdnb.records.declared import SCHEMAS
 
-    return SCHEMAS[template].scope if template in SCHEMAS else "model"
+    schema = SCHEMAS.get(source.stem)
+    return (schema.scope, schema.reads_records) if schema else ("model", False)

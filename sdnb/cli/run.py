@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sdnb.cli import plan, runner
+from sdnb.cli import parameters, plan, runner
 from sdnb.errors import ParameterError
 
 
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="hub id, folder, zoo/<name>, or a models.yaml")
+    add("--only", nargs="+", metavar="MODEL", help="of the models, these alone")
     add("--notebooks", nargs="+", metavar="NN", help="numbers or names; default: all that look at one model")
     add(
         "--templates",
@@ -75,11 +76,12 @@ def main(args: argparse.Namespace) -> int:
     results = args.results_dir.expanduser()  # as it was given: the notebooks show it
     out = args.out.expanduser() if args.out else results
     cells = plan.matrix(
-        plan.models(args.models),
-        plan.templates(args.templates, args.notebooks),
-        plan.parameters(args.files, args.pairs),
+        plan.models(args.models, args.only),
+        plan.templates(args.templates),
+        parameters.read(args.files, args.pairs),
         results,
         out,
+        args.notebooks,
     )
     options = runner.Options(force=args.force, timeout_s=args.timeout)
     outcomes = []

@@ -6,26 +6,25 @@ came out of it. The notebook is executed under a temporary name and renamed into
 is the template's own affair and atomic, too. A lock per cell lets two runs share a folder.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from sdnb.checkpoint import locate
+from sdnb.cli.keys import cell_key, content_hash
 from sdnb.cli.plan import Cell
 from sdnb.errors import SdnbError
 from sdnb.refusal import refuse_files
 
 DONE, KEPT, FAILED = "done", "unchanged", "failed"
-_SMALL_FILE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Outcome:
 
 
 def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outcome]:
-    """Run cells, several at a time if asked to, and yield each outcome as it comes.
+    """Run cells, several at a time if asked to, those that read records last, and yield each outcome.
 
     Args:
         cells: the matrix.
@@ -70,15 +69,16 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
         One outcome a cell.
     """
     if jobs == 1 or len(cells) < 2:
-        yield from (run_cell(cell, options) for cell in cells)
+        yield from (run_cell(cell, options) for cell in sorted(cells, key=lambda cell: cell.reads_records))
         return
     context = get_context("spawn")
     gpus = context.Queue()
     for number in range(jobs):
         gpus.put(_gpu(number))
     with ProcessPoolExecutor(jobs, context, _prepare_worker, (jobs, gpus)) as pool:
-        futures = [pool.submit(run_cell, cell, options) for cell in cells]
-        yield from (future.result() for future in as_completed(futures))
+        for late in (False, True):  # who reads the others' records waits for all of them
+            futures = [pool.submit(run_cell, cell, options) for cell in cells if cell.reads_records == late]
+            yield from (future.result() for future in as_completed(futures))
 
 
 def _prepare_worker(jobs: int, gpus) -> None:
@@ -134,7 +134,7 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
             note.unlink(missing_ok=True)
             timing = execute(cell, options.timeout_s)
             wall_s = time.perf_counter() - start
-            files = {str(path): _hash(path) for path in _products(cell)}
+            files = {str(path): content_hash(path) for path in _products(cell)}
             text = json.dumps({"key": key, "files": files, "wall_s": round(wall_s, 3), **timing}, indent=1)
             atomic_write(note, text.encode())
     except SdnbError as error:
@@ -142,35 +142,6 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
     except OSError as error:
         return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
     return Outcome(cell, DONE, wall_s)
-
-
-def cell_key(cell: Cell) -> str:
-    """SHA-256 over all that a cell's result depends on.
-
-    Small files count by content; weights above 64 MiB by name, size, time of change and their first MiB.
-
-    Args:
-        cell: the cell.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    from sdnb.records.sources import package_fingerprint, versions
-
-    found = locate(cell.model, cell.revision)
-    folder = found.folder
-    texts = [Path(value).expanduser() for value in cell.parameters.values() if isinstance(value, str)]
-    parts = {
-        "template": _hash(cell.source),
-        "package": package_fingerprint(),
-        "parameters": {name: value for name, value in cell.parameters.items() if name != "results_dir"},
-        "model": _file_marks(path for path in folder.iterdir() if path.is_file())
-        if folder
-        else found.revision,
-        "texts": _file_marks(path for path in texts if path.is_file()),
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _products(cell: Cell) -> list[Path]:
@@ -188,25 +159,7 @@ def _unchanged(cell: Cell, note: Path, key: str) -> bool:
         return (
             content["key"] == key
             and str(cell.notebook) in files
-            and all(_hash(Path(name)) == mark for name, mark in files.items())
+            and all(content_hash(Path(name)) == mark for name, mark in files.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _file_marks(paths: Iterable[Path]) -> dict[str, str]:
-    marks = {}
-    for path in sorted(paths):
-        about = path.stat()
-        if about.st_size <= _SMALL_FILE:
-            marks[path.name] = _hash(path)
-        else:
-            with path.open("rb") as file:
-                head = hashlib.sha256(file.read(2**20)).hexdigest()
-            marks[path.name] = f"{about.st_size} {about.st_mtime_ns} {head}"
-    return marks
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the notebooks on weight spectra (14 to 18) and the comparison of models (19) record."""
+"""What the notebooks on weight spectra (14 to 18) record; one line a key."""
 
 from sdnb.records.schema import Field, Schema
 
@@ -126,17 +126,6 @@ VALUES_18 = (
 ARRAYS_18 = (
     Field("spectrum/<noise>", "singular values of one matrix with several signals, descending", ("*",)),
 )
-VALUES_19 = (
-    Field("rows", "one row a model; null where the observation was not run", kind="rows", columns=(
-        Field("model", "the model's name", kind="text"),
-        Field("peak_ratio", "largest over median norm (01)", null=True),
-        Field("explosion_layers", "layers where the norm jumps (01)", ("*",), "integer", null=True),
-        Field("decay_layers", "layers where it collapses (01)", ("*",), "integer", null=True),
-        Field("angle_deg", "smallest angle of a layer's singular direction (04)", unit="degrees", null=True),
-        Field("eigenvalue", "most negative eigenvalue along the direction (05)", null=True),
-        Field("exploding_share", "share of the vocabulary that explodes at position 0 (06)", null=True),
-    )),
-)
 
 # fmt: on
 SCHEMAS = (
@@ -145,5 +134,5 @@ SCHEMAS = (
     Schema("16_removing_singular_values", "model", VALUES_16),
     Schema("17_fine_tuned_spectra", "collection", VALUES_17),
     Schema("18_random_matrix_model", "none", VALUES_18, ARRAYS_18),
-    Schema("19_across_models", "collection", VALUES_19),
+    Schema("19_across_models", "collection", VALUES_19, reads_records=True),
 )

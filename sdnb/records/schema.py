@@ -58,12 +58,14 @@ class Schema:
         scope: "model", "collection", or "none" (no model at all).
         values: what stands in the JSON.
         arrays: what stands in the safetensors file.
+        reads_records: whether the template reads the records of the others, and so runs after them.
     """
 
     template: str
     scope: str
     values: tuple[Field, ...]
     arrays: tuple[Field, ...] = ()
+    reads_records: bool = False
 
 
 class Mismatch(ValueError):

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sdnb.cli import plan
+from sdnb.cli import parameters, plan
 from sdnb.errors import ParameterError
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -13,7 +13,7 @@ PARAMETERS = {
     "01_first": 'model: str = "zoo/x"\nresults_dir: str = "r"\nlayer: int = 1  # which\nscale: float = 1.0\n'
     "token_ids: list = None\nwith_bias: bool = True",
     "04_fourth": 'model: str = "zoo/x"\nresults_dir: str = "r"\nlayer: int = None\nthreshold: float = None',
-    "13_signatures": 'models: list = []\nresults_dir: str = "r"',
+    "13_signatures": 'models: list = ["zoo/x", "zoo/y"]\nresults_dir: str = "r"',
 }
 
 
@@ -27,8 +27,8 @@ def folder(tmp_path):
 
 def cells(folder, names=("org/a",), given=None, notebooks=None):
     chosen = plan.models(list(names))
-    sources = plan.templates(folder, notebooks)
-    return plan.matrix(chosen, sources, given or {}, Path("/results"), Path("/out"))
+    there = plan.templates(folder)
+    return plan.matrix(chosen, there, given or {}, Path("/results"), Path("/out"), notebooks)
 
 
 def test_the_matrix_is_models_by_templates_that_look_at_one_model(folder):
@@ -47,11 +47,22 @@ def test_templates_are_chosen_by_number_or_name(folder, chosen):
 
 
 def test_a_collection_runs_only_when_chosen(folder):
-    assert [path.stem for path in plan.templates(folder, ["13", "01"])] == ["01_first", "13_signatures"]
+    assert [cell.template for cell in cells(folder, notebooks=["13", "01"])] == ["01_first", "13_signatures"]
 
 
 def test_the_checkouts_templates_are_the_default():
-    assert "01_high_norm_tokens" in [path.stem for path in plan.templates(None, None)]
+    assert "01_high_norm_tokens" in [path.stem for path in plan.templates(None)]
+
+
+def test_a_collection_names_its_members_by_its_parameters_or_their_defaults(folder):
+    one, given = (cells(folder, given=g, notebooks=["13"])[0] for g in ({}, {"models": ["org/c", "@main"]}))
+    assert one.members == ("zoo/x", "zoo/y") and given.members == ("org/c", "@main")
+    source = 'model: str = "m"\nresults_dir: str = "r"\ncheckpoints: list = None'
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=KERNEL)
+    nbformat.write(notebook, folder / "10_training_dynamics.ipynb")
+    assert cells(folder, notebooks=["10"])[0].members == ("org/a-steps/*",)
+    assert cells(folder, given={"checkpoints": ["@a"]}, notebooks=["10"])[0].members == ("@a",)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +70,12 @@ def test_the_checkouts_templates_are_the_default():
 )
 def test_unknown_templates_are_refused(folder, chosen, words):
     with pytest.raises(ParameterError, match=words):
-        plan.templates(folder, chosen)
+        cells(folder, notebooks=chosen)
 
 
 def test_an_empty_folder_is_no_folder_of_templates(tmp_path):
     with pytest.raises(ParameterError, match="no templates"):
-        plan.templates(tmp_path, None)
+        plan.templates(tmp_path)
 
 
 def test_parameters_go_where_they_are_known(folder):
@@ -101,7 +112,7 @@ def test_null_and_whole_numbers_pass_where_they_fit(folder):
 def test_parameters_are_yaml_and_the_command_line_wins(tmp_path):
     (tmp_path / "p.yaml").write_text("layer: 3\ntext: [one, two]\nthreshold: null\n")
     pairs = [["layer", "4"], ["dtype", "float32"], ["ids", "[1, 2]"], ["on", "true"], ["note", "a: b"]]
-    assert plan.parameters([tmp_path / "p.yaml"], pairs[:4]) == {
+    assert parameters.read([tmp_path / "p.yaml"], pairs[:4]) == {
         "layer": 4, "text": ["one", "two"], "threshold": None, "dtype": "float32", "ids": [1, 2], "on": True,
     }  # fmt: skip
 
@@ -110,15 +121,15 @@ def test_parameters_are_yaml_and_the_command_line_wins(tmp_path):
 def test_a_file_that_holds_no_parameters_is_refused(tmp_path, text):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(ParameterError, match=r"p\.yaml"):
-        plan.parameters([tmp_path / "p.yaml"], [])
+        parameters.read([tmp_path / "p.yaml"], [])
     with pytest.raises(ParameterError, match=r"none\.yaml"):
-        plan.parameters([tmp_path / "none.yaml"], [])
+        parameters.read([tmp_path / "none.yaml"], [])
 
 
 @pytest.mark.parametrize("name", ["model", "results_dir"])
 def test_what_has_an_option_of_its_own_is_no_parameter(name):
     with pytest.raises(ParameterError, match=f"{name} is no parameter"):
-        plan.parameters([], [[name, "x"]])
+        parameters.read([], [[name, "x"]])
 
 
 MODELS = """
@@ -143,6 +154,52 @@ def test_a_file_of_models_pins_revisions_parameters_and_notebooks(folder, tmp_pa
     ]  # fmt: skip
     assert found[2].parameters["revision"] == "abc123"
     assert found[2].slug == "org__pinned@abc123"
+
+
+COLLECTED = """
+models:
+  - model: org/plain
+    notebooks: [1, 13_signatures]
+    parameters: {models: [org/plain, org/b]}
+  - org/b
+"""
+
+
+def test_a_models_own_list_may_hold_collections_and_the_command_line_narrows_it(folder, tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text(COLLECTED)
+
+    def found(notebooks, *only):
+        chosen = plan.models([str(path)], list(only) or None)
+        matrix = plan.matrix(chosen, plan.templates(folder), {}, Path("/r"), Path("/r"), notebooks)
+        return [(cell.model, cell.template) for cell in matrix]
+
+    assert found(None) == [
+        ("org/plain", "01_first"), ("org/plain", "13_signatures"),
+        ("org/b", "01_first"), ("org/b", "04_fourth"),
+    ]  # fmt: skip
+    assert found(["04", "13"]) == [
+        ("org/plain", "13_signatures"),
+        ("org/b", "04_fourth"),
+        ("org/b", "13_signatures"),
+    ]
+    assert found(["01"]) == [("org/plain", "01_first"), ("org/b", "01_first")]
+    assert found(None, "org/plain") == [("org/plain", "01_first"), ("org/plain", "13_signatures")]
+    with pytest.raises(ParameterError, match=r"--only org/x: .*org/plain, org/b"):
+        found(None, "org/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: [{model: x, notebooks: [7]}]", "no notebook '07'"),
+        ("models: [{model: x, parameters: {layr: 1}}]", "'layr' .for x.*did you mean layer"),
+    ],
+)
+def test_a_models_own_mistakes_are_refused(folder, tmp_path, text, words):
+    (tmp_path / "models.yaml").write_text(text)
+    with pytest.raises(ParameterError, match=words):
+        cells(folder, [str(tmp_path / "models.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -204,10 +204,7 @@ def test_an_old_good_notebook_survives_a_failing_run(templates, model):
 def test_nothing_starts_with_an_unknown_parameter(templates, model, counted, capfd):
     assert run(templates, model, "-p", "valeu", "2") == 1
     out, err = capfd.readouterr()
-    assert (
-        err.startswith("sdnb: No notebook of this run has a parameter 'valeu'")
-        and "did you mean value?" in err
-    )
+    assert err.startswith("sdnb: No notebook has a parameter 'valeu'") and "did you mean value?" in err
     assert out == "" and counted == []
 
 
@@ -320,9 +317,8 @@ def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(templat
         assert outcomes == []  # it waits
         return slow(cell, timeout_s)
 
-    (cell,) = plan.matrix(
-        plan.models([str(model)]), plan.templates(templates, ["01"]), {}, templates, templates
-    )
+    chosen = plan.models([str(model)])
+    (cell,) = plan.matrix(chosen, plan.templates(templates), {}, templates, templates, ["01"])
     second = threading.Thread(target=lambda: outcomes.append(runner.run_cell(cell, runner.Options())))
     execute.execute = while_working
     try:

@@ -1,0 +1,150 @@
+"""Parameters of the matrix: read from files and the command line, held against what templates declare."""
+
+import ast
+import difflib
+from pathlib import Path
+
+import yaml
+
+from sdnb.errors import ParameterError
+
+OWN = ("model", "results_dir")
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def read(files: list[Path], pairs: list[list[str]]) -> dict:
+    """Read the parameters of the command line, values in YAML (`3`, `null`, `[1, 2]`); later ones win.
+
+    Args:
+        files: YAML files with an object of names and values.
+        pairs: names with values as text.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ParameterError: a file or a value cannot be read, or a name has an option of its own.
+    """
+    given: dict = {}
+    for path in files:
+        given |= read_yaml(path)
+    for name, text in pairs:
+        try:
+            given[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ParameterError(f"-p {name} {text}: the value is no YAML ({error}).") from error
+    return without_own(given)
+
+
+def declared(source: Path) -> dict[str, dict]:
+    """The parameters of a template as papermill reads them from its cell tagged `parameters`.
+
+    Args:
+        source: the template.
+
+    Returns:
+        For each name its `inferred_type_name`, `default` (as source text) and `help`.
+
+    Raises:
+        ParameterError: the template cannot be read.
+    """
+    import papermill
+
+    try:
+        return papermill.inspect_notebook(str(source))
+    except Exception as error:  # whatever a damaged notebook makes nbformat raise
+        raise ParameterError(f"The template {source} cannot be read: {error}") from error
+
+
+def literal(entry: dict) -> object:
+    """The default of a parameter.
+
+    Args:
+        entry: from `declared`.
+
+    Returns:
+        Its value, or None where it is no plain literal.
+    """
+    try:
+        return ast.literal_eval(entry["default"])
+    except (ValueError, SyntaxError):
+        return None
+
+
+def refuse_unknown(given: dict, everything: set[str], whose: str) -> None:
+    """Refuse parameters that no notebook has.
+
+    Args:
+        given: values by name.
+        everything: the names that notebooks know.
+        whose: the model that they are for, or "this run".
+
+    Raises:
+        ParameterError: a name is unknown.
+    """
+    for name in given:
+        if name not in everything:
+            near = difflib.get_close_matches(name, everything, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
+            raise ParameterError(f"No notebook has a parameter {name!r} (for {whose}): {hint}")
+
+
+def refuse_type(template: str, name: str, value: object, entry: dict) -> None:
+    """Refuse a number or a switch of the wrong type; what may be a path, a list or null, the notebook checks.
+
+    Args:
+        template: the notebook's name.
+        name: the parameter's.
+        value: its value.
+        entry: from `declared`.
+
+    Raises:
+        ParameterError: it is of another type than declared.
+    """
+    kind = entry["inferred_type_name"].strip("\"' ")
+    allowed = _TYPES.get(kind)
+    if allowed is None or (value is None and entry["default"].strip() == "None"):
+        return
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
+        raise ParameterError(f"{template}: {name} must be {kind}, not {value!r}.")
+
+
+def without_own(given: dict) -> dict:
+    """Return parameters as they are.
+
+    Args:
+        given: values by name.
+
+    Returns:
+        The same.
+
+    Raises:
+        ParameterError: one of them has an option of its own.
+    """
+    for name in OWN:
+        if name in given:
+            raise ParameterError(
+                f"{name} is no parameter to pass here: give MODEL and --results-dir instead."
+            )
+    return given
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file that holds an object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ParameterError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParameterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path} must hold names with values.")
+    return content
