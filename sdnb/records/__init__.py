@@ -10,6 +10,7 @@ _WHERE = {
     "sdnb.records.declared": ("SCHEMAS", "schema_markdown", "schema_of"),
     "sdnb.records.provenance": ("Measure", "gather"),
     "sdnb.records.schema": ("Field", "Schema"),
+    "sdnb.records.shelf": ("read_all", "stored"),
     "sdnb.records.sources": ("package_fingerprint",),
     "sdnb.records.store": ("Record", "read", "write"),
 }

@@ -1,10 +1,11 @@
 """All schemas by template, and the book's page about them."""
 
 from sdnb.errors import RecordError
-from sdnb.records import declared_defects, declared_paths, declared_spectra, declared_uses
+from sdnb.records import declared_across, declared_defects, declared_paths, declared_spectra, declared_uses
 from sdnb.records.schema import Field, Schema
 
-_ALL = declared_defects.SCHEMAS + declared_paths.SCHEMAS + declared_spectra.SCHEMAS + declared_uses.SCHEMAS
+_PARTS = (declared_defects, declared_paths, declared_spectra, declared_uses, declared_across)
+_ALL = [schema for part in _PARTS for schema in part.SCHEMAS]
 SCHEMAS = {schema.template: schema for schema in sorted(_ALL, key=lambda schema: schema.template)}
 
 

@@ -134,5 +134,4 @@ SCHEMAS = (
     Schema("16_removing_singular_values", "model", VALUES_16),
     Schema("17_fine_tuned_spectra", "collection", VALUES_17),
     Schema("18_random_matrix_model", "none", VALUES_18, ARRAYS_18),
-    Schema("19_across_models", "collection", VALUES_19, reads_records=True),
 )
