@@ -1,5 +1,6 @@
 """One look for every figure: sizes, colours, fonts, and how a figure is saved."""
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -7,6 +8,8 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from sdnb.records.files import write_in_turn
 
 COLUMN, PAGE = 5.0, 8.0
 """Widths of a half-page and a full-page figure, in inches."""
@@ -64,7 +67,7 @@ def integer_layers(ax: Axes, count: int, first: int = 1) -> None:
 def save(
     fig: Figure, results_dir: str | Path, slug: str, name: str, figure_format: str | None = "png"
 ) -> None:
-    """Save a figure beside its record as `<results_dir>/<slug>/<name>.<figure_format>`.
+    """Save a figure beside its record as `<results_dir>/<slug>/<name>.<figure_format>`, whole or not at all.
 
     Args:
         fig: the figure.
@@ -75,7 +78,7 @@ def save(
     """
     if figure_format is None:
         return
-    folder = Path(results_dir) / slug
-    folder.mkdir(parents=True, exist_ok=True)
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    fig.savefig(folder / f"{name}.{figure_format}", metadata=undated.get(figure_format))
+    drawn = BytesIO()
+    fig.savefig(drawn, format=figure_format, metadata=undated.get(figure_format))
+    write_in_turn(Path(results_dir).expanduser() / slug / f"{name}.{figure_format}", drawn.getvalue())

@@ -56,6 +56,18 @@ def sweep(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def write_in_turn(path: Path, content: bytes) -> None:
+    """Write a file of a model's folder, one writer of the folder at a time.
+
+    Args:
+        path: the file; the folder's `.lock` is held meanwhile.
+        content: what it shall hold.
+    """
+    with locked(path.parent / ".lock"):
+        sweep(path)
+        atomic_write(path, content)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file while writing; other processes that ask for it wait.

@@ -1,5 +1,8 @@
 """The figures of notebooks 01 to 05 show the record's numbers, and leave gaps where there are none."""
 
+import errno
+import os
+
 import matplotlib
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from sdnb import figures
+from sdnb.errors import RecordError
 from sdnb.figures.directions import numbers
 from sdnb.figures.norms import token_kind
 
@@ -139,8 +143,25 @@ def test_saving_is_reproducible_and_optional(tmp_path):
         )
         for form in ("png", "svg", "pdf", None):
             figures.save(axes.figure, tmp_path, folder, "figure", form)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["figure.pdf", "figure.png", "figure.svg"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        ".lock", "figure.pdf", "figure.png", "figure.svg",
+    ]  # fmt: skip
     for form in ("png", "svg", "pdf"):
         assert (tmp_path / "a" / f"figure.{form}").read_bytes() == (
             tmp_path / "b" / f"figure.{form}"
         ).read_bytes()
+
+
+def test_a_full_disk_leaves_the_old_figure(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "figure.png"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecordError, match="disk is full"):
+        figures.save(plt.figure(), tmp_path, "a", "figure")
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "figure.png"]
