@@ -1,5 +1,6 @@
 """One function per notebook template: it computes the template's record from a loaded model."""
 
+from sdnb.observations.across_models import across_models
 from sdnb.observations.checkpoints import save_collection
 from sdnb.observations.common import Observation, save
 from sdnb.observations.empirical_direction import direction_over_text
@@ -25,6 +26,7 @@ from sdnb.observations.weight_spectra import weight_spectra
 
 __all__ = [
     "Observation",
+    "across_models",
     "detect_defects",
     "direction_over_text",
     "explosion_subspace",

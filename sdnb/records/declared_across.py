@@ -27,9 +27,12 @@ KEY_FIGURES = {
               null=True),
     ),
     "05_negative_eigenvalues": (
-        Field("eigen_angle_deg", "nearest eigenvector of L - I to the direction, at the largest decay layer",
-              unit="degrees", null=True),
+        Field("eigen_angle_deg", "nearest eigenvector of L - I to the direction, at the largest explosion "
+              "layer", unit="degrees", null=True),
         Field("eigenvalue", "real part of its eigenvalue", null=True),
+        Field("decay_angle_deg", "nearest eigenvector of L - I to the direction, at the largest decay layer",
+              unit="degrees", null=True),
+        Field("decay_eigenvalue", "real part of its eigenvalue", null=True),
         Field("norm_aware_eigenvalue", "eigenvalue of L_rho - I along the direction, at the same layer",
               null=True),
     ),
