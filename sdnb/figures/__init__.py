@@ -1,5 +1,6 @@
 """Every picture of the book: from a record's values or arrays to a figure or its axes."""
 
+from sdnb.figures.across import angles_across, key_figures, norms_across, signature_matrix
 from sdnb.figures.directions import eigenpairs, ledger_bars, singular_directions, state_angles
 from sdnb.figures.dynamics import (
     explosion_map,
@@ -34,6 +35,7 @@ from sdnb.figures.vectors import along_spectrum, overlap_summary
 __all__ = [
     "ablations",
     "along_spectrum",
+    "angles_across",
     "coefficients",
     "eigenpairs",
     "example_spectra",
@@ -42,6 +44,7 @@ __all__ = [
     "initial_norms",
     "input_spikes",
     "intervention_norms",
+    "key_figures",
     "layer_errors",
     "ledger_bars",
     "linearity",
@@ -49,6 +52,7 @@ __all__ = [
     "norm_curves",
     "norms_2d",
     "norms_3d",
+    "norms_across",
     "outlier_counts",
     "outlier_positions",
     "overlap_summary",
@@ -58,6 +62,7 @@ __all__ = [
     "sampling_error",
     "save",
     "signature_map",
+    "signature_matrix",
     "signature_robustness",
     "singular_directions",
     "spectra_grid",
