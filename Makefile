@@ -6,7 +6,9 @@ STAMP  := $(VENV)/.stamp
 RUNS   := _build/runs
 # Notebooks run side by side, each on one thread.
 JOBS   ?= 2
-PAGES  := $(shell sed -n 's|.*file: notebooks/\([0-9]*\)_.*|\1|p' _toc.yml)
+# `make book` takes all models of book/models.yaml, `make book MODELS=zoo/llama` one of them alone.
+MODELS ?=
+BOOK   := book/models.yaml $(if $(MODELS),--only $(MODELS)) --results-dir $(RUNS)
 
 # One thread a process: two or more processes on few cores otherwise fight for them.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
@@ -23,8 +25,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(STAMP)
-	$(QUIET) $(BIN)/sdnb run zoo/llama --notebooks $(PAGES) --jobs $(JOBS) --results-dir $(RUNS)
-	$(QUIET) $(BIN)/sdnb book --results-dir $(RUNS)
+	$(QUIET) $(BIN)/sdnb run $(BOOK) --jobs $(JOBS)
+	$(QUIET) $(BIN)/sdnb book $(BOOK)
 
 test: $(STAMP)
 	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -42,7 +44,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files -z '*.ipynb' | xargs -0 -r $(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
+	git ls-files -z '*.ipynb' ':!book/stored' | xargs -0 -r $(BIN)/nbstripout --verify --keep-id --extra-keys "metadata.papermill cell.metadata.papermill metadata.language_info.version"
 
 clean:
 	rm -rf _build .pytest_cache .ruff_cache

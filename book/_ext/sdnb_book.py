@@ -6,17 +6,19 @@ import re
 import shutil
 from pathlib import Path
 
+import yaml
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
 from sdnb import records
+from sdnb.checkpoint import slug_of
 from sdnb.errors import SdnbError
 
 LOGGER = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"
-RECORDS = "records"  # where `sdnb book` stages them
+RECORDS, MODELS = "records", "book/models.yaml"  # where `sdnb book` stages them
 
 
 class RecordRole(SphinxRole):
@@ -25,20 +27,36 @@ class RecordRole(SphinxRole):
     A list's entry is `key[i]`; `key@layers` is the entry of a per-layer list at the first layer that the
     record's list `layers` names. The page shows the source when the pointer rests on the number. What is
     missing is a warning, and so a failed build.
+
+    `zoo/neox/01_high_norm_tokens:...` reads the record of another model of the book; a build without that
+    model shows a dash.
     """
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Return the number as an abbreviation whose explanation names its record."""
         try:
-            template, key, form = [*self.text.split(":", 2), ""][:3]
-            self.env.note_dependency(f"{RECORDS}/{template}.json")
-            record = records.read(self.env.srcdir, RECORDS, template)
+            name, key, form = [*self.text.split(":", 2), ""][:3]
+            model, _, template = name.rpartition("/")
+            if model and self.is_left_out(model):
+                return [nodes.abbreviation(self.rawtext, "–", explanation=f"{model}: not in this build")], []
+            folder = Path(self.env.srcdir, RECORDS, slug_of(model) if model else "")
+            self.env.note_dependency(str(folder / f"{template}.json"))
+            record = records.read(folder.parent, folder.name, template)
             shown = format(entry(record.values, key), form)
         except (SdnbError, KeyError, IndexError, ValueError, TypeError) as problem:
             LOGGER.warning("no number for {record}`%s`: %s", self.text, problem, location=self.get_location())
             return [], []
-        source = f"{template}: {key}, {record.provenance['model']}"
+        source = f"{template}: {key}, {record.provenance.get('model', 'several models')}"
         return [nodes.abbreviation(self.rawtext, shown, explanation=source)], []
+
+    def is_left_out(self, model: str) -> bool:
+        """Whether this build has no records of a model that the book's list of models names."""
+        listed = yaml.safe_load(Path(self.env.srcdir, MODELS).read_text(encoding="utf8"))["models"]
+        if model not in [entry["model"] if isinstance(entry, dict) else entry for entry in listed]:
+            raise KeyError(f"{model} is not in {MODELS}")
+        folder = Path(self.env.srcdir, RECORDS, slug_of(model))
+        self.env.note_dependency(str(folder))
+        return not folder.is_dir()
 
 
 def entry(values: dict, key: str) -> object:

@@ -26,6 +26,17 @@ class Model:
     parameters: dict = field(default_factory=dict)
     notebooks: tuple[str, ...] | None = None
 
+    @property
+    def label(self) -> str:
+        """The model with its revision, as a person reads it."""
+        revision = self.parameters.get("revision")
+        return f"{self.name}@{revision}" if revision else self.name
+
+    @property
+    def slug(self) -> str:
+        """The model's folder of results."""
+        return slug_of(self.name, self.parameters.get("revision"))
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -105,7 +116,7 @@ def models(names: list[str], only: list[str] | None = None) -> list[Model]:
         if not isinstance(entries, list) or not entries:
             raise ParameterError(f"{name} must hold a list under `models`.")
         found += [_model(entry, name) for entry in entries]
-    keys = [slug_of(model.name, model.parameters.get("revision")) for model in found]
+    keys = [model.slug for model in found]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ParameterError(
