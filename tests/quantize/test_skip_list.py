@@ -116,7 +116,7 @@ def test_a_quantization_config_of_transformers_excludes_exactly_the_list(folder)
 
 
 def test_torchao_excludes_exactly_the_list_and_the_model_runs(folder):
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     chosen, every = the_list(folder)
