@@ -116,7 +116,8 @@ def test_a_quantization_config_of_transformers_excludes_exactly_the_list(folder)
 
 
 def test_torchao_excludes_exactly_the_list_and_the_model_runs(folder):
-    from torchao import quantization
+    # not in the development set: where it is installed, transformers imports it, which is slow and noisy
+    quantization = pytest.importorskip("torchao.quantization")
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     chosen, every = the_list(folder)
