@@ -16,6 +16,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
 HEAD = ("how", "wall s", "processor s", "times ours", "peak GiB", "difference", "note")
 
 
@@ -100,7 +101,7 @@ class Watch:
         else:
             self._thread.join()
             self.peak = max(self.peak, anonymous_bytes())
-        self.peak_gib = (self.peak - self.held) / 2**30
+        self.peak_gib = (self.peak - self.held) / GIB
 
     def row(self, what: str, *, operations: float, bytes: float, scaled: float = 1.0, **words: str) -> Row:
         """The measured block as a row of the table, its times multiplied by `scaled`."""

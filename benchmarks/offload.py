@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import SHAPES, Shape, anonymous_bytes, limits, parse, store, timed
+from common import GIB, SHAPES, Shape, anonymous_bytes, limits, parse, store, timed
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -25,7 +25,7 @@ from sdnb.errors import MemoryShortage
 from sdnb.linearize import linear_layer
 from sdnb.loading import load
 
-VOCABULARY, SEED, GIB = 1024, 0, 2**30
+VOCABULARY, SEED = 1024, 0
 
 
 def layer_weights(shape: Shape) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@
     python benchmarks/spectra.py --device cuda
     python benchmarks/spectra.py --weightwatcher PYTHON  # PYTHON of an environment that has weightwatcher
 
-Prints a table; the ratios are what counts, since all rows come from one run on one machine.
+The matrices are random: the cost of a decomposition does not depend on the weights.
 """
 
 import argparse
@@ -17,17 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import SHAPES, Row, Shape, limits, parse, store, timed
 from torch import Tensor
 
 from sdnb.spectra import fit_spectrum, noise_spectrum, singular_values
 
-LAYERS = 16
-SHAPES = {"q": (2048, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 2048),
-          "gate": (8192, 2048), "up": (8192, 2048), "down": (2048, 8192)}  # fmt: skip
 ROUTES: dict[str, Callable[[Tensor], Tensor]] = {
-    "values from the Gram matrix, float64 (ours)": singular_values,
-    "dense values only, float32": torch.linalg.svdvals,
-    "dense with vectors, float32": lambda matrix: torch.linalg.svd(matrix, full_matrices=False)[1],
+    "Gram matrix in float64 (ours)": singular_values,
+    "dense values, float32": torch.linalg.svdvals,
+    "dense vectors, float32": lambda matrix: torch.linalg.svd(matrix, full_matrices=False)[1],
 }
 WATCHER = """
 import json, sys, time
@@ -47,45 +45,53 @@ print(json.dumps(out))
 """
 
 
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call.
+def matrices(shape: Shape, device: str) -> list[Tensor]:
+    """The seven weight matrices of one layer, random."""
+    d, f, kv = shape.d, shape.f, shape.d // shape.heads * shape.kv_heads
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f))
+    return [torch.randn(size, generator=generator).to(device) for size in sizes]
+
+
+def operations(name: str, weights: list[Tensor]) -> float:
+    """What a route needs for short side m and long side n, by the textbook counts of dense algorithms.
+
+    The Gram matrix and its eigenvalues: n m^2 + 4/3 m^3; values alone: QR and bidiagonalisation,
+    2 n m^2 + 2 m^3; with vectors (R-bidiagonalisation, both sides): 6 n m^2 + 20 m^3.
 
     Args:
-        work: what to time.
-        device: waited for if it is a GPU.
+        name: the route.
+        weights: the matrices.
 
     Returns:
-        Wall time.
+        Floating-point operations.
     """
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def routes(device: str, scale: int) -> None:
-    """Print the time of each route for all matrices of one layer, and multiplied for the model.
-
-    Args:
-        device: where the matrices live.
-        scale: every side is divided by it, for a quick look.
-    """
-    generator = torch.Generator().manual_seed(0)
-    matrices = [
-        torch.randn(n // scale, m // scale, generator=generator).to(device) for n, m in SHAPES.values()
-    ]
-    base = None
-    print(
-        f"| route (1B-shaped, sides over {scale}, {device}) | one layer (s) | {LAYERS} layers (s) | times "
-        "ours |"
+    sides = [(min(weight.shape), max(weight.shape)) for weight in weights]
+    factors = {"values": (2, 2), "vectors": (6, 20)}.get(
+        name.partition(",")[0].rpartition(" ")[2], (1, 4 / 3)
     )
-    print("|---|---|---|---|")
+    return sum(factors[0] * n * m * m + factors[1] * m**3 for m, n in sides)
+
+
+def routes(shape: Shape, device: str) -> list[Row]:
+    """One row a route: all matrices of one layer, times the layers of the model."""
+    weights, rows = matrices(shape, device), []
+    exact = [torch.linalg.svdvals(weight.double()).cpu() for weight in weights]
+    note = f"one layer, times {shape.layers}"
     for name, route in ROUTES.items():
         route(torch.randn(64, 64, device=device))  # the first call starts libraries
-        seconds = sum(timed(lambda m=m, route=route: route(m), device) for m in matrices)
-        base = base or seconds
-        print(f"| {name} | {seconds:.2f} | {seconds * LAYERS:.1f} | {seconds / base:.1f} |", flush=True)
+        answers, watch = timed(lambda route=route: [route(weight) for weight in weights], device)
+        apart = max(
+            ((a.cpu().double().sort().values - b.sort().values).abs() / b.max()).max().item()
+            for a, b in zip(answers, exact, strict=True)
+        )
+        count = operations(name, weights)
+        size = sum(4 * weight.numel() for weight in weights)
+        rows.append(
+            watch.row(name, operations=count * shape.layers, bytes=size * shape.layers, scaled=shape.layers,
+                      difference=f"{apart:.1e} of the largest, against float64", note=note)
+        )  # fmt: skip
+    return rows
 
 
 def cases() -> dict[str, tuple[Tensor, tuple[int, int], int]]:
@@ -135,19 +141,21 @@ def against_weightwatcher(python: str) -> None:
               f"| {sigma:.4f} | {other['s']:.2f} |")  # fmt: skip
 
 
-def main() -> None:
-    """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scale", type=int, default=1, help="divide every side by this")
+def options_of(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark alone."""
     parser.add_argument(
         "--weightwatcher", metavar="PYTHON", help="compare with WeightWatcher in that environment"
     )
-    args = parser.parse_args()
-    if args.weightwatcher:
-        against_weightwatcher(args.weightwatcher)
-    else:
-        routes(args.device, args.scale)
+
+
+def main() -> None:
+    """Run what was asked for."""
+    options = parse(__doc__, ("small", "llama-3.2-1b"), "llama-3.2-1b", options_of)
+    if options.weightwatcher:
+        against_weightwatcher(options.weightwatcher)
+        return
+    shape, rates = SHAPES[options.shape], limits(options.device)
+    store("spectra", options, rates, routes(shape, options.device), layers=shape.layers, seed=0)
 
 
 if __name__ == "__main__":
