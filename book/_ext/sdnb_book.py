@@ -114,6 +114,7 @@ def setup(app: Sphinx) -> dict:
     app.config.mathjax_path = MATHJAX
     app.config.html_static_path.append(str(Path(__file__).parent / "static"))
     app.add_css_file("sdnb_book.css")
+    app.add_js_file("sdnb_sortable.js")
     app.connect("builder-inited", ship_mathjax)
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)
     # A change of this file rebuilds every page.

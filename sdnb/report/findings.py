@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sdnb.report import dynamics, paths, published, uses
+from sdnb.report import across, dynamics, paths, published, uses
 from sdnb.report.spectra import SPECTRA
 from sdnb.report.tables import Markdown, number, numbers_table
 
@@ -195,4 +195,5 @@ _TEMPLATES: dict[str, Callable[[dict], tuple[str, list]]] = {
     "12_quantization": uses.quantization,
     "13_signatures": uses.signatures,
     **SPECTRA,
+    "19_across_models": across.across_models,
 }

@@ -1,6 +1,6 @@
-"""Markdown that a notebook shows: tables of numbers and of provenance."""
+"""What a notebook shows: tables of numbers and of provenance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,20 @@ class Markdown:
     text: str
 
     def _repr_markdown_(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Html:
+    """Text that Jupyter and the book render as HTML.
+
+    Args:
+        text: the HTML.
+    """
+
+    text: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
         return self.text
 
 
