@@ -99,7 +99,7 @@ def models(names: list[str], only: list[str] | None = None) -> list[Model]:
 
     Args:
         names: hub ids, folders, `zoo/<name>`, or paths of YAML files.
-        only: names of those to take; None takes all.
+        only: those to take, by name or name@revision; None takes all.
 
     Returns:
         The models in order, each once.
@@ -122,11 +122,11 @@ def models(names: list[str], only: list[str] | None = None) -> list[Model]:
         raise ParameterError(
             f"Several models would share the results folder {', '.join(twice)}: name each once."
         )
-    unknown = sorted(set(only or ()) - {model.name for model in found})
+    unknown = sorted(set(only or ()) - {name for model in found for name in (model.name, model.label)})
     if unknown:
-        there = ", ".join(model.name for model in found)
+        there = ", ".join(model.label for model in found)
         raise ParameterError(f"--only {' '.join(unknown)}: not among the models, which are {there}.")
-    return [model for model in found if only is None or model.name in only]
+    return [model for model in found if only is None or model.name in only or model.label in only]
 
 
 def templates(folder: Path | None) -> list[Path]:

@@ -120,7 +120,7 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
     from sdnb.records.files import atomic_write, locked, sweep
 
     start = time.perf_counter()
-    note = cell.notebook.parent / ".runs" / f"{cell.template}.json"
+    note = _note(cell)
     try:
         with locked(note.with_suffix(".lock")):
             key = cell_key(cell)
@@ -142,6 +142,26 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
     except OSError as error:
         return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
     return Outcome(cell, DONE, wall_s)
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell is done and nothing that it depends on has changed, for engines that plan ahead.
+
+    Args:
+        cell: the cell.
+
+    Returns:
+        False also where that cannot be known, because the model is out of reach.
+    """
+    try:
+        return _unchanged(cell, _note(cell), cell_key(cell))
+    except (SdnbError, OSError):
+        return False
+
+
+def _note(cell: Cell) -> Path:
+    """Where it is noted with which key a cell was done."""
+    return cell.notebook.parent / ".runs" / f"{cell.template}.json"
 
 
 def _products(cell: Cell) -> list[Path]:

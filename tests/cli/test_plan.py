@@ -189,6 +189,13 @@ def test_a_models_own_list_may_hold_collections_and_the_command_line_narrows_it(
         found(None, "org/x")
 
 
+def test_one_revision_of_a_model_can_be_chosen(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text("models:\n  - {model: org/a, revision: one}\n  - {model: org/a, revision: two}\n")
+    assert [model.label for model in plan.models([str(path)], ["org/a@two"])] == ["org/a@two"]
+    assert len(plan.models([str(path)], ["org/a"])) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

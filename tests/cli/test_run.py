@@ -166,9 +166,13 @@ CHANGES = (change_template, change_weights, change_notebook, remove_notebook, re
 def test_what_changed_is_run_again(templates, tmp_path, counted, change):
     model = tiny_model(tmp_path / "org" / "tiny", layers=1)
     only = (model, "--notebooks", "01")
+    results = templates.parent / "results"
+    (cell,) = plan.matrix(plan.models([str(model)]), plan.templates(templates), {}, results, results, ["01"])
+    assert not runner.is_done(cell)
     assert run(templates, *only) == run(templates, *only) == 0
-    assert len(counted) == 1
+    assert len(counted) == 1 and runner.is_done(cell)
     change(templates, model)
+    assert not runner.is_done(cell)
     assert run(templates, *only) == run(templates, *only) == 0
     assert len(counted) == 2
 
