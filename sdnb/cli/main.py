@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     "signature": ("sdnb.cli.signature", "say which models descend from one another, and how sure that is"),
     "spectra": ("sdnb.cli.spectra", "count singular values outside the law of noise, matrix by matrix"),
+    "summary": ("sdnb.cli.summary", "write the key figures of every model that was run as CSV"),
     "coverage": ("sdnb.cli.coverage", "say which model types of transformers the layers' check accepts"),
     "book": ("sdnb.cli.book", "build the book from what was run"),
 }
