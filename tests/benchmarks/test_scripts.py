@@ -49,6 +49,18 @@ def test_eigenpair(tmp_path):
         assert angle < 1
 
 
+def test_vocabulary(tmp_path):
+    record = run("vocabulary", tmp_path)
+    assert record["facts"]["within"]
+    assert [row["what"].partition(",")[0] for row in record["rows"]] == [f"layer {n} of 3" for n in (1, 2, 3)]
+
+
+def test_spectra(tmp_path):
+    ours, *dense = run("spectra", tmp_path)["rows"]
+    assert numbers(ours["difference"])[0] < 1e-8
+    assert all(numbers(row["difference"])[0] < 1e-5 for row in dense)
+
+
 @pytest.mark.slow
 def test_offload(tmp_path):
     record = run("offload", tmp_path)
