@@ -156,9 +156,9 @@ def _transport(folder: Path):
     """Sockets in the file system: no race for ports, nothing that another user could reach."""
     from traitlets.config import Config
 
-    if os.name == "nt":
-        return Config()
-    own = {"transport": "ipc", "ip": str(folder / "k")}
+    own = {"connection_file": str(folder / "connection.json")}
+    if os.name != "nt":
+        own |= {"transport": "ipc", "ip": str(folder / "k")}
     return Config({"KernelManager": own, "AsyncKernelManager": own})
 
 
