@@ -41,6 +41,11 @@ def _gemma_like(kind: str, **options: object) -> Callable[[], PretrainedConfig]:
     return _llama_like(kind, head_dim=16, query_pre_attn_scalar=16, **options)
 
 
+def _bert(kind: str, **options: object) -> Callable[[], PretrainedConfig]:
+    sizes = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
+    return partial(_config, kind, **sizes | options, is_decoder=True)
+
+
 def _neox(parallel: bool) -> Callable[[], PretrainedConfig]:
     options = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
     return partial(_config, "gpt_neox", **options, use_parallel_residual=parallel)
@@ -94,6 +99,10 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "stablelm_parallel": _llama_like("stablelm", use_parallel_residual=True),
     "starcoder2": _llama_like("starcoder2"),
     "cohere": _llama_like("cohere"),
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta", layer_norm_eps=1e-3),
+    "openai-gpt": partial(_config, "openai-gpt", **GPT_LIKE),
+    "doge": _llama_like("doge"),
     "granite": _llama_like(
         "granite", residual_multiplier=0.4, attention_multiplier=0.3, embedding_multiplier=3.0
     ),

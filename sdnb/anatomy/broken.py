@@ -7,6 +7,7 @@ import torch
 
 from sdnb.anatomy.attention import AttentionMatrix, read_attention
 from sdnb.anatomy.check import measure, verdict
+from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.view import LayerView
 from sdnb.anatomy.weights import is_linear
 from sdnb.anatomy.wiring import Wiring
@@ -21,7 +22,7 @@ def _changed(wiring: Wiring, side: str, **changes: object) -> Wiring:
 
 
 def broken_wirings(view: LayerView) -> Iterator[tuple[str, Wiring]]:
-    """Wirings that lack a gain, a norm's bias, a post-norm or a multiplier, or add up the other way.
+    """Wirings that lack a gain, a norm's bias, a norm on its way or a multiplier, or add up the other way.
 
     Args:
         view: a view that passed the check.
@@ -33,20 +34,29 @@ def broken_wirings(view: LayerView) -> Iterator[tuple[str, Wiring]]:
     for side in SIDES:
         branch = getattr(wiring, side)
         for place in ("norm", "post_norm"):
-            norm = getattr(branch, place)
-            if norm is None:
-                continue
-            if (norm.gain - 1).abs().max() > VISIBLE:
-                plain = replace(norm, gain=torch.ones_like(norm.gain))
-                yield "gain ignored", _changed(wiring, side, **{place: plain})
-            if norm.bias.abs().max() > VISIBLE:
-                bare = replace(norm, bias=torch.zeros_like(norm.bias))
-                yield "bias dropped", _changed(wiring, side, **{place: bare})
+            for kind, norm in _broken_norms(getattr(branch, place)):
+                yield kind, _changed(wiring, side, **{place: norm})
         if branch.post_norm is not None:
             yield "post-norm skipped", _changed(wiring, side, post_norm=None)
-        if branch.multiplier != 1.0:
-            yield "multiplier ignored", _changed(wiring, side, multiplier=1.0)
+        if branch.on_stream:
+            yield "norm of the stream skipped", _changed(wiring, side, on_stream=False)
+        for name in ("multiplier", "skip"):
+            value = getattr(branch, name)
+            if torch.is_tensor(value) or value != 1.0:
+                yield "multiplier ignored", _changed(wiring, side, **{name: 1.0})
+    for kind, norm in _broken_norms(wiring.closing):
+        yield kind, replace(wiring, closing=norm)
+    if wiring.closing is not None:
+        yield "norm of the stream skipped", replace(wiring, closing=None)
     yield "serial for parallel", replace(wiring, parallel=not wiring.parallel)
+
+
+def _broken_norms(norm: Norm | None) -> Iterator[tuple[str, Norm]]:
+    """The norm without its gain and without its bias, as far as it has them."""
+    if norm is not None and (norm.gain - 1).abs().max() > VISIBLE:
+        yield "gain ignored", replace(norm, gain=torch.ones_like(norm.gain))
+    if norm is not None and norm.bias.abs().max() > VISIBLE:
+        yield "bias dropped", replace(norm, bias=torch.zeros_like(norm.bias))
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from torch import Tensor
 from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
 from sdnb.anatomy.ffn import FFNFormula, ffn_error
 from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import relative, without
-from sdnb.anatomy.wiring import Branch, Wiring, module_output
+from sdnb.anatomy.residual import relative
+from sdnb.anatomy.wiring import Branch, Wiring, additions, module_output
 from sdnb.errors import LayerRefused
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
@@ -114,10 +114,13 @@ def layer_error(probe: LayerProbe, wiring: Wiring) -> float:
         The largest of the three relative errors.
     """
     x = probe.states()
-    a, f = composed(probe, wiring.attention, x), composed(probe, wiring.ffn, x)
-    real_a, real_f = without(probe, x, wiring.ffn.silenced), without(probe, x, wiring.attention.silenced)
-    total = a + (f if wiring.parallel else composed(probe, wiring.ffn, x + a))
-    pairs = ((a, real_a), (f, real_f), (total, without(probe, x)))
+    real_a, real_f, real_y = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
+    a, f = composed(probe, wiring.attention, x), composed(probe, wiring.ffn, real_y)
+    y = x if wiring.parallel else wiring.attention.beside(x, real=False) + a
+    out, real = wiring.summed(x, a, y, composed(probe, wiring.ffn, y), real=False), probe.rows(x)
+    zero = torch.zeros_like(x)
+    stream = wiring.summed(x, zero, wiring.attention.beside(x, real=False), zero, real=False)
+    pairs = ((a, real_a), (f, real_f), (out - stream, real - stream))
     return max(relative(ours - real, real) for ours, real in pairs)
 
 

@@ -120,6 +120,36 @@ def _measured(seen: Seen) -> Norm | None:
     return norm
 
 
+def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
+    """Those of some calls that are norms of hidden states.
+
+    Args:
+        calls: calls of one pass.
+        d: hidden size.
+
+    Returns:
+        Each such call with its norm, in the order given.
+    """
+    measured = [(s, measure_norm(s)) for s in calls if s.given.shape == s.returned.shape]
+    return [(s, norm) for s, norm in measured if norm is not None and len(norm.gain) == d]
+
+
+def preferred(calls: list[Seen], d: int) -> Seen | None:
+    """The call that stands between two tensors: a norm, if there is one among those that do.
+
+    In BERT the module around a norm returns what the norm returns.
+
+    Args:
+        calls: calls of one pass.
+        d: hidden size.
+
+    Returns:
+        The first norm; without one the outermost call; None of nothing.
+    """
+    norms = norms_of(calls, d)
+    return norms[0][0] if norms else min(calls, key=lambda s: s.name.count("."), default=None)
+
+
 def before(seen: list[Seen], reader: Tensor) -> Seen | None:
     """The module that wrote a tensor which others read: its output is that tensor and its input is not.
 
@@ -128,10 +158,10 @@ def before(seen: list[Seen], reader: Tensor) -> Seen | None:
         reader: the tensor that is read.
 
     Returns:
-        The outermost such module, or None.
+        Such a module, a norm if there is one, or None.
     """
     found = [s for s in seen if same(s.returned, reader) and not same(s.given, reader)]
-    return min(found, key=lambda s: s.name.count("."), default=None)
+    return preferred(found, reader.shape[-1])
 
 
 def after(seen: list[Seen], writer: Tensor) -> Seen | None:
@@ -142,7 +172,7 @@ def after(seen: list[Seen], writer: Tensor) -> Seen | None:
         writer: the tensor that was written.
 
     Returns:
-        The outermost such module, or None.
+        Such a module, a norm if there is one, or None.
     """
     found = [s for s in seen if same(s.given, writer) and not same(s.returned, writer)]
-    return min(found, key=lambda s: s.name.count("."), default=None)
+    return preferred(found, writer.shape[-1])

@@ -147,6 +147,31 @@ class LayerProbe:
             self.output(x)
         return seen
 
+    def inputs(
+        self, x: Tensor, modules: Sequence[nn.Module], ids: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the layer and keeps what some of its submodules are given.
+
+        Args:
+            x: hidden states, shape (n, T, d).
+            modules: submodules of the copy that read hidden states.
+            ids: token ids, shape (n, T), where the layer's arguments depend on them.
+
+        Returns:
+            The layer's output and each module's first input, all of shape (n, T, d).
+        """
+        given: dict[nn.Module, Tensor] = {}
+
+        def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if module not in given:  # a clone: a module may write into its input
+                given[module] = Call.of(args, kwargs).hidden.reshape(x.shape).clone()
+
+        with ExitStack() as stack:
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
+            out = self.output(x, ids)
+        return out, [given[module] for module in modules]
+
     @contextmanager
     def altered(self, answers: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
         """Makes modules answer something else for the length of a block.

@@ -1,20 +1,23 @@
-"""What a layer adds to the residual stream, taken apart by silence.
+"""The residual stream past a layer's branches: read where modules read it, known by silence.
 
-The trick that needs no table: silence the last linear map of attention, and `layer(x) - x` is what the FFN
-adds; silence the FFN's, and it is what attention adds; silence both, and the layer must return its input.
+The trick that needs no table: silence the last linear map of both branches, and what is left of the layer is
+the stream alone. As a rule it returns its input. Where it does not, the stream passes norms itself (BERT
+norms the sum) or has a coefficient (Doge), and what stands between its places tells which.
 """
 
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import Seen, outermost
+from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.weights import is_linear
-from sdnb.errors import LayerRefused
 
 TOLERANCE = 1e-4  # of the branches, for identities that hold exactly up to rounding
+UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
 
 
 def relative(error: Tensor, of: Tensor) -> float:
@@ -30,41 +33,139 @@ def relative(error: Tensor, of: Tensor) -> float:
     return (error.norm() / of.norm()).nan_to_num(torch.inf).item()
 
 
-def without(probe: LayerProbe, x: Tensor, *modules: nn.Module) -> Tensor:
-    """What the layer adds to hidden states while some of its submodules return zeros.
+@dataclass(frozen=True)
+class Places:
+    """Modules whose inputs are the residual stream.
+
+    Args:
+        middle: reads the stream that the FFN is given: attention's sum, or in a parallel layer the input.
+        closing: the norm that the sum of all passes at the end, or None.
+        parallel: whether `middle` reads the layer's own input.
+    """
+
+    middle: nn.Module
+    closing: Norm | None
+    parallel: bool
+
+
+def streams(
+    probe: LayerProbe, x: Tensor, places: Places, muted: Sequence[nn.Module] = (), ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The stream in the middle and at the end of a layer, before any norm that closes it.
+
+    Args:
+        probe: the layer.
+        x: hidden states, shape (n, T, d).
+        places: where to read.
+        muted: submodules that return zeros.
+        ids: token ids, shape (n, T), where the layer's arguments depend on them.
+
+    Returns:
+        What the FFN (or its norm) is given, and the sum at the end, each of shape (n, T, d).
+    """
+    modules = [places.middle] + ([] if places.closing is None else [places.closing.module])
+    with probe.muted(*muted):
+        out, given = probe.inputs(x, modules, ids)
+    return given[0], out if places.closing is None else given[1]
+
+
+def coefficients(real: Tensor, base: Tensor) -> float | Tensor:
+    """The multiplier c for which c * base comes nearest to what is real: one number if one will do.
+
+    Args:
+        real: what was observed, shape (..., d).
+        base: the same without the multiplier, shape (..., d).
+
+    Returns:
+        c = <real, base> / <base, base>, 1 if it is so up to rounding; if they differ, one a coordinate, (d,).
+    """
+    products, squares = (real.double() * base).reshape(-1, base.shape[-1]), base.double().square()
+    c = (products.sum() / squares.sum()).item()
+    if relative(real - c * base, real) > UNIT:
+        return (products.sum(0) / squares.reshape(products.shape).sum(0)).to(real)
+    return 1.0 if abs(c - 1.0) < UNIT else c
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What the residual stream is when a branch is added to it: skip * norm(x), or skip * x.
+
+    Args:
+        on_stream: whether the branch's norm is on the stream, so that the stream passes it too.
+        skip: its coefficient in the sum, a number or one for each coordinate, shape (d,).
+        error: how far this is from what was observed, relative to the branch.
+    """
+
+    on_stream: bool
+    skip: float | Tensor
+    error: float
+
+
+def find_passage(norm: Norm | None, given: Tensor, taken: Tensor, branch: Tensor) -> Passage:
+    """Tells what the stream goes through beside a silenced branch.
+
+    Args:
+        norm: the norm before the branch, or None.
+        given: the stream before, shape (n, T, d).
+        taken: the stream after, shape (n, T, d).
+        branch: what the branch adds where it is not silenced, the measure of errors.
+
+    Returns:
+        The first passage that reproduces `taken`; if none does, the nearest.
+    """
+    found = []
+    for on_stream in (False, True)[: 1 if norm is None else 2]:
+        base = norm.module(given) if on_stream else given
+        skip = coefficients(taken, base)
+        found.append(Passage(on_stream, skip, relative(taken - skip * base, branch)))
+        if found[-1].error < TOLERANCE:
+            return found[-1]
+    return min(found, key=lambda passage: passage.error)
+
+
+def find_passages(
+    probe: LayerProbe,
+    x: Tensor,
+    places: Places,
+    norms: tuple[Norm | None, Norm | None],
+    silenced: tuple[nn.Module, nn.Module],
+) -> tuple[Passage, Passage]:
+    """What the stream goes through beside attention and beside the FFN.
 
     Args:
         probe: the layer.
         x: hidden states of one-token sequences, shape (n, d).
-        *modules: the silenced submodules.
+        places: where to read the stream.
+        norms: the norms before the two branches.
+        silenced: the submodules that, returning zeros, take them out.
 
     Returns:
-        layer(x) - x, shape (n, d).
+        The two passages; a parallel layer has its own in the second.
     """
-    with probe.muted(*modules):
-        return probe.rows(x) - x
+    x = x[:, None]
+    middle, end = streams(probe, x, places)
+    quiet_middle, quiet_end = streams(probe, x, places, silenced)
+    if places.parallel:
+        return Passage(False, 1.0, 0.0), find_passage(None, x, quiet_end, end - quiet_end)
+    first = find_passage(norms[0], x, quiet_middle, middle - quiet_middle)
+    return first, find_passage(norms[1], quiet_middle, quiet_end, end - quiet_end)
 
 
-def find_silenced(
-    probe: LayerProbe, x: Tensor, attention: tuple[Seen, Seen], seen: list[Seen], outside: list[Seen]
-) -> tuple[Seen, Seen]:
-    """Finds a submodule for each branch such that, both silenced, the layer returns its input.
+def silencers(
+    attention: tuple[Seen, Seen], seen: list[Seen], outside: list[Seen]
+) -> tuple[list[Seen], list[Seen]]:
+    """Submodules that may take a branch out of the layer when they return zeros, the likeliest first.
 
     The last linear map of each comes first: the module around it may add the residual (Bloom, MPT). A mixture
     of experts has none, and is silenced as a whole.
 
     Args:
-        probe: the layer.
-        x: hidden states, shape (n, d).
         attention: attention's call, and that of the linear map behind it (itself, if the map is inside).
         seen: the calls of a pass, one token long.
         outside: those of them outside attention.
 
     Returns:
-        The calls of the two submodules, attention's first.
-
-    Raises:
-        LayerRefused: there is no such pair.
+        The calls for attention and those for the FFN.
     """
     linears = [s for s in seen if is_linear(s.module)]
     weighty = [s for s in outside if any(p.ndim > 1 for p in s.module.parameters())]
@@ -72,55 +173,4 @@ def find_silenced(
     of_attention = (
         [*[s for s in linears if s.inside(mixer)][-1:], mixer] if projection is mixer else [projection]
     )
-    of_ffn = [*[s for s in outside if is_linear(s.module)][-1:], *outermost(weighty)[::-1]]
-    if not of_ffn:
-        raise LayerRefused(probe.number, "layer", "has no feed-forward branch beside attention")
-    total = without(probe, x)
-    errors = []
-    for pair in product(of_attention, of_ffn):
-        errors.append(relative(without(probe, x, *(s.module for s in pair)), total))
-        if errors[-1] < TOLERANCE:
-            return pair
-    reason = (
-        f"the residual stream is not recognised: with attention and {of_ffn[0].name} silenced the layer "
-        f"does not return its input (error {min(errors):.1e} of what it adds), as in layers that norm the sum"
-    )
-    raise LayerRefused(probe.number, mixer.name, reason)
-
-
-def coefficient(real: Tensor, base: Tensor) -> float:
-    """The multiplier c for which c * base comes nearest to what a branch adds; 1 if it is 1 up to rounding.
-
-    Args:
-        real: what the branch adds, shape (n, d).
-        base: the same without the multiplier, shape (n, d).
-
-    Returns:
-        c = <real, base> / <base, base>.
-    """
-    c = ((real.double() * base).sum() / base.double().square().sum()).item()
-    return 1.0 if abs(c - 1.0) < 1e-5 else c
-
-
-def is_parallel(probe: LayerProbe, x: Tensor, attention: nn.Module, ffn: nn.Module) -> bool:
-    """Whether the FFN reads the layer's input (parallel) or the residual stream after attention (serial).
-
-    Args:
-        probe: the layer.
-        x: hidden states, shape (n, d).
-        attention: the submodule that silences attention.
-        ffn: the submodule that silences the FFN.
-
-    Returns:
-        True for layer(x) = x + a(x) + f(x), False for layer(x) = x + a(x) + f(x + a(x)).
-
-    Raises:
-        LayerRefused: neither sum gives the layer's output.
-    """
-    total, a = without(probe, x), without(probe, x, ffn)
-    serial = relative(a + without(probe, x + a, attention) - total, total)
-    parallel = relative(a + without(probe, x, attention) - total, total)
-    if not min(serial, parallel) < TOLERANCE:
-        reason = f"the branches add up neither serially (error {serial:.1e}) nor in parallel ({parallel:.1e})"
-        raise LayerRefused(probe.number, "layer", reason)
-    return parallel < serial
+    return of_attention, [*[s for s in outside if is_linear(s.module)][-1:], *outermost(weighty)[::-1]]

@@ -11,7 +11,7 @@ from sdnb.anatomy.ffn import FFNFormula, recognise_ffn
 from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.wiring import Wiring, branch_output, find_wiring, module_output
+from sdnb.anatomy.wiring import Wiring, additions, branch_output, find_wiring, module_output
 from sdnb.errors import LayerRefused
 
 
@@ -19,7 +19,9 @@ from sdnb.errors import LayerRefused
 class LayerView:
     """A decoder layer: x + a(x) + f(x + a(x)), or x + a(x) + f(x) if parallel, with each branch taken apart.
 
-    Each branch is multiplier * post_norm(module(norm(x))). All tensors are float32, on the layer's device.
+    Each branch is multiplier * post_norm(module(norm(x))). In some families the residual stream does not pass
+    untouched: then y = beside_attention(x) + a(x) and the output is closing(beside_ffn(y) + f(y)). All
+    tensors are float32, on the layer's device.
 
     Args:
         probe: the float32 copy of the layer that is watched.
@@ -79,7 +81,7 @@ class LayerView:
         return self.wiring.attention.post_norm
 
     @property
-    def attention_multiplier(self) -> float:
+    def attention_multiplier(self) -> float | Tensor:
         """The coefficient of attention in the layer's sum."""
         return self.wiring.attention.multiplier
 
@@ -94,9 +96,29 @@ class LayerView:
         return self.wiring.ffn.post_norm
 
     @property
-    def ffn_multiplier(self) -> float:
+    def ffn_multiplier(self) -> float | Tensor:
         """The coefficient of the FFN in the layer's sum."""
         return self.wiring.ffn.multiplier
+
+    @property
+    def closing_norm(self) -> Norm | None:
+        """The norm that the sum of all passes at the end of the layer (BERT), as a rule None."""
+        return self.wiring.closing
+
+    @property
+    def plain_stream(self) -> bool:
+        """Whether the layer adds its branches to its input, which itself passes untouched."""
+        return self.wiring.plain
+
+    @property
+    def norms_on_stream(self) -> tuple[bool, bool]:
+        """Whether the residual stream passes attention's norm too, and the FFN's."""
+        return self.wiring.attention.on_stream, self.wiring.ffn.on_stream
+
+    @property
+    def skips(self) -> tuple[float | Tensor, float | Tensor]:
+        """The stream's coefficients in the sums with attention and with the FFN, as a rule 1."""
+        return self.wiring.attention.skip, self.wiring.ffn.skip
 
     @property
     def attention_error(self) -> float:
@@ -168,6 +190,28 @@ class LayerView:
         """
         return branch_output(self.probe, self.wiring.ffn, x, self.wiring.stand_in)
 
+    def beside_attention(self, x: Tensor) -> Tensor:
+        """The residual stream that attention is added to: x itself, or its norm or a multiple of it.
+
+        Args:
+            x: hidden states, shape (n, d).
+
+        Returns:
+            Shape (n, d).
+        """
+        return self.wiring.attention.beside(x)
+
+    def beside_ffn(self, y: Tensor) -> Tensor:
+        """The residual stream that the FFN is added to: y itself, or its norm or a multiple of it.
+
+        Args:
+            y: the stream after attention (the layer's input, if parallel), shape (n, d).
+
+        Returns:
+            Shape (n, d).
+        """
+        return self.wiring.ffn.beside(y)
+
     def layer(self, x: Tensor) -> Tensor:
         """The real layer on one-token sequences; differentiable.
 
@@ -211,10 +255,13 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
 
 
 @torch.no_grad()
-def branch_contributions(model: nn.Module, number: int, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What attention and FFN of one layer add to the hidden states of whole sequences, for the ledger.
+def branch_contributions(
+    model: nn.Module, number: int, states: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention, FFN and the stream's own way change in the hidden states of whole sequences.
 
-    The two add up to the layer's output minus its input exactly: the FFN's share is what attention's leaves.
+    The three add up to the layer's output minus its input exactly. The third is zero where the stream
+    passes untouched; a norm of the sum (BERT) makes a change that belongs to neither branch.
 
     Args:
         model: a causal language model of transformers.
@@ -223,12 +270,13 @@ def branch_contributions(model: nn.Module, number: int, states: Tensor, ids: Ten
         ids: the token ids that they belong to, shape (B, T).
 
     Returns:
-        Attention's and the FFN's contributions, each of shape (B, T, d), float32.
+        The contributions of attention, of the FFN and of the stream, each of shape (B, T, d), float32.
     """
     probe = LayerProbe(find_decoder(model), number)
     wiring = find_wiring(probe)
     x = states.to(probe.device, torch.float32)
     total = probe.output(x, ids) - x
-    with probe.muted(wiring.ffn.silenced):
-        attention = probe.output(x, ids) - x
-    return attention, total - attention
+    attention, ffn, _ = additions(probe, wiring, x, ids)
+    if wiring.plain:
+        return attention, total - attention, torch.zeros_like(total)
+    return attention, ffn, total - attention - ffn

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sdnb.errors import ParameterError
 from sdnb.linearize.closed_form import closed_form_coefficients
-from sdnb.linearize.operator import Operator, dense
+from sdnb.linearize.operator import Operator, Stream, dense, diagonal_operator
 from sdnb.linearize.sampled import SampledFit, sampled_fit
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
     """
     M = view.attention_matrix.detach()
     M = _scaled(view.attention_post_norm, centre, _scaled_transposed(view.attention_norm, centre, M.T).T)
-    return view.attention_multiplier * M
+    return _times(view.attention_multiplier, M)
 
 
 def attention_intercept(view: LayerView) -> Tensor:
@@ -53,6 +54,33 @@ def attention_intercept(view: LayerView) -> Tensor:
     if after is not None:
         constant = after.gain.to(constant) * constant + after.bias.to(constant)
     return view.attention_multiplier * constant
+
+
+def stream_operators(view: LayerView, centre: bool = False) -> Stream:
+    """Return what the residual stream goes through beside attention, beside the FFN and at the end.
+
+    S = skip diag(g) where the branch's norm is on the stream, else skip I; T = diag(g) of the closing norm.
+    Norms enter by their gains, without the divisor that depends on the data, as they do in A and F.
+
+    Args:
+        view: the layer.
+        centre: put a LayerNorm's mean subtraction beside its gain; the paper leaves it out.
+
+    Returns:
+        S1, S2 and T, each None where it is I; nearly always all three.
+    """
+    if view.plain_stream:
+        return None, None, None
+    on_stream = (*view.norms_on_stream, True)
+    parts = []
+    norms = (view.attention_norm, view.ffn_norm, view.closing_norm)
+    for norm, passed, skip in zip(norms, on_stream, (*view.skips, 1.0), strict=True):
+        norm = norm if passed else None
+        gain = torch.ones_like(view.attention_bias) if norm is None else norm.gain.to(view.attention_bias)
+        identity = norm is None and not torch.is_tensor(skip) and skip == 1.0
+        centred = centre and norm is not None and norm.centred
+        parts.append(None if identity else diagonal_operator(skip * gain, centred))
+    return tuple(parts)
 
 
 def ffn_matrix(
@@ -127,7 +155,7 @@ def fit_ffn(
         device=view.attention_matrix.device,
     )
     M = fit.B.T if input_scale == "gain" else _scaled_transposed(norm, centre, fit.B.T)
-    return view.ffn_multiplier * _scaled(view.ffn_post_norm, centre, M.T), fit
+    return _times(view.ffn_multiplier, _scaled(view.ffn_post_norm, centre, M.T)), fit
 
 
 def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Operator:
@@ -150,16 +178,17 @@ def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Op
     def apply(X: Tensor) -> Tensor:
         Y = _scaled(norm, centre, X)
         inner = alpha * (W @ Y) if V is None else alpha * (W @ Y) + mu * (V @ Y)
-        return view.ffn_multiplier * _scaled(post, centre, down @ inner)
+        return _times(view.ffn_multiplier, _scaled(post, centre, down @ inner))
 
     def apply_transposed(X: Tensor) -> Tensor:
-        inner = down.T @ _scaled_transposed(post, centre, X)
+        inner = down.T @ _scaled_transposed(post, centre, _times(view.ffn_multiplier, X))
         Y = W.T @ (alpha * inner) if V is None else W.T @ (alpha * inner) + V.T @ (mu * inner)
-        return view.ffn_multiplier * _scaled_transposed(norm, centre, Y)
+        return _scaled_transposed(norm, centre, Y)
 
     def form() -> Tensor:
         B = alpha * W if V is None else (alpha * W).addcmul_(mu, V)
-        return view.ffn_multiplier * _scaled(post, centre, _scaled_transposed(norm, centre, (down @ B).T).T)
+        M = _scaled(post, centre, _scaled_transposed(norm, centre, (down @ B).T).T)
+        return _times(view.ffn_multiplier, M)
 
     return Operator(apply, apply_transposed, like=down, size=down.shape[0], form=form)
 
@@ -178,3 +207,8 @@ def _scaled_transposed(norm: Norm | None, centre: bool, X: Tensor) -> Tensor:
         return X
     X = norm.gain.to(X)[:, None] * X
     return X - X.mean(0) if centre and norm.centred else X
+
+
+def _times(c: float | Tensor, X: Tensor) -> Tensor:
+    """Return c X, or diag(c) X where a multiplier has a number for each coordinate; X is (d, k)."""
+    return c[:, None] * X if isinstance(c, Tensor) else c * X

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sdnb.linearize.branches import attention_matrix, fit_ffn
-from sdnb.linearize.operator import Operator, dense, product_operator, sum_operator
+from sdnb.linearize.branches import attention_matrix, fit_ffn, stream_operators
+from sdnb.linearize.operator import (
+    PLAIN,
+    Operator,
+    Stream,
+    dense,
+    product_operator,
+    scaled_operator,
+    sum_operator,
+)
 
 if TYPE_CHECKING:
     from sdnb.anatomy import LayerView, Norm
@@ -19,6 +27,11 @@ if TYPE_CHECKING:
 class LinearLayer:
     """The linear model of one decoder layer for one token: attention x -> A x, FFN x -> F x.
 
+    L = (I + F)(I + A), or I + A + F if parallel. Where the residual stream passes norms or has coefficients
+    itself, L = T (S2 + F)(S1 + A), or T (S2 + A + F), with the diagonal matrices of `stream_operators`: in a
+    layer norm2(y + f(y)), y = norm1(x + a(x)), as in BERT, that is diag(g2) (I + F') diag(g1) (I + A), with
+    F = F' diag(g1) the FFN's matrix on the stream before the norm that it reads from.
+
     Args:
         A: attention's matrix, shape (d, d).
         F: the FFN's matrix, shape (d, d), or an operator where it was asked not to be formed.
@@ -26,6 +39,8 @@ class LinearLayer:
         method: how the FFN was fitted, "closed_form" or "sampled".
         input_scale: the inputs it was fitted on, "paper" or "gain" (see `ffn_matrix`).
         standard_error: of the sampled fit, relative in Frobenius norm; None for the closed form.
+        stream: S1, S2 and T, what the stream goes through beside attention, beside the FFN and at the end;
+            None where it is I, as nearly always.
     """
 
     A: Tensor
@@ -34,11 +49,16 @@ class LinearLayer:
     method: str
     input_scale: str
     standard_error: float | None = None
+    stream: Stream = PLAIN
 
     @property
     def R(self) -> Tensor:
         """L - I, shape (d, d): A + F + F A if serial, A + F if parallel; formed at each call."""
         F = dense(self.F)
+        if self.stream != PLAIN:
+            formed = replace(self, F=F).operator.dense()
+            formed.diagonal().sub_(1)
+            return formed
         return self.A + F if self.parallel else torch.addmm(self.A + F, F, self.A)
 
     @property
@@ -49,25 +69,33 @@ class LinearLayer:
     @property
     def operator(self) -> Operator:
         """L as an operator: products with A and F, nothing formed."""
-        return (sum_operator if self.parallel else product_operator)(self.A, self.F)
+        return (sum_operator if self.parallel else product_operator)(self.A, self.F, self.stream)
 
-    def norm_aware(self, rho1: float | Tensor, rho2: float | Tensor) -> Tensor:
+    def norm_aware(
+        self,
+        rho1: float | Tensor,
+        rho2: float | Tensor,
+        stream_rho: tuple[float | Tensor, float | Tensor, float | Tensor] = (1.0, 1.0, 1.0),
+    ) -> Tensor:
         """Return L_rho, the layer with the size of its input put back.
 
         L_rho = (I + F / rho2)(I + A / rho1), or I + A / rho1 + F / rho2 if parallel. The paper drops the
-        divisors of the norms, which leaves only signs; this one predicts sizes.
+        divisors of the norms, which leaves only signs; this one predicts sizes. Where the stream passes norms
+        itself, S1, S2 and T are divided by theirs.
 
         Args:
             rho1: the divisors in attention's branch for the token in question, from `branch_scales`.
             rho2: those in the FFN's branch.
+            stream_rho: those on the stream, from `stream_scales`; ones where it passes no norm.
 
         Returns:
             L_rho, shape (d, d).
         """
-        scaled = LinearLayer(
-            self.A / rho1, dense(self.F) / rho2, self.parallel, self.method, self.input_scale
+        stream = tuple(
+            S if S is None else scaled_operator(S, 1 / rho)
+            for S, rho in zip(self.stream, stream_rho, strict=True)
         )
-        return scaled.L
+        return replace(self, A=self.A / rho1, F=dense(self.F) / rho2, stream=stream).L
 
 
 def linear_layer(
@@ -105,6 +133,7 @@ def linear_layer(
         "sampled" if fit else "closed_form",
         input_scale,
         fit.standard_error if fit else None,
+        stream_operators(view, centre),
     )
 
 
@@ -127,12 +156,35 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
         rho1 = _divisor(view.attention_norm, x) * view.attention_inner_scale(inner)[:, 0]
         if view.attention_post_norm is not None:
             rho1 = rho1 * _divisor(view.attention_post_norm, view.attention_module(inner))
-        y = x if view.parallel else x + view.attention_branch(x)
+        y = x if view.parallel else view.beside_attention(x) + view.attention_branch(x)
         rho2 = _divisor(view.ffn_norm, y)
         if view.ffn_post_norm is not None:
             inner = y if view.ffn_norm is None else view.ffn_norm.module(y)
             rho2 = rho2 * _divisor(view.ffn_post_norm, view.ffn_module(inner))
     return rho1, rho2
+
+
+def stream_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the norms that the residual stream itself passes divide real inputs by.
+
+    Args:
+        view: the layer.
+        x: the layer's inputs, shape (n, d).
+
+    Returns:
+        The divisors of the norm on the stream beside attention, of that beside the FFN and of that at the end
+        of the layer, shape (n,) each; ones where there is none, as nearly always.
+    """
+    one = x.new_ones(len(x))
+    if view.plain_stream:
+        return one, one, one
+    with torch.no_grad():
+        a = view.attention_branch(x)
+        y = x if view.parallel else view.beside_attention(x) + a
+        end = view.beside_ffn(y) + view.ffn_branch(y) + (a if view.parallel else 0)
+    sides = ((view.attention_norm, view.norms_on_stream[0], x), (view.ffn_norm, view.norms_on_stream[1], y))
+    first, second = (_divisor(norm, rows) if on_stream else one for norm, on_stream, rows in sides)
+    return first, second, _divisor(view.closing_norm, end)
 
 
 def _divisor(norm: Norm | None, x: Tensor) -> Tensor:

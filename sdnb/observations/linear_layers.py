@@ -1,5 +1,7 @@
 """03: how linear a layer is: the linear view against the real branches, and closed form against sampled."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,12 @@ from sdnb.activations import hidden_states
 from sdnb.anatomy import LayerView
 from sdnb.linearize import (
     LinearLayer,
+    Operator,
     branch_scales,
     closed_form_fit,
     linear_layer,
     sampled_fit,
+    stream_scales,
 )
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation, encode_text, layer_views
@@ -88,20 +92,27 @@ def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> 
     if view is None or layer is None:
         return {f"{name}_{what}": None for name in BRANCHES for what in ("cosine", "error")}
     rho1, rho2 = (rho.reshape(-1, 1) for rho in branch_scales(view, x))
+    beside = [_beside(S, rho) for S, rho in zip(layer.stream, stream_scales(view, x), strict=True)]
     attention = view.attention_branch(x)
-    ffn_input = x if view.parallel else x + attention
+    ffn_input = x if view.parallel else view.beside_attention(x) + attention
     linear_attention = (x @ layer.A.T) / rho1
-    linear_ffn_input = x if view.parallel else x + linear_attention
+    y = x if view.parallel else beside[0](x) + linear_attention
+    total = beside[1](y) + (y @ layer.F.T) / rho2 + (linear_attention if view.parallel else 0)
     pairs = {
         "attention": (attention, linear_attention),
         "ffn": (view.ffn_branch(ffn_input), (ffn_input @ layer.F.T) / rho2),
-        "layer": (view.layer(x), x + linear_attention + (linear_ffn_input @ layer.F.T) / rho2),
+        "layer": (view.layer(x), beside[2](total)),
     }
     result = {}
     for name, (real, predicted) in pairs.items():
         result[f"{name}_cosine"] = torch.nn.functional.cosine_similarity(real, predicted, dim=1).mean().item()
         result[f"{name}_error"] = ((real - predicted).norm() / real.norm()).item()
     return result
+
+
+def _beside(S: Operator | None, rho: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the stream goes through, as a function of rows with divisors rho (n,)."""
+    return lambda x: x if S is None else (S @ x.T).T / rho[:, None]
 
 
 def _sampled_against_closed(view: LayerView, counts: list[int], seed: int) -> dict:

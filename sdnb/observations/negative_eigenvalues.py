@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdnb.activations import hidden_states, ledger, token_batches
 from sdnb.decompose import expected_nearest_angle, nearest_eigenpair
-from sdnb.linearize import branch_scales, linear_layer
+from sdnb.linearize import branch_scales, linear_layer, stream_scales
 from sdnb.loading import Loaded
 from sdnb.observations.common import Direction, Observation, empirical_direction, encode_text, layer_views
 
@@ -103,7 +103,8 @@ def _plain(R: Tensor, direction: Tensor) -> dict:
 def _norm_aware(view, layer, inputs: Tensor, direction: Tensor) -> dict:
     """The same for L_rho, with the divisors of real high-norm inputs, (n, d)."""
     rho1, rho2 = (scale.median().item() for scale in branch_scales(view, inputs))
-    pair = nearest_eigenpair(_residual(layer.norm_aware(rho1, rho2)), direction)
+    stream_rho = tuple(scale.median().item() for scale in stream_scales(view, inputs))
+    pair = nearest_eigenpair(_residual(layer.norm_aware(rho1, rho2, stream_rho)), direction)
     row = {"attention_scale": rho1, "ffn_scale": rho2}
     if pair is not None:
         row |= {"norm_aware_eigenvalue": pair.value.real, "norm_aware_angle_deg": pair.angle_deg}

@@ -29,6 +29,9 @@ class Truth:
     parallel: bool = False
     gated: bool = True
     multiplier: float = 1.0
+    on_stream: tuple[bool, bool] = (False, False)
+    closing: str | None = None
+    skips: tuple[str, str] | None = None
 
 
 GPT = Truth("attn", "attn.c_proj", "mlp", "mlp.c_proj", ("ln_1", "ln_2"), gated=False)
@@ -37,6 +40,16 @@ FALCON = Truth("self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to
 GEMMA = Truth(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+BERT = Truth(
+    "attention.self",
+    "attention.output.dense",
+    "intermediate",
+    "output.dense",
+    (None, "attention.output.LayerNorm"),
+    gated=False,
+    on_stream=(False, True),
+    closing="output.LayerNorm",
 )
 SHARED_NORM = ("input_layernorm", "input_layernorm")
 TRUTH = {name: Truth() for name in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "stablelm")} | {
@@ -65,9 +78,25 @@ TRUTH = {name: Truth() for name in ("llama", "mistral", "qwen2", "qwen3", "phi3"
     "stablelm_parallel": Truth(norms=SHARED_NORM, parallel=True),
     "starcoder2": Truth(down="mlp.c_proj", gated=False),
     "cohere": Truth(norms=SHARED_NORM, parallel=True),
+    "bert": BERT,
+    "roberta": BERT,
+    "openai-gpt": replace(GPT, norms=(None, "ln_1"), on_stream=(False, True), closing="ln_2"),
+    "doge": Truth(skips=("input_residual", "post_attention_residual")),
     "granite": Truth(multiplier=0.4),
 }
-BIASLESS = {"mistral", "qwen3", "phi3", "mpt", "gemma", "gemma2", "gemma3_text", "olmo2", "cohere", "granite"}
+BIASLESS = {
+    "mistral",
+    "qwen3",
+    "phi3",
+    "mpt",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "cohere",
+    "granite",
+    "doge",
+}
 ONE_VALUE_HEAD = {"falcon"}
 
 
@@ -122,8 +151,23 @@ def compose(view: LayerView, x):
     a = branch(
         x, view.attention_norm, view.attention_module, view.attention_post_norm, view.attention_multiplier
     )
-    at = x if view.parallel else x + a
-    return x + a + branch(at, view.ffn_norm, view.ffn_module, view.ffn_post_norm, view.ffn_multiplier)
+
+    def beside(x, norm, on_stream, skip):
+        return skip * (norm(x) if on_stream else x)
+
+    at = x if view.parallel else beside(x, view.attention_norm, view.norms_on_stream[0], view.skips[0]) + a
+    f = branch(at, view.ffn_norm, view.ffn_module, view.ffn_post_norm, view.ffn_multiplier)
+    total = beside(at, view.ffn_norm, view.norms_on_stream[1], view.skips[1]) + f
+    total = total + a if view.parallel else total
+    return total if view.closing_norm is None else view.closing_norm(total)
+
+
+def real_sum(view: LayerView, x):
+    """The layer put together from the view's real branches and the real modules that the stream passes."""
+    a = view.attention_branch(x)
+    at = x if view.parallel else view.beside_attention(x) + a
+    total = view.beside_ffn(at) + view.ffn_branch(at) + (a if view.parallel else 0)
+    return total if view.closing_norm is None else view.closing_norm.module(total)
 
 
 def contract(view: LayerView, seen: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -137,12 +181,7 @@ def contract(view: LayerView, seen: dict[str, torch.Tensor]) -> dict[str, float]
         "ffn": relative(view.ffn(seen["ffn_in"]) - seen["ffn_out"], seen["ffn_out"]),
         "composed": relative(compose(view, x) - seen["y"], added),
         "layer": relative(view.layer(x) - seen["y"], added),
-        "branches": relative(
-            view.attention_branch(x)
-            + view.ffn_branch(x if view.parallel else x + view.attention_branch(x))
-            - added,
-            added,
-        ),
+        "branches": relative(real_sum(view, x) - seen["y"], added),
     }
 
 
@@ -172,7 +211,8 @@ def test_both_branches_change_the_hidden_state(case):
         seen = observe(model, truth, number)
         x, branch = seen["x"], layer_view(model, number)
         assert branch.attention_branch(x).norm() > 0.3 * x.norm()
-        assert branch.ffn_branch(x).norm() > 0.3 * x.norm()
+        at = x if branch.plain_stream else branch.beside_attention(x) + branch.attention_branch(x)
+        assert branch.ffn_branch(at).norm() > 0.3 * at.norm()
 
 
 def test_contract(case):
@@ -193,8 +233,19 @@ def test_structure(case):
     assert names(view.attention_norm, view.ffn_norm) == truth.norms
     assert names(view.attention_post_norm, view.ffn_post_norm) == truth.post_norms
     assert (view.ffn.v is not None) == truth.gated
+    assert view.norms_on_stream == truth.on_stream
+    assert names(view.closing_norm) == (truth.closing,)
+    assert view.plain_stream == (truth.closing is None and truth.skips is None)
     assert view.attention_multiplier == pytest.approx(truth.multiplier, abs=1e-6)
     assert view.ffn_multiplier == pytest.approx(truth.multiplier, abs=1e-6)
+
+
+def test_coefficients_of_the_stream(case):
+    _, truth, model, _, view = case
+    layer = decoder_layers(model)[NUMBER - 1]
+    for skip, name in zip(view.skips, truth.skips or (None, None), strict=True):
+        expected = torch.tensor(1.0) if name is None else getattr(layer, name)
+        assert torch.allclose(torch.as_tensor(skip), expected, atol=1e-5)
 
 
 def with_branch(view, side, **changes):
@@ -248,6 +299,18 @@ def broken_twins(name, view):
             yield "a post-norm skipped", with_branch(view, side, post_norm=None)
         if getattr(view.wiring, side).multiplier != 1.0:
             yield "a multiplier ignored", with_branch(view, side, multiplier=1.0)
+        if torch.is_tensor(getattr(view.wiring, side).skip):
+            yield "a coefficient of the stream ignored", with_branch(view, side, skip=1.0)
+        if getattr(view.wiring, side).on_stream:
+            yield "a norm of the stream skipped", with_branch(view, side, on_stream=False)
+    closing = view.closing_norm
+    if closing is not None:
+        for wrong in (
+            None,
+            replace(closing, gain=torch.ones_like(closing.gain)),
+            replace(closing, bias=torch.zeros_like(closing.bias)),
+        ):
+            yield "a norm of the stream skipped", replace(view, wiring=replace(view.wiring, closing=wrong))
 
 
 def test_broken_twins_fail(case):
@@ -261,6 +324,8 @@ def test_broken_twins_fail(case):
             verdict(twin.probe, twin.wiring, errors)
     assert ("a bias dropped" in kinds) == (name not in BIASLESS)
     assert ("a post-norm skipped" in kinds) == (truth.post_norms != (None, None))
+    assert kinds.count("a norm of the stream skipped") == (4 if truth.closing else 0)
+    assert kinds.count("a coefficient of the stream ignored") == (2 if truth.skips else 0)
     assert ("a multiplier ignored" in kinds) == (truth.multiplier != 1.0)
 
 
