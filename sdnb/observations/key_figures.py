@@ -43,7 +43,7 @@ def settings(record: Record) -> dict[str, str]:
         seen = {entry["layer"] for entry in record.values["matrices"].values()}
         found["layers"] = "matrices of every layer"
         if len(seen) != record.provenance.get("layers", len(seen)):
-            found["layers"] = f"matrices of {len(seen)} layers only"
+            found["layers"] = f"matrices of {len(seen)} of {record.provenance['layers']} layers"
     return found
 
 
