@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -18,53 +17,53 @@ from sdnb.errors import SdnbError
 
 LOGGER = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"
-RECORDS, MODELS = "records", "book/models.yaml"  # where `sdnb book` stages them
+RECORDS = "records"  # where `sdnb book` stages them
 
 
 class RecordRole(SphinxRole):
-    """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of this build, formatted.
+    """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of the book, formatted.
 
-    A list's entry is `key[i]`; `key@layers` is the entry of a per-layer list at the first layer that the
-    record's list `layers` names. The page shows the source when the pointer rests on the number. What is
-    missing is a warning, and so a failed build.
+    Within a key, `[i]` is a list's entry and `.` goes one deeper: `rows[1].perplexity`. `key@layers` is the
+    entry of a per-layer list at the first layer that the record's list `layers` names. The page shows the
+    source when the pointer rests on the number. What is missing is a warning, and so a failed build.
 
-    `zoo/neox/01_high_norm_tokens:...` reads the record of another model of the book; a build without that
-    model shows a dash.
+    `zoo/neox/01_high_norm_tokens:...` reads the record of another model. A build without that model shows a
+    dash, and so does a number that the model does not have.
     """
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Return the number as an abbreviation whose explanation names its record."""
+        name, key, form = [*self.text.split(":", 2), "", ""][:3]
+        model, _, template = name.rpartition("/")
+        folder = Path(self.env.srcdir, RECORDS, slug_of(model) if model else "")
+        self.env.note_dependency(str(folder / f"{template}.json" if folder.is_dir() else folder))
+        if model and not folder.is_dir():
+            return [nodes.abbreviation(self.rawtext, "–", explanation=f"{model}: not in this build")], []
         try:
-            name, key, form = [*self.text.split(":", 2), ""][:3]
-            model, _, template = name.rpartition("/")
-            if model and self.is_left_out(model):
-                return [nodes.abbreviation(self.rawtext, "–", explanation=f"{model}: not in this build")], []
-            folder = Path(self.env.srcdir, RECORDS, slug_of(model) if model else "")
-            self.env.note_dependency(str(folder / f"{template}.json"))
             record = records.read(folder.parent, folder.name, template)
-            shown = format(entry(record.values, key), form)
+            shown = self.formatted(record.values, key, form, or_none=bool(model))
         except (SdnbError, KeyError, IndexError, ValueError, TypeError) as problem:
             LOGGER.warning("no number for {record}`%s`: %s", self.text, problem, location=self.get_location())
             return [], []
-        source = f"{template}: {key}, {record.provenance.get('model', 'several models')}"
+        source = f"{template}: {key}, {record.provenance.get('model', 'no single model')}"
         return [nodes.abbreviation(self.rawtext, shown, explanation=source)], []
 
-    def is_left_out(self, model: str) -> bool:
-        """Whether this build has no records of a model that the book's list of models names."""
-        listed = yaml.safe_load(Path(self.env.srcdir, MODELS).read_text(encoding="utf8"))["models"]
-        if model not in [entry["model"] if isinstance(entry, dict) else entry for entry in listed]:
-            raise KeyError(f"{model} is not in {MODELS}")
-        folder = Path(self.env.srcdir, RECORDS, slug_of(model))
-        self.env.note_dependency(str(folder))
-        return not folder.is_dir()
+    @staticmethod
+    def formatted(values: dict, key: str, form: str, or_none: bool) -> str:
+        """The number as text, or a dash where there is none and that is allowed."""
+        if or_none and "@" in key and not values[key.split("@")[1]]:
+            return "–"
+        number = entry(values, key)
+        return "–" if number is None and or_none else format(number, form)
 
 
 def entry(values: dict, key: str) -> object:
-    """Return `values[key]`, one entry of it (`key[i]`), or that of a record's layer (`key@layers`).
+    """Return what a key names in a record's values: `key`, `key[i]`, `key.inner`, or `key@layers`.
 
     Args:
         values: a record's values.
-        key: the key, with `[i]` or `@layers` behind it.
+        key: names joined by dots, each with indices behind it if need be; `@layers` takes the entry of a
+            per-layer list at the first layer of another list.
 
     Returns:
         The value.
@@ -72,13 +71,15 @@ def entry(values: dict, key: str) -> object:
     Raises:
         KeyError: no such key, or no layer in the list that `@` names.
     """
-    if "@" in key:
-        key, layers = key.split("@")
+    key, _, layers = key.partition("@")
+    found = values
+    for name, index in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", key):
+        found = found[name] if name else found[int(index)]
+    if layers:
         if not values[layers]:
             raise KeyError(f"{layers} is empty")
-        return values[key][values[layers][0] - 1]
-    key, _, index = key.rstrip("]").partition("[")
-    return values[key][int(index)] if index else values[key]
+        found = found[values[layers][0] - 1]
+    return found
 
 
 def ship_mathjax(app: Sphinx) -> None:

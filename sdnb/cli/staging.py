@@ -151,7 +151,9 @@ def _records(slug: str, models: list[plan.Model]) -> str:
 
 
 def _figures_and_records(results: Path, models: list[plan.Model]) -> dict[str, Path]:
-    """All models' records, each further one's in a folder of its own, and the first one's figures."""
+    """All models' records, those of no model, each further one's in its own folder; the first one's figures."""
+    from sdnb.records import SCHEMAS
+
     files = {}
     for model in models:
         for path in (results / model.slug).glob("[!.]*"):
@@ -160,6 +162,8 @@ def _figures_and_records(results: Path, models: list[plan.Model]) -> dict[str, P
                 files[f"{_records(model.slug, models)}/{path.name}"] = path
             elif folder and model is models[0]:
                 files[f"{folder}/{path.name}"] = path
+    for name in (name for name, schema in SCHEMAS.items() if schema.scope == "none"):
+        files |= {f"records/{path.name}": path for path in results.glob(f"*/{name}.json")}
     return files
 
 

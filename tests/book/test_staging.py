@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -159,12 +160,31 @@ def test_the_page_on_records_is_the_schema(results):
 def test_a_number_is_found_by_key_index_and_layer():
     entry = extension().entry
     values = {"ratio": 2.5, "angle_deg": [80.0, 8.0, 70.0], "layers": [2, 3], "none": []}
+    values["rows"] = [{}, {"by name, layer 5": {"loss": 0.5}}]
     assert entry(values, "ratio") == 2.5
     assert entry(values, "angle_deg[-1]") == 70.0
     assert entry(values, "angle_deg@layers") == 8.0
+    assert entry(values, "rows[1].by name, layer 5.loss") == 0.5
     for key in ("missing", "angle_deg@none", "angle_deg@missing"):
         with pytest.raises(KeyError):
             entry(values, key)
+
+
+def test_only_another_models_record_may_lack_a_number():
+    formatted = extension().RecordRole.formatted
+    values = {"ratio": 2.5, "none": None, "layers": [], "angle_deg": [1.0]}
+    assert formatted(values, "ratio", ".2f", or_none=False) == "2.50"
+    assert [formatted(values, key, ".1f", or_none=True) for key in ("none", "angle_deg@layers")] == ["–", "–"]
+    for key in ("none", "angle_deg@layers"):
+        with pytest.raises((KeyError, TypeError)):
+            formatted(values, key, ".1f", or_none=False)
+
+
+def test_models_that_prose_names_are_the_zoos():
+    recipes = {f"zoo/{path.stem}" for path in (ROOT / "zoo" / "recipes").glob("*.yaml")}
+    for path in (ROOT / "book").glob("*.md"):
+        named = re.findall(r"\{record\}`([\w/-]+)/\d\d_", path.read_text(encoding="utf8"))
+        assert set(named) <= recipes, path.name
 
 
 def test_docstrings_become_restructured_text():
