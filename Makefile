@@ -13,7 +13,7 @@ BOOK   := book/models.yaml $(if $(MODELS),--only $(MODELS)) --results-dir $(RUNS
 # One thread a process: two or more processes on few cores otherwise fight for them.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false JUPYTER_PLATFORM_DIRS=1
 
-.PHONY: setup book test bench lint clean
+.PHONY: setup book test torture cluster-test bench lint clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,24 @@ book: $(STAMP)
 
 test: $(STAMP)
 	$(QUIET) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Kills of a running sweep at random moments: KILLS of them, or as many as SECONDS allow; SEED draws the moments.
+KILLS   ?= 100
+SECONDS ?= 900
+SEED    ?= 0
+torture: $(STAMP)
+	$(QUIET) $(BIN)/python -m tests.torture --kills $(KILLS) --seconds $(SECONDS) --seed $(SEED)
+
+# Snakemake in a folder of its own, which sees what is installed in $(VENV), and the tests of workflow/.
+CLUSTER := _build/cluster
+cluster-test: $(STAMP)
+	test -x $(CLUSTER)/bin/python || $(BIN)/python -m venv $(CLUSTER)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(CLUSTER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])' \
+	    > $(CLUSTER)/requirements.txt
+	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet -r $(CLUSTER)/requirements.txt
+	$(QUIET) HF_HUB_OFFLINE=1 $(CLUSTER)/bin/python -m pytest tests/workflow
 
 # What takes minutes on a few cores; benchmarks/*.py say what else there is. DEVICE=cuda where there is a GPU.
 DEVICE ?= cpu

@@ -1,0 +1,151 @@
+"""The matrix on Snakemake, on small notebooks: what is run, in which order, and again after a failure."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.tiny import tiny_model
+
+pytest.importorskip("snakemake", reason="Snakemake is an extra of its own: `make cluster-test` runs these")
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nhurdle: str = ""'
+LOG = "import os, time; note = lambda word: open(results_dir + '/log', 'a').write(word + ' ')"
+CELLS = {
+    "01_works": [LOG, "note(f'1:{value}'); time.sleep(0.5); note('1.')"],
+    "02_fails": [
+        LOG, "assert os.path.basename(model) != hurdle, 'too high'", "note('2'); time.sleep(0.5); note('2.')",
+    ],
+    "19_across_models": [LOG, "note('19')"],  # by its name it reads the records of the others
+}  # fmt: skip
+MODELS = """
+models:
+  - model: {folder}/one
+    notebooks: [1, 2, 19]
+    parameters: {{value: 7}}
+  - model: {folder}/two
+    notebooks: [1, 2]
+    parameters: {{hurdle: two}}
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("org")
+    for name in ("one", "two"):
+        tiny_model(folder / name, layers=1)
+    return folder
+
+
+@pytest.fixture
+def place(models, tmp_path):
+    """A folder with templates and a models' file, in which Snakemake is started."""
+    (tmp_path / "templates").mkdir()
+    for name, sources in CELLS.items():
+        make(tmp_path / "templates" / f"{name}.ipynb", sources)
+    (tmp_path / "models.yaml").write_text(MODELS.format(folder=models))
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def make(path: Path, sources: list[str]) -> None:
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+
+
+def start(place: Path, *more: str, config: tuple[str, ...] = ()) -> subprocess.Popen:
+    program = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")]
+    settings = ["--config", "models=models.yaml", "templates=templates", *config]
+    return subprocess.Popen(
+        [*program, "--cores", "2", *more, *settings],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def snakemake(place: Path, *more: str, config: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Exit code and everything said."""
+    process = start(place, *more, config=config)
+    said = process.communicate(timeout=600)[0]
+    return process.returncode, said
+
+
+def log(place: Path) -> list[str]:
+    path = place / "results" / "log"
+    return path.read_text().split() if path.is_file() else []
+
+
+def jobs(said: str) -> int:
+    """How many cells a run of Snakemake has planned."""
+    counts = re.findall(r"^cell +(\d+)$", said, re.M)
+    return int(counts[0]) if counts else 0
+
+
+def folder(place: Path, models: Path, name: str) -> Path:
+    return place / "results" / f"{models.name}__{name}".lower()
+
+
+def test_a_failing_cell_stops_only_what_waits_for_it_and_alone_is_run_again(place, models):
+    code, said = snakemake(place)
+    assert code == 1 and jobs(said) == 5
+    assert sorted(log(place)) == ["1.", "1.", "1:1", "1:7", "2", "2."], "19 waits for the one that failed"
+    failed = folder(place, models, "two")
+    kept = (failed / ".runs" / "02_fails.log").read_text()
+    assert "AssertionError: too high" in kept and "AssertionError: too high" in said
+    assert (failed / "02_fails.failed.ipynb").is_file() and not (failed / "02_fails.ipynb").exists()
+
+    make(place / "templates" / "02_fails.ipynb", [LOG, "note('2')"])  # the other cell of it has changed, too
+    code, said = snakemake(place)
+    assert code == 0 and jobs(said) == 3
+    assert log(place)[6:] == ["2", "2", "19"], "the reader of records comes last"
+    assert not (failed / "02_fails.failed.ipynb").exists()
+
+    code, said = snakemake(place)
+    assert code == 0 and jobs(said) == 0 and len(log(place)) == 9
+    (failed / "01_works.ipynb").unlink()
+    code, said = snakemake(place, "-n")
+    assert code == 0 and jobs(said) == 2 and len(log(place)) == 9
+    code, said = snakemake(place, f"results/{failed.name}/.runs/01_works.done")
+    assert code == 0 and jobs(said) == 1 and log(place)[9:] == ["1:1", "1."]
+
+
+def test_cells_with_a_gpu_take_turns(place):
+    code, _ = snakemake(
+        place, "--set-resources", "cell:gpu=1", "--resources", "gpu=1", config=("notebooks=1",)
+    )
+    assert code == 0
+    assert log(place) in (["1:1", "1.", "1:7", "1."], ["1:7", "1.", "1:1", "1."])
+
+
+def test_what_was_done_before_a_kill_is_not_run_again(place, models):
+    source = "note('2'); time.sleep(value * 100); note('2.')"  # for ever in the model whose value is 7
+    make(place / "templates" / "02_fails.ipynb", [LOG, source.replace("value", "(value - 1)")])
+    process = start(place)
+    deadline = time.monotonic() + 300
+    while log(place).count("2.") < 1 or log(place).count("1.") < 2 or log(place).count("2") < 2:
+        assert time.monotonic() < deadline and process.poll() is None, log(place)
+        time.sleep(0.1)
+    while not (folder(place, models, "two") / ".runs" / "02_fails.json").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert log(place).count("2") == 2 and log(place).count("19") == 0
+    text = (place / "models.yaml").read_text()
+    (place / "models.yaml").write_text(text.replace("value: 7", "value: 1"))
+    code, said = snakemake(place)
+    assert code == 0 and log(place).count("19") == 1
+    assert log(place).count("2") == 3, "only the one that was killed"
+    assert jobs(said) == 3, "with it the notebook whose parameter has changed, and the reader"
