@@ -172,7 +172,8 @@ def _legend(fig: Figure, axes: np.ndarray, used: int) -> None:
     for ax in axes.flat[used:]:
         ax.axis("off")
     if entries:
-        fig.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries), fontsize=8)
+        across = int(fig.get_figwidth() / 1.5)
+        fig.legend(entries.values(), entries, loc="outside lower center", ncols=across, fontsize=8)
 
 
 def _layer_axis(ax: Axes, count: int, first: int) -> None:
