@@ -161,6 +161,27 @@ def model_matrices(model: nn.Module, layers: Sequence[int] | None = None) -> Ite
         yield found
 
 
+def parameters_left_out(model: nn.Module, number: int, matrices: Sequence[WeightMatrix]) -> dict[str, str]:
+    """Names the weights of a layer that none of its matrices reads: experts in one block, routers.
+
+    Args:
+        model: a language model of transformers.
+        number: the layer, 1..L.
+        matrices: what was found in it.
+
+    Returns:
+        "<layer>.<parameter>" -> its shape in words, for parameters of two or more dimensions.
+    """
+    read = {id(matrix.module) for matrix in matrices}
+    layer, found = find_decoder(model).layers[number - 1], {}
+    for name, module in layer.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and id(module) not in read:
+                shape = " x ".join(map(str, parameter.shape))
+                found[f"{number:02d}.{name}.{own}"] = f"{shape}, not one matrix of a known role"
+    return found
+
+
 def _form(layer: nn.Module) -> tuple:
     """What two layers of the same structure have in common: names, classes and shapes of their leaves."""
     leaves = [(name, module) for name, module in layer.named_modules() if not list(module.children())]

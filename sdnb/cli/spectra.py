@@ -78,4 +78,5 @@ def table(values: dict) -> str:
         "nearer to the law than the last column. hard: nearly square, nothing is counted below its bulk."
     )
     lines += [f"layer {number}: {reason}" for number, reason in values["refused"].items()]
+    lines += [f"left out: {name} ({why})" for name, why in values["left_out"].items()]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdnb.anatomy import decoder_layers
-from sdnb.anatomy.matrices import WeightMatrix, layer_matrices_or_reason
+from sdnb.anatomy.matrices import WeightMatrix, layer_matrices_or_reason, parameters_left_out
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.spectra import SpectrumFit, fit_spectrum, noise_distances, singular_values
@@ -56,8 +56,9 @@ def weight_spectra(
         The record of template 14.
     """
     refused: dict[int, str] = {}
-    matrices, arrays = {}, {}
+    matrices, arrays, left_out = {}, {}, {}
     for layer in matrices_of(loaded, layers, refused):
+        left_out |= parameters_left_out(loaded.model, layer[0].layer, layer)
         for matrix in layer:
             values = singular_values(matrix.read())
             fit = fit_spectrum(
@@ -70,6 +71,7 @@ def weight_spectra(
         "false_positive_rate": false_positive_rate,
         "layer_count": len(decoder_layers(loaded.model)),
         "refused": {str(number): reason for number, reason in refused.items()},
+        "left_out": left_out,
     }
     return Observation(values, arrays)
 

@@ -27,6 +27,7 @@ VALUES_14 = (
     Field("false_positive_rate", "probability of any outlier on one side of a matrix of noise"),
     Field("layer_count", "number of layers", kind="integer"),
     REFUSED,
+    Field("left_out", "weights of a layer that no matrix reads, such as experts in one block", kind="notes"),
 )
 ARRAYS_14 = (
     Field("singular_values/<matrix>", "singular values in descending order", ("*",)),

@@ -59,6 +59,8 @@ def weight_spectra(v: dict) -> tuple[str, list]:
     distances = [entry["distance"] / entry["noise_distance"] for entry in entries]
     rows.append(("distance from the law over that of noise, smallest to largest",
                  f"{number(min(distances))} to {number(max(distances))}", published.INITIAL))  # fmt: skip
+    if v["left_out"]:
+        rows.append(("weights that are no matrix of these types, left out", ", ".join(v["left_out"]), ""))
     return sentence, rows + _refused(v)
 
 

@@ -4,12 +4,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from sdnb.anatomy.matrices import check_roles, layer_matrices, model_matrices, replaced_matrices
+from sdnb.anatomy.matrices import (
+    check_roles,
+    layer_matrices,
+    model_matrices,
+    parameters_left_out,
+    replaced_matrices,
+)
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.roles import layer_roles
 from sdnb.anatomy.trace import find_decoder
 from sdnb.errors import LayerRefused
-from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, build
+from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
 
 HEAD = HIDDEN // HEADS
 GATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm",
@@ -136,3 +142,13 @@ def test_replaced_weights_come_back_bit_for_bit(name, dtype):
         raise ZeroDivisionError
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(ids).logits, intact)
+
+
+def test_weights_that_no_matrix_reads_are_named():
+    llama = build("llama")
+    assert parameters_left_out(llama, 1, layer_matrices(llama, 1)) == {}
+    mixture = AutoModel.from_config(AutoConfig.for_model("mixtral", **LLAMA_LIKE, num_local_experts=4))
+    found = layer_matrices(mixture, 2)
+    assert {matrix.kind for matrix in found} == {"q", "k", "v", "o"}
+    left = parameters_left_out(mixture, 2, found)
+    assert any("experts" in name for name in left) and all(name.startswith("02.") for name in left)
