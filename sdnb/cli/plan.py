@@ -10,6 +10,8 @@ from sdnb.errors import ParameterError
 
 LISTS = ("checkpoints", "descendants", "models")
 """Parameters in which a collection names the models beside its own."""
+EXPLORER = "explorer"
+"""The page that writes no record and runs only where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,19 @@ def templates(folder: Path | None) -> list[Path]:
         folder: where they are; None for `notebooks` of the checkout.
 
     Returns:
-        Their paths, in order of number.
+        Their paths, in order of number, and the explorer behind them.
 
     Raises:
         ParameterError: there are none.
     """
     folder = folder or Path(__file__).resolve().parents[2] / "notebooks"
-    there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not there:
+    numbered = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not numbered:
         raise ParameterError(
             f"There are no templates (NN_name.ipynb) in {folder}: run from a checkout that sdnb was "
             "installed from (pip install -e .), or give --templates."
         )
-    return there
+    return [*numbered, *folder.glob(f"{EXPLORER}.ipynb")]
 
 
 def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
@@ -165,7 +167,7 @@ def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
         ParameterError: there is no such template.
     """
     if names is None:
-        return [path for path in there if _about(path)[0] == "model"]
+        return [path for path in there if _about(path)[0] == "model" and path.stem != EXPLORER]
     found = set()
     for name in names:
         matches = [path for path in there if _matches(path, name)]

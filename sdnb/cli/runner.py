@@ -168,6 +168,7 @@ def _products(cell: Cell) -> list[Path]:
     """What a template left under its number: executed notebook, record, arrays, figures."""
     number = cell.template.partition("_")[0]
     found = {*cell.notebook.parent.glob(f"{number}_*"), *cell.record.parent.glob(f"{number}_*")}
+    found.add(cell.notebook)  # the explorer's has no number
     return sorted(path for path in found if path.is_file() and not path.name.endswith(".failed.ipynb"))
 
 

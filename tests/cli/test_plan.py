@@ -222,3 +222,11 @@ def test_a_file_of_models_that_says_something_else_is_refused(tmp_path, text):
 def test_models_that_would_share_a_folder_are_refused(folder):
     with pytest.raises(ParameterError, match="share the results folder org__a"):
         cells(folder, ["org/a", "Org/A"])
+
+
+def test_the_explorer_runs_only_where_it_is_asked_for(folder):
+    cell = nbformat.v4.new_code_cell(PARAMETERS["01_first"], metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=KERNEL), folder / "explorer.ipynb")
+    assert [cell.template for cell in cells(folder)] == ["01_first", "04_fourth"]
+    [explorer] = cells(folder, notebooks=["explorer"])
+    assert explorer.notebook == Path("/out/org__a/explorer.ipynb")
