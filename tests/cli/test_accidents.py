@@ -1,0 +1,130 @@
+"""What is left of a cell when its run is killed, or the disk is full, at a named place, and then resumed.
+
+Kills in the middle of a record are in tests/records, in the middle of a notebook in test_run.py, and a hundred
+at random moments in tests/torture.py.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdnb.cli import plan, runner
+from sdnb.records import files
+from tests.cli.test_run import is_alive, make, slug, wait_until
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at processes in /proc")
+PLACES = [f"{name} {step}" for name in ("01_works.ipynb", "01_works.json") for step in ("written", "renamed")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("org") / "tiny", layers=1)
+
+
+@pytest.fixture
+def cell(model, tmp_path, monkeypatch):
+    """A cell whose notebook is written without a kernel, done once, with a new parameter since then."""
+    make(tmp_path / "01_works.ipynb", [])
+    monkeypatch.setattr("sdnb.cli.execute.execute", execute)
+    old, new = (
+        plan.matrix(plan.models([str(model)]), plan.templates(tmp_path), {"value": n}, tmp_path, tmp_path)[0]
+        for n in (1, 2)
+    )
+    assert runner.run_cell(old, runner.Options()).status == runner.DONE
+    return new
+
+
+def execute(cell, timeout_s) -> dict:
+    files.atomic_write(cell.notebook, str(cell.parameters["value"]).encode())
+    return {}
+
+
+def at(place: str, monkeypatch, accident) -> None:
+    """Let something happen before the temporary file of a name is on the disk, or before it is renamed."""
+    name, step = place.split()
+    fsync, replace = os.fsync, Path.replace
+
+    def written(number):
+        if f".{name}." in str(Path(f"/proc/self/fd/{number}").readlink()):
+            accident()
+        return fsync(number)
+
+    def renamed(self, target):
+        if Path(target).name == name:
+            accident()
+        return replace(self, target)
+
+    if step == "written":
+        monkeypatch.setattr(os, "fsync", written)
+    else:
+        monkeypatch.setattr(Path, "replace", renamed)
+
+
+def temporary_files(cell) -> list[Path]:
+    return list(cell.results.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed_at_a_named_place_is_resumed(cell, monkeypatch, place):
+    with monkeypatch.context() as patch:
+        at(place, patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        child = os.fork()
+        if child == 0:
+            runner.run_cell(cell, runner.Options())
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert cell.notebook.read_text() == ("1" if place.startswith("01_works.ipynb") else "2")
+    assert not runner.is_done(cell) and len(temporary_files(cell)) == 1
+    assert runner.run_cell(cell, runner.Options()).status == runner.DONE
+    assert cell.notebook.read_text() == "2" and not temporary_files(cell)
+    assert runner.run_cell(cell, runner.Options()).status == runner.KEPT
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_full_disk_is_told_and_leaves_nothing(cell, monkeypatch, place):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        at(place, patch, full)
+        outcome = runner.run_cell(cell, runner.Options())
+    assert outcome.status == runner.FAILED and "the disk is full" in outcome.reason
+    assert cell.notebook.read_text() == ("1" if place.startswith("01_works.ipynb") else "2")
+    assert not runner.is_done(cell) and not temporary_files(cell)
+    assert runner.run_cell(cell, runner.Options()).status == runner.DONE
+
+
+def test_a_full_temporary_folder_is_told(cell, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.undo()  # the real execute, which fails before it starts a kernel
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    outcome = runner.run_cell(cell, runner.Options())
+    assert outcome.status == runner.FAILED and "No space left" in outcome.reason
+    assert cell.notebook.read_text() == "1"
+
+
+def test_an_interrupted_run_says_so_and_stops_its_kernel(model, tmp_path):
+    (tmp_path / "templates").mkdir()
+    source = "import os, time; open(f'{results_dir}/{os.getpid()} ', 'w'); time.sleep(600)"
+    make(tmp_path / "templates" / "01_works.ipynb", [source])
+    folders = ("--templates", str(tmp_path / "templates"), "--results-dir", str(tmp_path))
+    program = [sys.executable, "-m", "sdnb.cli.main", "run", str(model), *folders]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(tmp_path.glob("* ")) or process.poll() is not None)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out.strip() == "" and err == "sdnb: interrupted; what was finished is kept\n"
+    (mark,) = tmp_path.glob("* ")
+    assert not is_alive(int(mark.name))
+    assert [path.name for path in (tmp_path / slug(model)).iterdir()] == [".runs"]
