@@ -19,10 +19,22 @@ def provenance(model: str, width: int = 16, text: str = TEXT, begin: bool = True
     return facts | sizes | said | more
 
 
+def blank(template: str) -> dict:
+    """Every key that a template must record: zeros, empty lists and texts, None where that is allowed."""
+    empty = {"number": 0.0, "integer": 0, "text": "", "boolean": False, "rows": [], "groups": {}, "notes": {}}
+
+    def value(field: records.Field) -> object:
+        if field.shape:
+            return [0.0] * LAYERS if field.shape == ("L",) else []
+        return None if field.null else empty[field.kind]
+
+    return {field.key: value(field) for field in records.schema_of(template).values if field.required}
+
+
 def norms(results: Path, folder: str, origin: dict, ratio: float = 40.0, explosion=(2,), decay=(3,)) -> None:
     """Record 01: three tokens, the first of which rises to `ratio` times the median at layer 2."""
     length = torch.tensor([[1.0, 1, 1], [2, 2, 2], [2 * ratio, 2, 2], [3, 2, 2]])
-    values = {
+    values = blank("01_high_norm_tokens") | {
         "peak_ratio": ratio, "threshold": None, "explosion_layers": list(explosion),
         "decay_layers": list(decay), "tokens": ["<s>", "a", "b"], "token_ids": [0, 1, 2],
         "high_norm_positions": [0], "peak_norm": 2 * ratio, "median_norm": [2.0, 2.0, 2.0],
@@ -36,8 +48,7 @@ def direction(results: Path, folder: str, origin: dict, angle_deg: float | None 
     vector = torch.zeros(origin["hidden_size"])
     vector[0], vector[1] = (0.0, 0.0) if angle_deg is None else (5 * math.cos(turn), 5 * math.sin(turn))
     count = 0 if angle_deg is None else 4
-    empty = dict.fromkeys(f.key for f in records.schema_of("02_empirical_direction").values if f.null)
-    values = empty | {
+    values = blank("02_empirical_direction") | {
         "high_norm_count": count, "peak_ratio": 40.0, "explosion_layers": [2], "decay_layers": [3],
         "layer_count": LAYERS, "line_count": 2, "initial_count": count, "noninitial_count": 0,
         "noninitial_tokens": [], "mean_pairwise_angle_deg": 3.5 if count else None,
@@ -62,7 +73,7 @@ def singular(results: Path, folder: str, origin: dict, explosion=(2,), method: s
         "ffn_singular_value",
         "ffn_second_singular_value",
     )
-    values = angles | {key: [1.0] * LAYERS for key in keys}
+    values = blank("04_singular_directions") | angles | {key: [1.0] * LAYERS for key in keys}
     values |= {
         "status": ["exact"] * LAYERS, "random_angle_deg": 78.0, "explosion_layers": list(explosion),
         "decay_layers": [3], "method": method, "input_scale": "paper", "refused": {},
@@ -74,9 +85,7 @@ def singular(results: Path, folder: str, origin: dict, explosion=(2,), method: s
 
 def eigen(results: Path, folder: str, origin: dict, explosion=(2,), decay=(3,)) -> None:
     """Record 05: eigenvalues 0.1, 0.6, -7.5 at angles 60, 9, 4."""
-    schema = records.schema_of("05_negative_eigenvalues")
-    values = {f.key: [0.0] * LAYERS for f in schema.values if f.shape == ("L",)}
-    values |= {
+    values = blank("05_negative_eigenvalues") | {
         "angle_deg": [60.0, 9.0, 4.0], "eigenvalue": [0.1, 0.6, -7.5],
         "norm_aware_eigenvalue": [0.0, None, -0.9], "ledger_start": 1.0, "ledger_end": 2.0,
         "nearest_random_angle_deg": 60.0, "explosion_layers": list(explosion), "decay_layers": list(decay),
@@ -86,7 +95,7 @@ def eigen(results: Path, folder: str, origin: dict, explosion=(2,), decay=(3,)) 
 
 
 def spectra(
-    results: Path, folder: str, origin: dict, above=(2, 3), below=(1, None), layers=(1, 2, 3)
+    results: Path, folder: str, origin: dict, above=(2, 3), below=(1, None), layers=(1, 2, 3), **more
 ) -> None:
     """Record 14: one rectangular and one square matrix a layer, with these outliers each."""
     entry = {
@@ -100,7 +109,7 @@ def spectra(
                 "layer": layer, "kind": {"u": "up", "q": "q"}[kind], "shape": shape, "outliers_above": up,
                 "outliers_below": down, "hard_edge": down is None,
             }  # fmt: skip
-    values = {"matrices": matrices, "false_positive_rate": 0.01, "layer_count": LAYERS, "refused": {}}
+    values = blank("14_weight_spectra") | {"matrices": matrices, "false_positive_rate": 0.01} | more
     arrays = {f"singular_values/{name}": torch.ones(2) for name in matrices}
     records.write(results, folder, "14_weight_spectra", values, arrays, origin)
 

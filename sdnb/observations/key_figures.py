@@ -39,6 +39,10 @@ def settings(record: Record) -> dict[str, str]:
     for key, words in _SETTINGS.items():
         if key in record.values:
             found[key] = words.format(record.values[key])
+    if record.values.get("refused"):
+        found["refused"] = f"refused layers: {len(record.values['refused'])}"
+    if record.values.get("left_out"):
+        found["left_out"] = f"without {', '.join(record.values['left_out'])}"
     if "matrices" in record.values:
         seen = {entry["layer"] for entry in record.values["matrices"].values()}
         found["layers"] = "matrices of every layer"

@@ -92,9 +92,12 @@ def test_what_makes_a_row_hard_to_compare_is_noted_there_and_only_there(results,
     assert rows["org/plain"]["note"] == "01, 02: another text"
 
 
-def test_spectra_of_some_layers_are_noted(results):
+def test_spectra_of_a_part_of_the_model_are_noted(results):
     shelf.spectra(results, "org__two", shelf.provenance("org/two"), layers=(2,))
     assert rows_of(results)["org/two"]["note"] == "14: matrices of 1 of 3 layers"
+    part = {"refused": {"3": "why"}, "left_out": {"2.experts": "fused"}}
+    shelf.spectra(results, "org__two", shelf.provenance("org/two"), **part)
+    assert rows_of(results)["org/two"]["note"] == "14: refused layers: 1; 14: without 2.experts"
 
 
 @pytest.mark.parametrize(
