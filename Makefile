@@ -56,6 +56,8 @@ bench: $(STAMP)
 	$(QUIET) $(BIN)/python benchmarks/decompose.py --device $(DEVICE)
 	$(QUIET) $(BIN)/python benchmarks/eigenpair.py --device $(DEVICE)
 	$(QUIET) $(BIN)/python benchmarks/vocabulary.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/spectra.py --device $(DEVICE)
+	$(QUIET) $(BIN)/python benchmarks/model.py --device $(DEVICE)
 	$(QUIET) $(BIN)/python benchmarks/offload.py --device $(DEVICE)
 	$(BIN)/python benchmarks/page.py
 

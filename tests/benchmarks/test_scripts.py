@@ -10,9 +10,9 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def run(name: str, results: Path) -> dict:
+def run(name: str, results: Path, *options: str) -> dict:
     """The record that a script writes at the small shape."""
-    command = [sys.executable, FOLDER / f"{name}.py", "--shape", "small", "--results", results]
+    command = [sys.executable, FOLDER / f"{name}.py", "--shape", "small", "--results", results, *options]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((results / f"{name}-small-cpu.json").read_text(encoding="utf8"))
@@ -59,6 +59,12 @@ def test_spectra(tmp_path):
     ours, *dense = run("spectra", tmp_path)["rows"]
     assert numbers(ours["difference"])[0] < 1e-8
     assert all(numbers(row["difference"])[0] < 1e-5 for row in dense)
+
+
+def test_model(tmp_path):
+    ours, papers = run("model", tmp_path, "--samples", "12000")["rows"]
+    assert ours["scaled"] == papers["scaled"] == 3
+    assert numbers(papers["difference"])[0] < 16  # of 90: sampling noise, half of it with four times the inputs
 
 
 @pytest.mark.slow
