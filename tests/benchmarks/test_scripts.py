@@ -64,7 +64,7 @@ def test_spectra(tmp_path):
 def test_model(tmp_path):
     ours, papers = run("model", tmp_path, "--samples", "12000")["rows"]
     assert ours["scaled"] == papers["scaled"] == 3
-    assert numbers(papers["difference"])[0] < 16  # of 90: sampling noise, half of it with four times the inputs
+    assert numbers(papers["difference"])[0] < 16  # sampling noise, half of it with four times the inputs
 
 
 @pytest.mark.slow
