@@ -45,6 +45,7 @@ def test_every_example_runs_in_the_order_of_the_page(checkout):
     }
     assert (results / "01_norms_2d.svg").is_file()
     assert any("threshold: float" in text for text in said.values()), "the help of the parameters"
+    assert any(re.match(r"model,folder,.*\nzoo/llama,", text) for text in said.values()), "the summary"
     assert any(re.match(r"tensor\(\[", text) for text in said.values()), "two singular values"
 
 
