@@ -45,6 +45,7 @@ def across_models(results_dir: str | Path, *, models: Sequence[str] | None = Non
         empirical directions of equal width. What was not run is None. A row's note says which of its numbers
         were measured with other settings than most models' (in a tie, than the first's).
     """
+    models = [models] if isinstance(models, str) else models
     shelf = _chosen(stored(results_dir), models, results_dir)
     found = [_read(folder, read_all(results_dir, folder, names)) for folder, names in shelf.items()]
     if models is None:

@@ -101,11 +101,10 @@ def _untouched(v: dict) -> dict:
 def _quantized(v: dict) -> dict:
     intact = v["rows"][0]["perplexity"]
     plain, kept = (_rounded(v["rows"], skip) for skip in ("none", "detected"))
-    if intact is None or plain is None:
-        return {"quantization_loss": None, "regained_share": None}
-    loss = plain / intact - 1
-    regained = (plain - kept) / (plain - intact) if kept is not None and loss >= NEGLIGIBLE else None
-    return {"quantization_loss": loss, "regained_share": regained}
+    loss = plain / intact - 1 if intact and plain else None
+    worth = loss is not None and loss >= NEGLIGIBLE and kept is not None
+    regained = (plain - kept) / (plain - intact) if worth else None
+    return {"intact_perplexity": intact, "quantization_loss": loss, "regained_share": regained}
 
 
 def _rounded(rows: list[dict], skip: str) -> float | None:
@@ -133,7 +132,7 @@ def _overlaps(v: dict) -> dict:
 
 def _removed(v: dict) -> dict:
     added = [entry["loss_added"][0] for kind, entry in v["types"].items() if kind != "all"]
-    return {"smallest_block_loss": max(added, default=None)}
+    return {"unpruned_perplexity": v["perplexity_intact"], "smallest_block_loss": max(added, default=None)}
 
 
 _PICKS: dict[str, Callable[[dict], dict]] = {

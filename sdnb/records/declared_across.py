@@ -53,6 +53,7 @@ KEY_FIGURES = {
         Field("perplexity", "perplexity of the untouched model, a token of its own tokenizer", null=True),
     ),
     "12_quantization": (
+        Field("intact_perplexity", "perplexity of the untouched model in this notebook's windows", null=True),
         Field("quantization_loss", "relative rise of the perplexity, every linear module rounded to int8 "
               "with one scale a tensor", null=True),
         Field("regained_share", "share of that rise that the detected skip list gives back; null where the "
@@ -69,6 +70,8 @@ KEY_FIGURES = {
               null=True),
     ),
     "16_removing_singular_values": (
+        Field("unpruned_perplexity", "perplexity of the untouched model in this notebook's windows",
+              null=True),
         Field("smallest_block_loss", "loss a token that removing the smallest singular values adds, in nats, "
               "the largest over matrix types", null=True),
     ),

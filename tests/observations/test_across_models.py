@@ -112,6 +112,7 @@ def test_spectra_of_a_part_of_the_model_are_noted(results):
 def test_quantization_compares_rounding_with_and_without_the_list(intact, plain, kept, loss, regained):
     record = Record("12_quantization", {"rows": shelf.quantized_rows(intact, plain, kept)})
     found = key_figures(record)
+    assert found["intact_perplexity"] == intact
     assert found["quantization_loss"] == (None if loss is None else pytest.approx(loss))
     assert found["regained_share"] == (None if regained is None else pytest.approx(regained))
 
@@ -129,7 +130,8 @@ def test_the_rest_of_the_observations():
     overlaps = {"a": {"overlap_above": 0.2}, "b": {"overlap_above": None}, "c": {"overlap_above": 0.4}}
     assert figures("15_singular_vectors", matrices=overlaps) == {"overlap_above": pytest.approx(0.3)}
     types = {"q": {"loss_added": [0.1, 0.0]}, "up": {"loss_added": [0.4, 9.0]}, "all": {"loss_added": [5.0]}}
-    assert figures("16_removing_singular_values", types=types) == {"smallest_block_loss": 0.4}
+    expected = {"unpruned_perplexity": 8.0, "smallest_block_loss": 0.4}
+    assert figures("16_removing_singular_values", types=types, perplexity_intact=8.0) == expected
 
 
 def test_every_template_of_one_model_has_key_figures_and_they_are_declared():
@@ -140,6 +142,7 @@ def test_every_template_of_one_model_has_key_figures_and_they_are_declared():
 def test_models_are_taken_in_the_order_asked_for(results):
     assert list(rows_of(results)) == ["org/one", "org/plain", "org/two"]
     assert list(rows_of(results, models=["org/two", "org__one"])) == ["org/two", "org/one"]
+    assert list(rows_of(results, models="org/two")) == ["org/two"]
     with pytest.raises(RecordError, match=r"no record of org/none.*there are: org__one, org__plain"):
         across_models(results, models=["org/one", "org/none"])
     with pytest.raises(ParameterError, match=r"empty list"):
