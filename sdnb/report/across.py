@@ -18,10 +18,12 @@ COLUMNS = {
     "norm_aware_eigenvalue": ("norm-aware, decay", ""),
     "exploding_share": ("vocabulary exploding", "%"), "noninitial_share": ("without attention", "%"),
     "first_to_second": ("first to next vector", ""), "sink_rate": ("sink rate", "%"),
-    "perplexity": ("perplexity", ""), "intact_perplexity": ("perplexity", ""), "quantization_loss": ("loss by int8", "%"),
-    "regained_share": ("given back", "%"), "outliers_above": ("outliers above", ""),
+    "perplexity": ("perplexity", ""), "intact_perplexity": ("perplexity", ""),
+    "quantization_loss": ("loss by int8", "%"), "regained_share": ("given back", "%"),
+    "outliers_above": ("outliers above", ""),
     "outliers_below": ("outliers below", ""), "outlier_share": ("share outside", "%"),
-    "overlap_above": ("overlaps above chance", "%"), "unpruned_perplexity": ("perplexity", ""), "smallest_block_loss": ("loss, smallest removed", ""),
+    "overlap_above": ("overlaps above chance", "%"), "unpruned_perplexity": ("perplexity", ""),
+    "smallest_block_loss": ("loss, smallest removed", ""),
 }  # fmt: skip
 """Heads and units of the table's columns."""
 
