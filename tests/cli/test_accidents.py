@@ -1,7 +1,7 @@
 """What is left of a cell when its run is killed, or the disk is full, at a named place, and then resumed.
 
-Kills in the middle of a record are in tests/records, in the middle of a notebook in test_run.py, many at random
-moments in tests/torture.py.
+Kills in the middle of a record are in tests/records, in the middle of a notebook in test_run.py, many at
+random moments in tests/torture.py.
 """
 
 import errno
