@@ -23,11 +23,12 @@ RECORDS = "records"  # where `sdnb book` stages them
 class RecordRole(SphinxRole):
     """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of the book, formatted.
 
-    Within a key, `[i]` is a list's entry and `.` goes one deeper: `rows[1].perplexity`. `key@layers` is the
-    entry of a per-layer list at the first layer that the record's list `layers` names. The page shows the
-    source when the pointer rests on the number. What is missing is a warning, and so a failed build.
+    Within a key, `[i]` is a list's entry, `[name=value]` the first of its objects that says so, and `.` goes
+    one deeper: `rows[1].perplexity`. `key@layers` is the entry of a per-layer list at the first layer that
+    the record's list `layers` names. The page shows the source when the pointer rests on the number. What is
+    missing is a warning, and so a failed build.
 
-    `zoo/neox/01_high_norm_tokens:...` reads the record of another model. A build without that model shows a
+    `zoo/neox/01_high_norm_tokens:...` reads the record of another model. A build without that record shows a
     dash, and so does a number that the model does not have.
     """
 
@@ -36,9 +37,10 @@ class RecordRole(SphinxRole):
         name, key, form = [*self.text.split(":", 2), "", ""][:3]
         model, _, template = name.rpartition("/")
         folder = Path(self.env.srcdir, RECORDS, slug_of(model) if model else "")
-        self.env.note_dependency(str(folder / f"{template}.json" if folder.is_dir() else folder))
-        if model and not folder.is_dir():
-            return [nodes.abbreviation(self.rawtext, "–", explanation=f"{model}: not in this build")], []
+        path = folder / f"{template}.json"
+        self.env.note_dependency(str(path))
+        if model and template in records.SCHEMAS and not path.is_file():
+            return [nodes.abbreviation(self.rawtext, "–", explanation=f"{name}: not in this build")], []
         try:
             record = records.read(folder.parent, folder.name, template)
             shown = self.formatted(record.values, key, form, or_none=bool(model))
@@ -58,7 +60,7 @@ class RecordRole(SphinxRole):
 
 
 def entry(values: dict, key: str) -> object:
-    """Return what a key names in a record's values: `key`, `key[i]`, `key.inner`, or `key@layers`.
+    """Return what a key names in a record: `key`, `key[i]`, `key[name=value].inner`, or `key@layers`.
 
     Args:
         values: a record's values.
@@ -73,8 +75,16 @@ def entry(values: dict, key: str) -> object:
     """
     key, _, layers = key.partition("@")
     found = values
-    for name, index in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", key):
-        found = found[name] if name else found[int(index)]
+    for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
+        column, equals, wanted = inside.partition("=")
+        if name:
+            found = found[name]
+        elif equals:
+            found = next((row for row in found if str(row[column]) == wanted), None)
+            if found is None:
+                raise KeyError(f"no {inside}")
+        else:
+            found = found[int(inside)]
     if layers:
         if not values[layers]:
             raise KeyError(f"{layers} is empty")

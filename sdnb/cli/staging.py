@@ -16,7 +16,7 @@ from sdnb.errors import RecordError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
 CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
-FOLDERS = {".png": "book/figures", ".svg": "book/figures", ".json": "records", ".safetensors": "records"}
+RECORDS, FIGURES = (".json", ".safetensors"), (".png", ".svg")
 BEFORE = "Back matter"  # the part that the further models' parts precede
 
 
@@ -72,7 +72,7 @@ def staged_files(root: Path, results: Path, models: list[plan.Model]) -> dict[st
         others = [other for other in everything if other.template == page.template]
         files[f"{page.name}.ipynb"] = pages.make(content, page, others, main, kept.day if kept else None)
         for path in kept.records if kept else ():
-            files[f"{_records(page.slug, models)}/{path.name}"] = path
+            files |= {f"{folder}/{path.name}": path for folder in _record_folders(page.slug, models)}
     files["_toc.yml"] = _contents(root / "_toc.yml", models[1:], further)
     return files | _figures_and_records(results, models)
 
@@ -145,25 +145,25 @@ def _title(toc: Path, page: Page) -> str:
     return pages.title(json.loads(template.read_text(encoding="utf8")))
 
 
-def _records(slug: str, models: list[plan.Model]) -> str:
-    """The staged folder of a model's records."""
-    return "records" if slug == models[0].slug else f"records/{slug}"
+def _record_folders(slug: str, models: list[plan.Model]) -> list[str]:
+    """Where a model's records are staged; the first one's are found without its name, too."""
+    return [f"records/{slug}", *(["records"] if slug == models[0].slug else [])]
 
 
 def _figures_and_records(results: Path, models: list[plan.Model]) -> dict[str, Path]:
-    """All models' records, those of no model, each further one's in its own folder; the first one's figures."""
+    """The records of all models, those that belong to no model, and the first model's figures."""
     from sdnb.records import SCHEMAS
 
     files = {}
     for model in models:
         for path in (results / model.slug).glob("[!.]*"):
-            folder = FOLDERS.get(path.suffix)
-            if folder == "records":
-                files[f"{_records(model.slug, models)}/{path.name}"] = path
-            elif folder and model is models[0]:
-                files[f"{folder}/{path.name}"] = path
+            if path.suffix in RECORDS:
+                files |= {f"{folder}/{path.name}": path for folder in _record_folders(model.slug, models)}
+            elif path.suffix in FIGURES and model is models[0]:
+                files[f"book/figures/{path.name}"] = path
     for name in (name for name, schema in SCHEMAS.items() if schema.scope == "none"):
-        files |= {f"records/{path.name}": path for path in results.glob(f"*/{name}.json")}
+        found = [path for path in results.glob(f"*/{name}.*") if path.suffix in RECORDS]
+        files |= {f"records/{path.name}": path for path in found}
     return files
 
 
