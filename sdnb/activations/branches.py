@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.parts import Branch, Wiring
+from sdnb.anatomy.probe import Behind, LayerProbe
 from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.wiring import Branch, Wiring, find_wiring
-from sdnb.errors import ParameterError
+from sdnb.anatomy.wiring import find_wiring
+from sdnb.errors import LayerRefused, ParameterError
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,18 @@ def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> lis
             probe = LayerProbe(decoder, number)
             makes[make] = find_wiring(probe), probe.names
         wiring, names = makes[make]
-        branches = (_in_model(branch, names, layer) for branch in (wiring.attention, wiring.ffn))
+        branches = (_in_model(branch, names, layer, number) for branch in (wiring.attention, wiring.ffn))
         found.append(LayerModules(number, layer, *branches, wiring.parallel))
     return found
 
 
-def _in_model(branch: Branch, names: dict[nn.Module, str], layer: nn.Module) -> BranchModules:
+def _in_model(branch: Branch, names: dict[nn.Module, str], layer: nn.Module, number: int) -> BranchModules:
     """The modules of the real layer that have the names of the copy's."""
+    if not branch.entries:  # a layer that is attention only: a hook on a module that never runs does nothing
+        return BranchModules((), None, nn.Identity())
+    if any(isinstance(entry, Behind) for entry in branch.entries):
+        reason = "a gate stands between its norm and its input: no module reads what the norm gives"
+        raise LayerRefused(number, branch.name, reason)
     return BranchModules(
         tuple(layer.get_submodule(names[module]) for module in branch.entries),
         None if branch.norm is None else layer.get_submodule(branch.norm.name),

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from sdnb.anatomy.calls import Seen
 from sdnb.anatomy.norms import Norm, measure_norm
-from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.probe import ROWS_AT_ONCE, Behind, LayerProbe
 from sdnb.errors import LayerRefused
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
+FIT_ROWS = 32  # rows for each column of a matrix that has to be fitted
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class AttentionMatrix:
             gain, without the divisor that depends on the data, as norms before branches are in the paper.
         bias: the answer to zero, shape (d,).
         inner_norms: the norms inside attention that were taken by their gains; none as a rule.
+        residual: None where the matrix was read off the module; where it was fitted, what the fit leaves,
+            relative to the module's answers.
     """
 
     matrix: Tensor
     bias: Tensor
     inner_norms: tuple[Norm, ...] = ()
+    residual: float | None = None
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The affine map.
@@ -51,7 +55,7 @@ class AttentionMatrix:
             1 / k, with k the coefficient for which k (matrix u) is nearest to real - bias, shape (n, 1); ones
             without inner norms.
         """
-        if not self.inner_norms:
+        if not self.inner_norms:  # a fitted matrix has them in it, divisors and all
             return torch.ones_like(rows[:, :1])
         linear = rows @ self.matrix.T
         return linear.square().sum(1, keepdim=True) / (linear * (real - self.bias)).sum(1, keepdim=True)
@@ -189,7 +193,10 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
 
 @torch.no_grad()
 def read_attention(
-    probe: LayerProbe, entries: Sequence[nn.Module], exit: nn.Module, inner_norms: tuple[Norm, ...] = ()
+    probe: LayerProbe,
+    entries: Sequence[nn.Module | Behind],
+    exit: nn.Module,
+    inner_norms: tuple[Norm, ...] = (),
 ) -> AttentionMatrix:
     """Reads attention's matrix off the real module: its answers to the basis, less its answer to zero.
 
@@ -207,3 +214,38 @@ def read_attention(
         bias = probe.feed(entries, exit, torch.zeros_like(eye[:1]))[0]
         matrix = (probe.feed(entries, exit, eye) - bias).T.contiguous()
     return AttentionMatrix(matrix, bias, inner_norms)
+
+
+@torch.no_grad()
+def fit_attention(
+    probe: LayerProbe, entries: Sequence[nn.Module | Behind], exit: nn.Module, seed: int = 6
+) -> AttentionMatrix:
+    """Fits the matrix of an attention that is none (gates, sinks, clips): least squares on Gaussian rows.
+
+    min E |attention(u) - matrix u - bias|^2 over u ~ N(0, I), which is how the paper fits an FFN.
+
+    Args:
+        probe: the layer.
+        entries: the attention module of its copy.
+        exit: the module whose output is attention's.
+        seed: of the rows.
+
+    Returns:
+        The matrix, the bias and what they leave unexplained.
+    """
+    d = probe.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.randn(ROWS_AT_ONCE, d, generator=generator) for _ in range(-(-FIT_ROWS * d // ROWS_AT_ONCE))
+    ]
+    moments, products, square, count = 0.0, 0.0, 0.0, ROWS_AT_ONCE * len(rows)
+    for u in rows:
+        u = u.to(probe.device)
+        real = probe.feed(entries, exit, u).double()
+        given = torch.cat([u, torch.ones_like(u[:, :1])], dim=1).double()
+        moments, products = moments + given.T @ given, products + given.T @ real
+        square += real.square().sum()
+    solution = torch.linalg.solve(moments, products)
+    left = (square - (solution * products).sum()).clamp(min=0) * count / (count - d - 1)
+    matrix, bias = solution[:-1].T.float().contiguous(), solution[-1].float()
+    return AttentionMatrix(matrix, bias, (), (left / square).sqrt().item())

@@ -8,9 +8,9 @@ import torch
 from sdnb.anatomy.attention import AttentionMatrix, read_attention
 from sdnb.anatomy.check import measure, verdict
 from sdnb.anatomy.norms import Norm
+from sdnb.anatomy.parts import Wiring
 from sdnb.anatomy.view import LayerView
 from sdnb.anatomy.weights import is_linear
-from sdnb.anatomy.wiring import Wiring
 from sdnb.errors import LayerRefused
 
 SIDES = ("attention", "ffn")
@@ -48,7 +48,8 @@ def broken_wirings(view: LayerView) -> Iterator[tuple[str, Wiring]]:
         yield kind, replace(wiring, closing=norm)
     if wiring.closing is not None:
         yield "norm of the stream skipped", replace(wiring, closing=None)
-    yield "serial for parallel", replace(wiring, parallel=not wiring.parallel)
+    if wiring.ffn.entries:
+        yield "serial for parallel", replace(wiring, parallel=not wiring.parallel)
 
 
 def _broken_norms(norm: Norm | None) -> Iterator[tuple[str, Norm]]:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
 from sdnb.anatomy.ffn import FFNFormula, ffn_error
+from sdnb.anatomy.parts import Branch, Wiring, additions, module_output
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import relative
-from sdnb.anatomy.wiring import Branch, Wiring, additions, module_output
 from sdnb.errors import LayerRefused
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
+FIT_HOLDS = 1.2  # times what a fit left, on rows that it has not seen
 APPROXIMATE = 0.7  # above it the matrix explains less than half of the squared length of attention's output
 
 
@@ -67,15 +68,22 @@ def composed(probe: LayerProbe, branch: Branch, x: Tensor) -> Tensor:
 def reading_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
     """How far attention's matrix and bias are from the real module where they were read.
 
+    Where they were fitted, new rows must leave no more than the fit left.
+
     Args:
         probe: the layer.
         wiring: its wiring.
         affine: the matrix and the bias.
 
     Returns:
-        The larger of the two errors, relative to the module's answers.
+        The larger of the two errors, relative to the module's answers; 0 for a fit that holds.
     """
     d = probe.hidden_size
+    if affine.residual is not None:
+        rows = torch.randn(8 * d, d, generator=torch.Generator().manual_seed(7)).to(probe.device)
+        real = module_output(probe, wiring.attention, rows)
+        left = relative(affine(rows) - real, real)
+        return 0.0 if left < FIT_HOLDS * affine.residual else left
     some = torch.randperm(d, generator=torch.Generator().manual_seed(5))[:8].to(probe.device)
     rows = torch.cat([torch.zeros(1, d, device=probe.device), torch.eye(d, device=probe.device)[some]])
     with probe.altered(linearised(affine.inner_norms)):
@@ -120,7 +128,7 @@ def layer_error(probe: LayerProbe, wiring: Wiring) -> float:
     out, real = wiring.summed(x, a, y, composed(probe, wiring.ffn, y), real=False), probe.rows(x)
     zero = torch.zeros_like(x)
     stream = wiring.summed(x, zero, wiring.attention.beside(x, real=False), zero, real=False)
-    pairs = ((a, real_a), (f, real_f), (out - stream, real - stream))
+    pairs = [(a, real_a), (out - stream, real - stream)] + [(f, real_f)] * bool(wiring.ffn.entries)
     return max(relative(ours - real, real) for ours, real in pairs)
 
 

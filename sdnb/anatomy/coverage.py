@@ -3,7 +3,8 @@
 from collections import Counter
 
 from sdnb.anatomy.broken import broken_views, caught
-from sdnb.anatomy.small_configs import HEADS, small_model
+from sdnb.anatomy.overrides import NO_SPECIAL_CASE, OUT_OF_SCOPE
+from sdnb.anatomy.small_configs import FORMS, HEADS, small_model
 from sdnb.anatomy.trace import decoder_layers
 from sdnb.anatomy.view import LayerView, layer_view
 from sdnb.errors import ModelError, SdnbError
@@ -19,18 +20,23 @@ def cover(kind: str) -> dict:
 
     Returns:
         `status` ("exact", "approximate", "sampled", "refused", "unbuilt"; of several layers the worst
-        that was taken), `reason`, the numbers of the `layers` taken `of` how many, attention's `error` on
-        normed rows and `error_far` on their sums and multiples, and for an exact layer `twins`:
-        kind of damage -> [caught, tried].
+        that was taken), `reason`, for a refusal whether it is `out_of_scope`, the numbers of the `layers`
+        taken `of` how many, attention's `error` on normed rows and `error_far` on their sums and multiples,
+        the `form` it was built in where there are others, and for an exact layer `twins`: kind of damage ->
+        [caught, tried].
     """
     try:
         model = small_model(kind)
     except ModelError as error:
+        named = (OUT_OF_SCOPE | NO_SPECIAL_CASE).get(kind)
+        if named is not None:
+            return {"status": "refused", "out_of_scope": kind in OUT_OF_SCOPE, "reason": named}
         return {"status": "unbuilt", "reason": str(error)}
+    refused = {"status": "refused", "out_of_scope": kind in OUT_OF_SCOPE}
     try:
         layers = len(decoder_layers(model))
     except SdnbError as error:
-        return {"status": "refused", "reason": str(error)}
+        return refused | {"reason": str(error)}
     views: list[LayerView] = []
     reasons: list[str] = []
     for number in range(1, layers + 1):
@@ -39,8 +45,9 @@ def cover(kind: str) -> dict:
         except SdnbError as error:
             reasons.append(str(error))
     row: dict = {"reason": reasons[0] if reasons else None, "of": layers}
+    row |= {"form": FORMS[kind]} if kind in FORMS else {}
     if not views:
-        return {"status": "refused", **row}
+        return refused | row
     row["status"] = next(status for status in WORST_FIRST if any(view.status == status for view in views))
     row["layers"] = [view.number for view in views]
     row["error"] = max(view.errors.attention for view in views)

@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
+from sdnb.anatomy.parts import Wiring, module_output
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import relative
 from sdnb.anatomy.weights import is_linear, linear_weight
-from sdnb.anatomy.wiring import Wiring, module_output
 
 RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
 
@@ -193,6 +193,9 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
     Returns:
         The formula; None if no candidate reproduces the real module.
     """
+    if not wiring.ffn.entries:  # a layer that is attention only: no units
+        none = torch.zeros(0, probe.hidden_size, device=probe.device)
+        return FFNFormula(none, None, None, None, nn.functional.relu, none.T, None)
     seen = probe.watch(probe.states(seed=3)[:, None])
     parts = linear_parts(wiring, seen)
     if parts is None:
@@ -227,6 +230,8 @@ def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tens
     Returns:
         The largest relative error.
     """
+    if not wiring.ffn.entries:
+        return 0.0
     random = torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)).to(rows.device)
     u = torch.cat([random, rows, 8 * rows])
     real = module_output(probe, wiring.ffn, u, wiring.stand_in)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ CALLS_KEPT = 8  # recorded arguments, by shape
 
 class _SeenEnough(Exception):
     """Ends a run of the layer that has shown what was asked for."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The place behind a module, where rows are put by replacing its output.
+
+    Args:
+        module: a submodule of the copy.
+    """
+
+    module: nn.Module
 
 
 class LayerProbe:
@@ -211,7 +223,11 @@ class LayerProbe:
             yield
 
     def feed(
-        self, entries: Sequence[nn.Module], exit: nn.Module, rows: Tensor, stand_in: Seen | None = None
+        self,
+        entries: Sequence[nn.Module | Behind],
+        exit: nn.Module,
+        rows: Tensor,
+        stand_in: Seen | None = None,
     ) -> Tensor:
         """What comes out of one real module when rows are put in place of the input of others.
 
@@ -219,7 +235,7 @@ class LayerProbe:
         to its attention and its FFN.
 
         Args:
-            entries: the modules whose input is replaced.
+            entries: the modules whose input is replaced, and places behind modules.
             exit: the module whose output is returned; the run ends there.
             rows: one-token sequences, shape (n, d).
             stand_in: an expensive module to be left out of the run: it returns zeros.
@@ -244,8 +260,12 @@ class LayerProbe:
             raise _SeenEnough
 
         with ExitStack() as stack:
-            for module in entries:
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for entry in entries:
+                if isinstance(entry, Behind):
+                    place = entry.module.register_forward_hook(lambda *_: rows[:, None])
+                else:
+                    place = entry.register_forward_pre_hook(enter, with_kwargs=True)
+                stack.callback(place.remove)
             stack.callback(exit.register_forward_hook(leave).remove)
             if stand_in is not None:
                 stack.enter_context(replaced_forward({stand_in.module: _silent(stand_in, len(rows))}))

@@ -48,6 +48,7 @@ INDEXED = {**ROTATED_PART, "num_key_value_heads": HEADS}  # keys and values are 
 HEAD_SIZE = {"head_dim": 16}
 GLOBAL_SIZE = {"hidden_size_global": 64}
 ROTATION = {"rope_type": "default", "rope_theta": 1e4}
+ONE_BOOK = {"num_codebooks": 1}
 DECODER = {"is_decoder": True}  # an encoder unless told otherwise
 MIXED = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
 CONVOLVED = {"layer_types": ["conv", "full_attention", "conv"]}
@@ -64,9 +65,11 @@ OWN: dict[str, dict] = {
     "lfm2": CONVOLVED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 2},
     "lfm3": {"layer_types": ["full_attention"] * 3},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
+    # without experts, as its smaller models are
+    "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["mamba", "attention", "attention"]},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention", "mlp"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention", "attention"]},
+    "bailing_hybrid": {**ROTATED_PART, **MIXED},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
@@ -90,8 +93,12 @@ OWN: dict[str, dict] = {
         "zero_expert_num": 1, "n_routed_experts": 4, "moe_topk": 2,
     },
     "kimi_linear": {
-        **INDEXED, "linear_num_heads": HEADS, "linear_head_dim": 16, "num_experts_per_token": 2,
+        **INDEXED, **MIXED, "linear_num_heads": HEADS, "linear_head_dim": 16, "num_experts_per_token": 2,
     },
+    # per-layer inputs depend on the token; its larger models have none
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    # one book of codes, so that a token is a token
+    **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), ONE_BOOK),
     "zaya": {"num_experts_per_tok": 1},  # it routes to one expert only
     "falcon_h1": {"mamba_d_ssm": 128},
     # experts are left out unless their numbers are given
@@ -107,6 +114,16 @@ OWN: dict[str, dict] = {
     "blt": {"encoder_hash_byte_group_vocab": 100},
     **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), GLOBAL_SIZE),
 }  # fmt: skip
+
+
+# which of its forms a type was built in, where that decides the verdict
+ONE_CODE = "one book of codes; with several, a token is several ids"
+FORMS = {
+    **dict.fromkeys(("musicgen", "musicgen_melody"), f"the decoder alone, with {ONE_CODE}"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), "without inputs for each layer, which depend on the token"),
+    "granitemoehybrid": "without experts; beside them, its shared FFN makes a third branch",
+}
+DECODER_OF = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
 def causal_types() -> list[str]:
@@ -149,6 +166,17 @@ def options_of(config_class: type[PretrainedConfig], kind: str, depth: int = 0) 
     return options | OWN.get(kind, {})
 
 
+def _config(kind: str) -> PretrainedConfig:
+    """The small configuration of a type; one of a whole is made of those of its parts."""
+    config_class = CONFIG_MAPPING[kind]
+    if kind not in DECODER_OF:
+        return config_class(**options_of(config_class, kind))
+    config = config_class()
+    part = getattr(config, DECODER_OF[kind])
+    setattr(config, DECODER_OF[kind], type(part)(**options_of(type(part), part.model_type)))
+    return config
+
+
 @torch.no_grad()
 def redraw_model(model: nn.Module, seed: int = 0) -> None:
     """Redraws every parameter: gains around 1 (around 0 where they start there), biases, and weights.
@@ -163,7 +191,9 @@ def redraw_model(model: nn.Module, seed: int = 0) -> None:
         if parameter.ndim < 2:
             parameter.copy_(0.3 * noise + (1.0 if parameter.float().mean() > 0.5 else 0.0))
         else:
-            parameter.copy_(noise * 1.2 / min(parameter.shape[-2:]) ** 0.5)
+            narrow, wide = sorted(parameter.shape[-2:])
+            few = 8 * narrow <= wide  # the gates of heads and experts, which are not to saturate
+            parameter.copy_(noise * 1.2 / (wide if few else narrow) ** 0.5)
 
 
 def small_model(kind: str) -> PreTrainedModel:
@@ -179,14 +209,16 @@ def small_model(kind: str) -> PreTrainedModel:
         ModelError: it cannot be built small; the message says why.
     """
     try:
-        config_class = CONFIG_MAPPING[kind]
-        config = config_class(**options_of(config_class, kind))
+        config, build = _config(kind), AutoModelForCausalLM.from_config
+        if kind in DECODER_OF:  # the mapping has the class of the decoder, the configuration of the whole
+            build = AutoModelForCausalLM._model_mapping[type(config)]._from_config
+            config = getattr(config, DECODER_OF[kind])
         with torch.device("meta"):
-            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            count = sum(p.numel() for p in build(config).parameters())
         if count > MOST_PARAMETERS:
             raise ModelError(f"the small configuration has {count / 1e6:.0f} million parameters")
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = build(config, dtype=torch.float32).eval()
         redraw_model(model)
     except Exception as error:  # configurations and models raise whatever they like
         lines = str(error).split("\n")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import RUN_ERRORS, Call, replaced_forward, unwrap
-from sdnb.anatomy.overrides import REFUSED_TYPES
+from sdnb.anatomy.overrides import LAYERS_ONLY, NO_SPECIAL_CASE, OUT_OF_SCOPE
 from sdnb.errors import LayerRefused, ModelError
 
 
@@ -106,6 +106,20 @@ def first_call(model: nn.Module, layer: nn.Module, ids: Tensor) -> tuple[Call, o
     return seen[0] if seen else None
 
 
+def named_refusal(model: nn.Module) -> str | None:
+    """Why a model's type is refused by name.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The reason, or None.
+    """
+    kinds = (model.config.model_type, model.config.get_text_config().model_type)
+    known = OUT_OF_SCOPE | NO_SPECIAL_CASE
+    return next((known[kind] for kind in kinds if kind in known), None)
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """Finds the decoder layers: the largest module list whose members turn hidden states into hidden states.
 
@@ -124,9 +138,9 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder: a decoder-only language model is needed"
         )
-    kind = model.config.get_text_config().model_type
-    if kind in REFUSED_TYPES:
-        raise ModelError(f"{type(model).__name__} is refused: {REFUSED_TYPES[kind]}")
+    reason = named_refusal(model)
+    if reason is not None and model.config.get_text_config().model_type not in LAYERS_ONLY:
+        raise ModelError(f"{type(model).__name__} is refused: {reason}")
     ids = torch.full((1, 3), plain_token(model))
     for stack in stacks(model):
         try:

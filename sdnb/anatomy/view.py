@@ -1,17 +1,20 @@
 """One decoder layer as linear algebra sees it, read off the real modules and checked against them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.attention import AttentionMatrix, read_attention
-from sdnb.anatomy.check import Errors, measure, verdict
+from sdnb.anatomy.attention import AttentionMatrix, fit_attention, read_attention
+from sdnb.anatomy.check import EXACT, Errors, measure, verdict
+from sdnb.anatomy.experts import find_expert
 from sdnb.anatomy.ffn import FFNFormula, recognise_ffn
 from sdnb.anatomy.norms import Norm
+from sdnb.anatomy.parts import Wiring, additions, branch_output, module_output
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.wiring import Wiring, additions, branch_output, find_wiring, module_output
+from sdnb.anatomy.wiring import find_wiring
 from sdnb.errors import LayerRefused
 
 
@@ -31,6 +34,7 @@ class LayerView:
         errors: what the check measured.
         status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
             feed-forward formula is not recognised; "refused" only where the check was told not to raise.
+        expert: the one expert that stands for the FFN, from `of_expert`; None as a rule.
     """
 
     probe: LayerProbe
@@ -39,6 +43,7 @@ class LayerView:
     ffn: FFNFormula | None
     errors: Errors
     status: str
+    expert: Callable[[Tensor], Tensor] | None = None
 
     @property
     def number(self) -> int:
@@ -57,7 +62,10 @@ class LayerView:
 
     @property
     def attention_matrix(self) -> Tensor:
-        """W_O rep(W_V), shape (d, d): attention on one-token sequences, without bias and without gains."""
+        """W_O rep(W_V), shape (d, d): attention on one-token sequences, without bias and without gains.
+
+        Where attention is no matrix (gates, sinks, clips) it is the least-squares fit on Gaussian rows.
+        """
         return self.affine.matrix
 
     @property
@@ -166,7 +174,22 @@ class LayerView:
         Returns:
             Its output before post-norm and multiplier, shape (n, d).
         """
+        if self.expert is not None:
+            return self.expert(u)
         return module_output(self.probe, self.wiring.ffn, u, self.wiring.stand_in)
+
+    def of_expert(self, number: int) -> "LayerView":
+        """The same layer with one expert of its mixture, with weight 1, in the FFN's place.
+
+        Its linear fit, from samples as that of the whole mixture, is the F of this expert.
+
+        Args:
+            number: the expert, from 0 as the router counts.
+
+        Returns:
+            The view; `layer` and `ffn_branch` remain those of the real layer with all its experts.
+        """
+        return replace(self, expert=find_expert(self.probe, self.wiring, number))
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What attention adds to one-token sequences, on the real modules; differentiable.
@@ -245,6 +268,11 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     affine = read_attention(probe, wiring.attention.entries, wiring.attention.exit, wiring.inner_norms)
     ffn = recognise_ffn(probe, wiring)
     errors = measure(probe, wiring, affine, ffn)
+    if not max(errors.attention, errors.linearity) < EXACT:
+        fitted = fit_attention(probe, wiring.attention.entries, wiring.attention.exit)
+        better = measure(probe, wiring, fitted, ffn)
+        if better.attention < errors.attention:
+            affine, errors = fitted, better
     try:
         status = verdict(probe, wiring, errors)
     except LayerRefused:

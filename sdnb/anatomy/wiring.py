@@ -1,6 +1,6 @@
 """How a layer is put together: its two branches, what stands before and behind each, and how they add up."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -9,102 +9,12 @@ from torch import Tensor, nn
 from sdnb.anatomy.attention import find_attention
 from sdnb.anatomy.calls import Seen, outermost, same
 from sdnb.anatomy.norms import Norm, after, before, measure_norm, norms_of
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import TOLERANCE, Places, coefficients, find_passages, silencers, streams
+from sdnb.anatomy.parts import Branch, Wiring, additions, branch_output
+from sdnb.anatomy.probe import Behind, LayerProbe
+from sdnb.anatomy.residual import TOLERANCE, Places, coefficients, find_passages, silencers
+from sdnb.anatomy.trace import named_refusal
 from sdnb.anatomy.weights import is_linear
 from sdnb.errors import LayerRefused
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One branch of a layer, x -> multiplier * post_norm(module(norm(x))), and the stream it is added to.
-
-    Args:
-        name: the module's name in the layer.
-        entries: the submodules whose input is the branch's normed input.
-        exit: the submodule whose output is the module's.
-        silenced: the submodule that, returning zeros, takes the branch out of the layer.
-        norm: what stands before it, or None.
-        post_norm: what stands behind it, or None.
-        multiplier: the fitted coefficient of the branch in the layer's sum, a number or one for each
-            coordinate, (d,).
-        on_stream: whether the residual stream passes `norm` too, as in layers that norm the sum.
-        skip: the fitted coefficient of the stream in the sum, of the same kind.
-    """
-
-    name: str
-    entries: tuple[nn.Module, ...]
-    exit: nn.Module
-    silenced: nn.Module
-    norm: Norm | None
-    post_norm: Norm | None
-    multiplier: float | Tensor = 1.0
-    on_stream: bool = False
-    skip: float | Tensor = 1.0
-
-    def beside(self, x: Tensor, real: bool = True) -> Tensor:
-        """What the residual stream is when the branch is added to it.
-
-        Args:
-            x: the stream before, shape (..., d).
-            real: take the norm's real module, not its measured formula.
-
-        Returns:
-            skip * norm(x) if the norm is on the stream, else skip * x, shape (..., d).
-        """
-        if self.on_stream and self.norm is not None:
-            x = self.norm.module(x) if real else self.norm(x)
-        return self.skip * x
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """A layer: y = beside_a(x) + a(x), closing(beside_f(y) + f(y)), or closing(beside_f(x) + a(x) + f(x)).
-
-    Nearly always the stream passes untouched: x + a(x) + f(x + a(x)), or x + a(x) + f(x).
-
-    Args:
-        attention: the branch a.
-        ffn: the branch f.
-        parallel: which of the two: the second, if True.
-        stand_in: attention's call on one-token sequences.
-        middle: the submodule that reads y (or x, if parallel).
-        closing: the norm of the whole sum, or None.
-        inner_norms: norms inside attention that are taken by their gains.
-    """
-
-    attention: Branch
-    ffn: Branch
-    parallel: bool
-    stand_in: Seen
-    middle: nn.Module
-    closing: Norm | None = None
-    inner_norms: tuple[Norm, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        """Whether the residual stream passes untouched, so that the layer adds its branches to its input."""
-        sides = (self.attention, self.ffn)
-        touched = any(side.on_stream or torch.is_tensor(side.skip) or side.skip != 1.0 for side in sides)
-        return self.closing is None and not touched
-
-    def summed(self, x: Tensor, a: Tensor, y: Tensor, f: Tensor, real: bool = True) -> Tensor:
-        """The layer's output, from what its branches add.
-
-        Args:
-            x: the layer's input, shape (..., d).
-            a: what attention adds.
-            y: the stream that the FFN reads.
-            f: what the FFN adds.
-            real: take norms by their real modules, not by their measured formulas.
-
-        Returns:
-            Shape (..., d).
-        """
-        total = self.ffn.beside(x, real) + a + f if self.parallel else self.ffn.beside(y, real) + f
-        if self.closing is None:
-            return total
-        return self.closing.module(total) if real else self.closing(total)
 
 
 def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
@@ -131,61 +41,6 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
     return norm
 
 
-def module_output(probe: LayerProbe, branch: Branch, rows: Tensor, stand_in: Seen | None = None) -> Tensor:
-    """What a branch's real module does to rows that are already normed.
-
-    Args:
-        probe: the layer.
-        branch: the branch.
-        rows: normed rows, shape (n, d).
-        stand_in: an expensive module to be left out of the run.
-
-    Returns:
-        The module's output before post-norm and multiplier, shape (n, d).
-    """
-    return probe.feed(branch.entries, branch.exit, rows, stand_in)
-
-
-def branch_output(probe: LayerProbe, branch: Branch, x: Tensor, stand_in: Seen | None = None) -> Tensor:
-    """What a branch adds to hidden states, on the real modules.
-
-    Args:
-        probe: the layer.
-        branch: the branch.
-        x: hidden states of one-token sequences, shape (n, d).
-        stand_in: an expensive module to be left out of the run.
-
-    Returns:
-        multiplier * post_norm(module(norm(x))), shape (n, d).
-    """
-    rows = x if branch.norm is None else branch.norm.module(x)
-    out = module_output(probe, branch, rows, stand_in)
-    return branch.multiplier * (out if branch.post_norm is None else branch.post_norm.module(out))
-
-
-@torch.no_grad()
-def additions(
-    probe: LayerProbe, wiring: Wiring, x: Tensor, ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each branch adds to the residual stream in a real pass, where it is added.
-
-    Args:
-        probe: the layer.
-        wiring: its wiring.
-        x: hidden states, shape (n, T, d).
-        ids: token ids, shape (n, T), where the layer's arguments depend on them.
-
-    Returns:
-        What attention adds, what the FFN adds, and the stream that the FFN reads, each of shape (n, T, d).
-    """
-    places = Places(wiring.middle, wiring.closing, wiring.parallel)
-    middle, end = streams(probe, x, places, (), ids)
-    if wiring.parallel:
-        _, quiet = streams(probe, x, places, (wiring.ffn.silenced,), ids)
-        return quiet - wiring.ffn.beside(x), end - quiet, x
-    return middle - wiring.attention.beside(x), end - wiring.ffn.beside(middle), middle
-
-
 @torch.no_grad()
 def find_wiring(probe: LayerProbe) -> Wiring:
     """Finds a layer's branches, norms and multipliers, and whether they are added serially or in parallel.
@@ -197,8 +52,11 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         The wiring; whether it reproduces the layer is for the check to say.
 
     Raises:
-        LayerRefused: the residual stream is not recognised.
+        LayerRefused: the type is refused by name, or the residual stream is not recognised.
     """
+    reason = named_refusal(probe.decoder.model)
+    if reason is not None:
+        raise LayerRefused(probe.number, "layer", reason)
     x = probe.states()
     seen = probe.watch(x[:, None])
     mixer, inner_norms = find_attention(probe)
@@ -213,20 +71,25 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         if s.name and not s.inside(attention) and not attention.inside(s) and s is not projection
     ]
     of_attention, of_ffn = silencers((attention, projection), seen, outside)
-    if not of_ffn:
-        raise LayerRefused(probe.number, "layer", "has no feed-forward branch beside attention")
     output = probe.rows(x)
     last = [s for s in outside if same(s.returned, output) and not same(s.given, output)]
     closing = next((norm for _, norm in norms_of(last, probe.hidden_size)), None)
-    errors = []
-    for silenced in product(of_attention, of_ffn):
-        wiring, error = _wired(probe, x, (attention, projection), silenced, outside, closing)
+    errors, refusals = [], []
+    for silenced in product(of_attention, of_ffn or [None]):
+        try:
+            wiring, error = _wired(probe, x, (attention, projection), silenced, outside, closing)
+        except LayerRefused as refusal:  # something that is no norm stands beside this one; others may do
+            refusals.append(refusal)
+            continue
         errors.append(error)
         if error < TOLERANCE:
             return _with_multipliers(probe, replace(wiring, inner_norms=inner_norms), x)
+    if not errors:
+        raise refusals[0]
+    silent = f"attention and {of_ffn[0].name}" if of_ffn else "attention"
     reason = (
-        f"the residual stream is not recognised: with attention and {of_ffn[0].name} silenced the layer "
-        f"does not return its input, nor its norm or a multiple (error {min(errors):.1e} of what it adds)"
+        f"the residual stream is not recognised: with {silent} silenced the layer does not return its input, "
+        f"nor its norm or a multiple (error {min(errors):.1e} of what it adds)"
     )
     raise LayerRefused(probe.number, mixer.name, reason)
 
@@ -235,27 +98,35 @@ def _wired(
     probe: LayerProbe,
     x: Tensor,
     attention: tuple[Seen, Seen],
-    silenced: tuple[Seen, Seen],
+    silenced: tuple[Seen, Seen | None],
     outside: list[Seen],
     closing: Norm | None,
 ) -> tuple[Wiring, float]:
     """The wiring if these two silence the branches, and how far the stream is from what it says."""
     mixer, projection = attention
+    if silenced[1] is None:
+        return _alone(probe, x, attention, silenced[0], outside, closing)
     # the FFN's input is what its first linear map reads, or the module that is silenced as a whole
-    linears = [s for s in outside if is_linear(s.module)]
+    gated = before(outside, mixer.given)  # may hold linear maps of its own
+    linears = [s for s in outside if is_linear(s.module) and not (gated and s.inside(gated))]
     reader = linears[0] if silenced[1] in linears else silenced[1]
-    entries = outermost([s for s in outside if same(s.given, reader.given)])
-    norms = [before(outside, mixer.given), before(outside, reader.given)]
+    readers = outermost([s for s in outside if same(s.given, reader.given)])
+    norms, entries = [], []
+    for read, modules in ((mixer.given, (mixer,)), (reader.given, readers)):
+        norm = before(outside, read)
+        inner = None if norm is None else _norm_inside(outside, norm, probe.hidden_size)
+        norms.append(inner or norm)
+        entries.append(tuple(s.module for s in modules) if inner is None else (Behind(inner.module),))
     rest = [s for s in outside if s not in norms]  # Bloom's attention returns what the FFN's norm reads
-    posts = [after(rest, projection.returned), after(rest, silenced[1].returned)]
+    exits, posts = zip(*(_behind(rest, call) for call in (projection, silenced[1])), strict=True)
     parts = [norm_of(probe, s) for s in (*norms, *posts)]
     middle = norms[1] or reader
     places = Places(middle.module, closing, same(middle.given, x))
     a, f = (s.module for s in silenced)
     first, second = find_passages(probe, x, places, (parts[0], parts[1]), (a, f))
     branches = (
-        Branch(mixer.name, (mixer.module,), projection.module, a, parts[0], parts[2]),
-        Branch(entries[0].name, tuple(s.module for s in entries), f, f, parts[1], parts[3]),
+        Branch(mixer.name, entries[0], exits[0].module, a, parts[0], parts[2]),
+        Branch(readers[0].name, entries[1], exits[1].module, f, parts[1], parts[3]),
     )
     wired = [
         replace(branch, on_stream=passage.on_stream, skip=passage.skip)
@@ -265,11 +136,50 @@ def _wired(
     return wiring, max(first.error, second.error)
 
 
+def _norm_inside(calls: list[Seen], seen: Seen, d: int) -> Seen | None:
+    """The norm with which a module begins that is none itself; a gate behind it is the branch's."""
+    if norms_of([seen], d):
+        return None
+    inside = [s for s in calls if s is not seen and s.inside(seen) and same(s.given, seen.given)]
+    return next((s for s, _ in norms_of(inside, d)), None)
+
+
+def _behind(calls: list[Seen], exit: Seen) -> tuple[Seen, Seen | None]:
+    """The end of a branch and the norm behind it; what is no norm (a convolution) is in it."""
+    post = after(calls, exit.returned)
+    while post is not None and measure_norm(post) is None:
+        exit, post = post, after(calls, post.returned)
+    return exit, post
+
+
+def _alone(
+    probe: LayerProbe,
+    x: Tensor,
+    attention: tuple[Seen, Seen],
+    silenced: Seen,
+    outside: list[Seen],
+    closing: Norm | None,
+) -> tuple[Wiring, float]:
+    """The wiring of a layer that is attention only (Nemotron-H), as one that is parallel to nothing."""
+    mixer, projection = attention
+    norm = before(outside, mixer.given)
+    exit, post = _behind([s for s in outside if s is not norm], projection)
+    places = Places((norm or mixer).module, closing, True)
+    nothing = Branch("", (), nn.Identity(), nn.Identity(), None, None)
+    _, passage = find_passages(probe, x, places, (None, None), (silenced.module, nothing.silenced))
+    parts = [norm_of(probe, s) for s in (norm, post)]
+    branch = Branch(mixer.name, (mixer.module,), exit.module, silenced.module, *parts)
+    wiring = Wiring(branch, replace(nothing, skip=passage.skip), True, mixer, places.middle, closing)
+    return wiring, passage.error
+
+
 def _with_multipliers(probe: LayerProbe, wiring: Wiring, x: Tensor) -> Wiring:
     """The wiring with the coefficient of each branch fitted to what it really adds."""
     a, f, y = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
     fitted = [
         replace(branch, multiplier=coefficients(real, branch_output(probe, branch, given)))
+        if branch.entries
+        else branch
         for branch, real, given in ((wiring.attention, a, x), (wiring.ffn, f, y))
     ]
     return replace(wiring, attention=fitted[0], ffn=fitted[1])

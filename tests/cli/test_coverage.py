@@ -14,7 +14,7 @@ from sdnb.cli.main import main
 from tests.families import HEADS, build
 
 ROOT = Path(__file__).resolve().parents[2]
-VERDICTS = {"llama": "exact", "mixtral": "sampled", "bert": "refused", "gemma4_assistant": "unbuilt"}
+VERDICTS = {"llama": "exact", "mixtral": "sampled", "mamba": "refused", "gemma3n_text": "refused"}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,15 @@ def test_each_type_has_its_verdict(record):
     assert {kind: row["status"] for kind, row in rows.items()} == VERDICTS
     assert rows["llama"]["layers"] == [1, 2, 3]
     assert rows["llama"]["error"] < 1e-5
-    assert "norm the sum" in rows["bert"]["reason"]
-    assert "hidden_size_per_layer_input" in rows["gemma4_assistant"]["reason"]
+    assert rows["mamba"]["out_of_scope"] and "state-space" in rows["mamba"]["reason"]
+    assert not rows["gemma3n_text"]["out_of_scope"] and "streams" in rows["gemma3n_text"]["reason"]
 
 
 def test_broken_twins_are_tried_and_caught(record):
     twins = rows_of(record)["llama"]["twins"]
     assert twins.keys() == {"gain ignored", "serial for parallel", "heads permuted"}
     assert all(found == tried > 0 for found, tried in twins.values())
-    assert "twins" not in rows_of(record)["bert"]
+    assert "twins" not in rows_of(record)["mamba"]
 
 
 def test_twins_are_made_of_what_the_layer_has():
@@ -66,7 +66,9 @@ def test_the_page_is_the_record(record):
     assert f"{len(causal_types())} causal language models" in text
     for kind, verdict in VERDICTS.items():
         assert f"| `{kind}` | {verdict} |" in text
-        assert f"\n| {verdict} | 1 |" in text
+        assert f"\n| {verdict} | {list(VERDICTS.values()).count(verdict)} |" in text
+    assert text.index("## Refused by name") < text.index("- `mamba`: ")
+    assert text.index("## Refused for want of a special case") < text.index("- `gemma3n_text`: ")
 
 
 def test_the_committed_page_is_the_committed_record():
@@ -82,7 +84,7 @@ def test_the_committed_page_is_the_committed_record():
 def test_types_that_are_done_are_kept(record, capsys):
     before = record.read_bytes()
     capsys.readouterr()
-    assert main(["coverage", "--types", "llama", "bert", "--record", str(record)]) == 0
+    assert main(["coverage", "--types", "llama", "mamba", "--record", str(record)]) == 0
     assert not capsys.readouterr().out
     assert record.read_bytes() == before
 
