@@ -47,6 +47,7 @@ class Page:
         self._socket = create_connection(target["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
         for domain in ("Page", "Network", "Runtime"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as if its window were in front
         return self
 
     def __exit__(self, *error):

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -93,7 +94,7 @@ def layer_summary(
         singular_values: leading singular values of "L" and "F".
         angles: angle in degrees of the leading left singular vector of "L" and "F" to the empirical
             direction, one per layer; None where it is not known.
-        random_angle: expected angle of a random direction, in degrees.
+        random_angle: expected angle of a random direction, in degrees; the dotted line.
         note: shown in the place of a spectrum, where there is none.
 
     Returns:
@@ -120,7 +121,7 @@ def layer_summary(
     curve.axhline(random_angle, color=COLOURS["null"], ls=":", lw=1)
     curve.set(xlim=(0.5, len(numbers) + 0.5), ylim=(0, 92))
     curve.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve.set_title("angle to the direction, degrees (dotted: a random one)", fontsize=9)
+    curve.set_title("angle to the empirical direction, degrees", fontsize=9)
     curve.set_xlabel("layer", fontsize=8)
     if singular_values:
         spectrum.legend(fontsize=7)  # the colours are those of the curves, too
@@ -139,7 +140,10 @@ def png(figure: Figure, dpi: int = 90) -> bytes:
     Returns:
         The file's content.
     """
-    raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-    Image.open(raw).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(small, "PNG")
-    return small.getvalue()
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = io.BytesIO()
+    drawn.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, "PNG")
+    return file.getvalue()

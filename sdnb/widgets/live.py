@@ -58,7 +58,9 @@ class Panel:
             value=model, options=zoo_models(), description="model", continuous_update=False,
             placeholder="zoo/…, hub id, or folder", layout=ipywidgets.Layout(width="95%"),
         )  # fmt: skip
-        self.layer = ipywidgets.IntSlider(1, 1, 1, description="layer", layout=ipywidgets.Layout(width="95%"))
+        self.layer = ipywidgets.IntSlider(
+            1, 1, 1, description="layer", layout=ipywidgets.Layout(width="95%", display="none")
+        )
         self.status = ipywidgets.HTML()
         self.norms, self.spectrum = (
             ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", display="none"))
@@ -81,7 +83,7 @@ class Panel:
             change: what ipywidgets tells of the control that moved.
         """
         if not self.model.value.strip():
-            self._worker.submit(self._name, lambda current: self._clear(""))
+            self._worker.submit(self._name, lambda current: self._forget())
             return
         asked = Asked(self.model.value, *self._controls(), self.layer.value)
         for output in self._outputs:
@@ -132,7 +134,7 @@ class Panel:
     def _adopt(self, exploration: Exploration, layer: int) -> None:
         """Let the slider count this model's layers, and the other layers' angles come in."""
         if exploration is not self._known:
-            self._known = exploration
+            self._known, self.layer.layout.display = exploration, None
             self.layer.max = exploration.layer_count
             self.layer.value = layer  # asks once more, which costs next to nothing
         self._worker.submit(f"{self._name} angles", lambda _: self._complete(exploration))
@@ -149,6 +151,11 @@ class Panel:
             output.remove_class("sdnb-old")
         self._drawn = None
         self.status.value = status
+
+    def _forget(self) -> None:
+        """Show nothing: no model is chosen."""
+        self._clear("")
+        self._known, self.layer.layout.display = None, "none"
 
     def _complete(self, exploration: Exploration, since: float | None = None) -> None:
         """Compute one more layer, then ask to be called again: other jobs may come in between."""

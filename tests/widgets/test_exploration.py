@@ -7,14 +7,9 @@ import sdnb
 from sdnb.errors import ParameterError, TextError
 from sdnb.widgets import INTERVENTIONS, Exploration
 from sdnb.widgets.pages import layer_table
-from tests.tiny import planted_model, tiny_model
+from tests.tiny import tiny_model
 
 TEXT = "One of these is longer than all others."
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return planted_model(tmp_path_factory.mktemp("planted") / "planted")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +45,19 @@ def test_facts_of_a_layer_are_those_of_its_linear_view(exploration, planted):
     linear = sdnb.linear_layer(sdnb.layer_view(exploration.loaded.model, number))
     for name, matrix in (("L", linear.L), ("F", linear.F)):
         full = torch.linalg.svdvals(matrix.double())
-        assert facts.singular_values[name] == pytest.approx(full[:16].tolist(), rel=1e-4)
+        assert facts.singular_values[name] == pytest.approx(full[:16].tolist(), rel=1e-4, abs=1e-6)
     assert facts.angle_deg["F"] < 12
     assert float(sdnb.angle_deg(facts.right_vector, planted.right_vector)) < 12
     assert exploration.layer(number) is facts
     assert exploration.angles()["F"][number - 1] == facts.angle_deg["F"]
+
+
+def test_a_wide_layer_is_decomposed_by_its_products_alone(tmp_path):
+    wide = Exploration(sdnb.load(str(tiny_model(tmp_path / "wide", d=288, layers=1))))
+    linear = sdnb.linear_layer(sdnb.layer_view(wide.loaded.model, 1))
+    for name, matrix in (("L", linear.L), ("F", linear.F)):
+        expected = torch.linalg.svdvals(matrix.double())[:4]
+        assert wide.layer(1).singular_values[name] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_vocabulary_items_are_the_nearest_rows_of_the_output_embedding(exploration, planted):
@@ -67,11 +70,11 @@ def test_vocabulary_items_are_the_nearest_rows_of_the_output_embedding(explorati
     assert [value for _, value in facts.items] == pytest.approx(cosine.topk(5).values.tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["direction", "massive"])
-def test_an_intervention_takes_the_high_norm_away(exploration, planted, name):
+@pytest.mark.parametrize(("name", "most"), [("direction", 0.1), ("massive", 0.8)])
+def test_an_intervention_takes_the_high_norm_away(exploration, planted, name, most):
     before = exploration.sentence(TEXT).norms[planted.explosion_layer, 0]
     after = exploration.sentence(TEXT, switched_on=(name,)).norms[planted.explosion_layer, 0]
-    assert after < before / 5
+    assert after < most * before
     assert exploration.sentence(TEXT).norms[planted.explosion_layer, 0] == before  # and comes back
 
 

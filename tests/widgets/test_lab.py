@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Page, until
-from tests.tiny import planted_model
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOK = "window.jupyterapp?.shell.currentWidget"
+NOTEBOOK = "[...(window.jupyterapp?.shell.widgets('main') ?? [])][0]"
 TABLE = "[...document.querySelectorAll('.sdnb-layer')].map(part => part.textContent).join()"
 SENTENCE = "input[placeholder='type a sentence']"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def lab(tmp_path):
+def lab(tmp_path, planted):
     """The address of a JupyterLab on a folder with the notebook, set to a planted model; and its layer."""
-    planted = planted_model(tmp_path / "planted")
     notebook = (ROOT / "notebooks" / "explorer.ipynb").read_text(encoding="utf8")
     assert 'zoo/llama\\"  # hub id' in notebook
     work = tmp_path / "work"
@@ -66,6 +64,7 @@ def test_a_sentence_and_the_slider_change_the_pictures(lab, tmp_path):
         browser.open(address)
         browser.wait(f"{NOTEBOOK}?.context?.isReady", 120)
         browser.wait(f"{NOTEBOOK}.sessionContext.session?.kernel?.status === 'idle'", 120)
+        browser.ask(f"jupyterapp.shell.activateById({NOTEBOOK}.id)")
         browser.ask("jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
         norms, spectrum = until(lambda: pictures(browser), 120)
         assert f"Layer {layer}:" in browser.ask(TABLE)

@@ -8,14 +8,8 @@ import sdnb
 from sdnb.errors import ModelError
 from sdnb.widgets import LiveExplorer, Shelf, zoo_models
 from sdnb.widgets.newest import Newest
-from tests.tiny import planted_model
 
 TEXT = "One of these is longer than all others."
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return planted_model(tmp_path_factory.mktemp("planted") / "planted")
 
 
 @pytest.fixture(scope="module")

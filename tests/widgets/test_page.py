@@ -1,43 +1,44 @@
 """The explorer in a page without a kernel: rendered by the book's own build, opened from a file."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
-import papermill
 import pytest
 
+import sdnb
 from sdnb.cli import book
+from sdnb.widgets import Exploration, static_explorer
 from tests.browser import Page
-from tests.tiny import planted_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TOC = "format: jb-book\nroot: index\nchapters:\n  - file: notebooks/explorer\n"
+STATE = "application/vnd.jupyter.widget-state+json"
+SENTENCE = "One <b> of these & the other."
 VISIBLE = "[...document.querySelectorAll('.sdnb-widget-image')].filter(i => i.offsetParent && i.naturalWidth)"
 TEXT = "document.querySelector('.sdnb-layer:not([hidden] *)').textContent"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return planted_model(tmp_path_factory.mktemp("planted") / "planted")
-
-
-@pytest.fixture(scope="module")
 def page(tmp_path_factory, planted):
-    """The explorer's page in a book of two pages."""
+    """The explorer's page in a book of two pages, with the state that a run of the notebook would save."""
+    from ipywidgets import Widget
+
     folder = tmp_path_factory.mktemp("page")
-    executed = folder / "explorer.ipynb"
-    papermill.execute_notebook(
-        ROOT / "notebooks" / "explorer.ipynb", executed, kernel_name="python3", progress_bar=False,
-        parameters={"model": str(planted.folder), "sentence": "One <b> of these & the other."},
-    )  # fmt: skip
+    Widget.close_all()
+    shown = static_explorer(Exploration(sdnb.load(str(planted.folder))), SENTENCE)
+    content = json.loads((ROOT / "notebooks" / "explorer.ipynb").read_text(encoding="utf8"))
+    content["metadata"]["widgets"] = {STATE: Widget.get_manager_state()}
+    [cell] = [cell for cell in content["cells"] if "widgets.explore" in "".join(cell["source"])]
+    cell["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": shown._repr_mimebundle_()}]
     source = folder / "source"
     shutil.copytree(ROOT / "book" / "_ext", source / "book" / "_ext")
     for name in ("_config.yml", "book/references.bib"):
         shutil.copy(ROOT / name, source / name)
     (source / "notebooks").mkdir()
-    shutil.move(executed, source / "notebooks")
+    (source / "notebooks" / "explorer.ipynb").write_text(json.dumps(content), encoding="utf8")
     (source / "_toc.yml").write_text(TOC)
     (source / "index.md").write_text("# Start\n\n```{bibliography}\n```\n")
     return book.build(source, folder).parent / "notebooks" / "explorer.html"
@@ -66,7 +67,7 @@ def test_slider_and_buttons_change_pictures_without_kernel_or_network(page, plan
         assert shown(browser)[0] != norms
         assert browser.ask(TEXT) != before
         assert f"Layer {planted.explosion_layer + 1}:" in browser.ask(TEXT)
-        assert "One <b> of these & the other." in browser.ask("document.body.innerText")
+        assert SENTENCE in browser.ask("document.body.innerText")
         elsewhere = [address for address in browser.requests if not address.startswith(("file:", "data:"))]
         assert elsewhere == []
         assert browser.problems == []
