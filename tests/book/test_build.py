@@ -11,44 +11,38 @@ from pathlib import Path
 import pytest
 
 from sdnb.checkpoint import slug_of
-from sdnb.cli import book
+from sdnb.cli import book, plan, staging
+from sdnb.records import SCHEMAS, read
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = book.toc_pages(ROOT / "_toc.yml")
-NUMBERS = [name.removeprefix("notebooks/")[:2] for name in PAGES if name.startswith("notebooks/")]
+MAIN = staging.toc_pages(ROOT / "_toc.yml")
+FURTHER = ("01_high_norm_tokens", "04_singular_directions")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The folder of the built pages, made by the two commands of `make book`."""
-    tiny = load_tiny()
+def built(executed, tmp_path_factory):
+    """The folder of the built pages of two models; the second one's are two of the first one's."""
     folder = tmp_path_factory.mktemp("book")
-    model = str(tiny.planted_model(folder / "planted").folder)
-    options = ["--results-dir", str(folder / "results")]
-    # The planted token is the begin token, and some templates leave it out unless asked.
-    small = {
-        "add_special_tokens": "true",
-        "max_lines": "20",
-        "sample_counts": "[500, 1000]",
-        "max_tokens": "1024",
-    }
-    pairs = [word for name, value in small.items() for word in ("-p", name, value)]
-    sdnb("run", model, *options, *pairs, "--jobs", "2", "--notebooks", *NUMBERS)
-    said = sdnb("book", "--model", model, "--out", str(folder), *options)
+    results = shutil.copytree(executed.results, folder / "results")
+    for name in FURTHER:
+        for path in (results / executed.model.slug).glob(f"{name}.*"):
+            shutil.copy(path, results / plan.Model(executed.others[1]).slug)
+    words = [executed.model.name, executed.others[1], "--out", str(folder)]
+    said = sdnb("book", *words, "--results-dir", str(results))
     assert said.stdout.splitlines()[-1] == str(folder / "_build" / "html" / "index.html")
     return folder
 
 
-def load_tiny():
-    import importlib.util
+@pytest.fixture(scope="module")
+def models(executed):
+    return [executed.model, plan.Model(executed.others[1])]
 
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny"] = module
-    spec.loader.exec_module(module)
-    return module
+
+@pytest.fixture(scope="module")
+def pages(models):
+    return [*MAIN, *(f"models/{models[1].slug}/{name}" for name in FURTHER)]
 
 
 def sdnb(*words: str) -> subprocess.CompletedProcess:
@@ -78,9 +72,9 @@ class Resources(HTMLParser):
             self.found.append(given.get("href"))
 
 
-def test_every_page_of_the_table_of_contents_is_there(built):
+def test_every_page_of_the_table_of_contents_is_there(built, pages):
     html = built / "_build" / "html"
-    assert [name for name in PAGES if not (html / f"{name}.html").is_file()] == []
+    assert [name for name in pages if not (html / f"{name}.html").is_file()] == []
     assert (html / "index.html").is_file()
 
 
@@ -96,8 +90,8 @@ def test_no_page_loads_anything_from_a_network(built):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style), path.name
 
 
-def test_what_a_page_loads_is_shipped(built):
-    for name in PAGES:
+def test_what_a_page_loads_is_shipped(built, pages):
+    for name in pages:
         path = built / "_build" / "html" / f"{name}.html"
         parser = Resources()
         parser.feed(path.read_text(encoding="utf8"))
@@ -114,37 +108,33 @@ def test_pages_with_mathematics_bring_what_draws_it(built):
         assert "$$" not in re.sub(r"<(script|pre).*?</\1>", "", text, flags=re.S)
 
 
-def test_a_browser_without_a_network_draws_the_mathematics(built, tmp_path):
+def in_a_browser(address: str, profile: Path) -> str:
+    """The page as Chromium has it after its scripts have run, without a network."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += [
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=20000",
-    ]
-    address = (built / "_build" / "html" / "book" / "linear_view.html").as_uri()
-    done = subprocess.run(
-        [browser, *flags, "--dump-dom", address], check=True, capture_output=True, text=True
-    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}",
+             "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND",
+             "--virtual-time-budget=20000"]  # fmt: skip
+    words = [browser, *flags, "--dump-dom", address]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_browser_without_a_network_draws_the_mathematics(built, tmp_path):
+    shown = in_a_browser((built / "_build" / "html" / "book" / "linear_view.html").as_uri(), tmp_path)
     formulas = len(re.findall(r'<(?:span|div) class="math', page(built, "book/linear_view")))
     assert formulas > 100
-    assert done.stdout.count("<mjx-container") >= formulas
-    assert '<g data-mml-node="merror"' not in done.stdout
+    assert shown.count("<mjx-container") >= formulas
+    assert '<g data-mml-node="merror"' not in shown
 
 
-def test_numbers_of_the_introduction_come_from_the_records(built):
-    from sdnb.records import read
+def test_search_works_in_files_without_a_server(built, tmp_path):
+    shown = in_a_browser(f"{(built / '_build' / 'html' / 'search.html').as_uri()}?q=eigenvector", tmp_path)
+    assert re.search(r'<a href="[^"]*notebooks/05_negative_eigenvalues\.html', shown)
 
-    [results] = [path.parent for path in (built / "results").glob("*/01_high_norm_tokens.json")]
-    record = read(built / "results", results.name, "04_singular_directions")
+
+def test_numbers_of_the_introduction_come_from_the_records(built, models):
+    record = read(built / "results", models[0].slug, "04_singular_directions")
     layer = record.values["explosion_layers"][0]
     text = unescape(page(built, "book/intro"))
     angle = f"{record.values['angle_deg'][layer - 1]:.0f}"
@@ -155,22 +145,47 @@ def test_numbers_of_the_introduction_come_from_the_records(built):
     assert "01_norms_3d.png" in text
 
 
-def test_notebook_pages_show_parameters_figure_numbers_and_provenance(built):
-    for name in (name for name in PAGES if name.startswith("notebooks/")):
+def test_notebook_pages_show_parameters_figure_numbers_and_provenance(built, pages):
+    for name in (name for name in pages if Path(name).name in SCHEMAS):
         text = page(built, name)
         plain = re.sub(r"<[^>]+>", "", text)
-        assert "Parameters" in text, name
-        if name != "notebooks/18_random_matrix_model":  # which has no model
+        scope = SCHEMAS[Path(name).name].scope
+        assert "Parameters" in text or scope == "collection", name
+        if scope != "none":  # which has no model
             assert "planted" in plain, name
+        if scope == "model":
             assert "What this model says" in plain and "fingerprint" in plain, name
         assert re.search(r'<img [^>]*src="[^"]*_images/', text), name
         assert "provenance" in plain, name
         assert not re.search(r"output_stderr|traceback|output stderr", text), name
 
 
-def test_every_citation_leads_to_the_references(built):
+def test_the_explorer_brings_its_frames_and_what_draws_them(built):
+    text = page(built, "notebooks/explorer")
+    assert "application/vnd.jupyter.widget-state+json" in text and "LinkModel" in text
+    assert text.count("sdnb_widgets.js") == 1 and len(text) < 1_500_000
+    assert "provenance" in text and "fingerprint" in text
+
+
+def test_a_page_leads_to_the_same_page_on_the_other_model_and_back(built, models):
+    for name in FURTHER:
+        here, there = f"notebooks/{name}", f"models/{models[1].slug}/{name}"
+        for start, end in ((here, there), (there, here)):
+            [line] = re.findall(r'<div class="other-models[^"]*">(.*?)</div>', page(built, start), re.S)
+            [link] = re.findall(r'href="([^"]+)"', line)
+            place = built / "_build" / "html" / Path(start).parent
+            assert (place / link).resolve() == (built / "_build" / "html" / f"{end}.html").resolve()
+    assert "other-models" not in page(built, "notebooks/02_empirical_direction")
+    assert f'<span class="caption-text">{models[1].label}</span>' in page(built, "book/intro")
+
+
+def test_launch_buttons_lead_nowhere_and_so_are_not_there(built):
+    assert not re.search(r"launch-button|colab|mybinder", page(built, "notebooks/01_high_norm_tokens"), re.I)
+
+
+def test_every_citation_leads_to_the_references(built, pages):
     targets = set(re.findall(r'id="([^"]+)"', page(built, "book/references")))
-    for name in PAGES:
+    for name in pages:
         links = re.findall(r'href="(?:[^"]*references\.html)?#(id\d+)"', page(built, name))
         assert set(links) <= targets or name == "book/references", name
 
@@ -182,13 +197,12 @@ def test_the_api_page_has_every_public_name(built):
     assert [name for name in sdnb.__all__ if not re.search(rf'id="sdnb\.[\w.]*\b{name}"', text)] == []
 
 
-def test_a_second_build_renders_nothing_again(built):
+def test_a_second_build_renders_nothing_again(built, pages, models):
     html = built / "_build" / "html"
-    before = {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES}
-    [results] = [path.parent for path in (built / "results").glob("*/01_high_norm_tokens.json")]
-    book.stage(book.staged_files(ROOT, results), built / "_build" / "source")
+    before = {name: (html / f"{name}.html").stat().st_mtime_ns for name in pages}
+    staging.stage(staging.staged_files(ROOT, built / "results", models), built / "_build" / "source")
     book.build(built / "_build" / "source", built)
-    assert {name: (html / f"{name}.html").stat().st_mtime_ns for name in PAGES} == before
+    assert {name: (html / f"{name}.html").stat().st_mtime_ns for name in pages} == before
 
 
 def test_a_warning_a_missing_number_and_a_missing_page_fail_the_build(built, tmp_path):
@@ -209,7 +223,7 @@ def test_a_warning_a_missing_number_and_a_missing_page_fail_the_build(built, tmp
 
 
 def test_results_that_are_not_there_are_asked_for(tmp_path):
-    words = ["book", "--model", "zoo/none", "--results-dir", str(tmp_path), "--out", str(tmp_path)]
+    words = ["book", "zoo/none", "--results-dir", str(tmp_path), "--out", str(tmp_path)]
     command = [sys.executable, "-m", "sdnb.cli.main", *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode != 0

@@ -1,103 +1,144 @@
-"""Every template through plain papermill: on a planted model and on one without the phenomenon."""
+"""What the executed templates say: planted answers are found, each page has its figure, table and record."""
 
 import json
 from pathlib import Path
 
 import papermill
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel
 
 from sdnb import records
-from tests.tiny import Planted, planted_model, tiny_model
+from sdnb.cli import plan
+from tests.templates import DOLLAR, ROOT, SMALL, said, shown
+from tests.tiny import tiny_model, tiny_tokenizer
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-SMALL = {
-    "01_high_norm_tokens": {},
-    "02_empirical_direction": {"max_lines": 12},
-    "03_linear_layers": {"max_lines": 8, "sample_counts": [500, 2000]},
-    "04_singular_directions": {"max_lines": 12},
-    "05_negative_eigenvalues": {"max_lines": 12},
-}
+NOTEBOOKS = ROOT / "notebooks"
+NUMBERED = [name for name in SMALL if name != "explorer"]
+SINGLE = [name for name in NUMBERED if records.SCHEMAS[name].scope == "model"]
+SPECTRA = [name for name in NUMBERED if "14" <= name[:2] <= "18"]
+pytestmark = pytest.mark.slow
 
 
-def finds_layers(values: dict, planted: Planted) -> None:
-    """01 names the planted layers."""
+def test_every_template_is_executed_here():
+    assert list(SMALL) == [path.stem for path in plan.templates(NOTEBOOKS)]
+
+
+@pytest.mark.parametrize("template", NUMBERED)
+def test_template_writes_its_record_and_shows_it(template, executed):
+    cells, record = executed.cells(template), executed.record(template)
+    assert shown(cells, "image/png"), "a page needs its figure"
+    assert list(executed.results.glob(f"*/{template[:2]}_*.png")), "figures are saved beside the record"
+    assert "| provenance |" in said(cells)
+    assert record.provenance["wall_s"] > 0
+
+
+@pytest.mark.parametrize("template", SMALL)
+def test_nothing_is_printed(template, executed):
+    outputs = [output for cell in executed.cells(template) for output in cell["outputs"]]
+    assert [output for output in outputs if output["output_type"] in ("stream", "error")] == []
+
+
+@pytest.mark.parametrize("template", SINGLE)
+def test_provenance_names_seed_and_weights(template, executed):
+    provenance = executed.record(template).provenance
+    assert provenance["seed"] == 0 and provenance["fingerprint"] in said(executed.cells(template))
+
+
+@pytest.mark.parametrize("template", SPECTRA)
+def test_pages_on_spectra_quote_their_paper(template, executed):
+    assert "paper B" in said(executed.cells(template))
+
+
+def test_01_names_the_planted_layers(executed):
+    values, planted = executed.record("01_high_norm_tokens").values, executed.planted
     assert values["explosion_layers"] == [planted.explosion_layer]
     assert values["decay_layers"] == [planted.decay_layer]
 
 
-def finds_directions(values: dict, planted: Planted) -> None:
-    """04 points at the planted layer."""
-    assert min(values["ffn_angle_deg"]) in (
-        values["ffn_angle_deg"][planted.explosion_layer - 1],
-        values["ffn_angle_deg"][planted.decay_layer - 1],
-    )
+def test_04_points_at_the_planted_layer(executed):
+    values, planted = executed.record("04_singular_directions").values, executed.planted
+    layers = (planted.explosion_layer, planted.decay_layer)
+    assert min(values["ffn_angle_deg"]) in [values["ffn_angle_deg"][layer - 1] for layer in layers]
     assert values["angle_deg"][planted.explosion_layer - 1] < 12
 
 
-def finds_sign(values: dict, planted: Planted) -> None:
-    """05 finds the negative eigenvalue."""
-    assert values["eigenvalue"][planted.decay_layer - 1] < 0
-    assert values["angle_deg"][planted.decay_layer - 1] < 10
+def test_05_finds_the_negative_eigenvalue(executed):
+    values, layer = executed.record("05_negative_eigenvalues").values, executed.planted.decay_layer
+    assert values["eigenvalue"][layer - 1] < 0
+    assert values["angle_deg"][layer - 1] < 10
 
 
-FINDS = {
-    "01_high_norm_tokens": finds_layers,
-    "04_singular_directions": finds_directions,
-    "05_negative_eigenvalues": finds_sign,
-}
+def test_06_finds_the_module(executed):
+    record, planted = executed.record("06_initial_tokens"), executed.planted
+    assert record.values["explosion_layer"] == planted.explosion_layer
+    assert record.values["ffn_zeroed_share"][planted.explosion_layer - 1] == 0
+    exploded = (record.arrays["norms_tokens"] > record.values["threshold"]).nonzero().flatten().tolist()
+    assert exploded == sorted(planted.trigger_ids)
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    return planted_model(tmp_path_factory.mktemp("planted") / "planted")
+def test_07_names_the_token(executed):
+    values = executed.record("07_noninitial_tokens").values
+    assert set(values["top_tokens"][:2]) == {"<s>", DOLLAR}
+    assert values["real"][:3] == [True, True, False]
+    assert f"`{DOLLAR}`" in said(executed.cells("07_noninitial_tokens"))
+
+
+def test_08_finds_the_line(executed):
+    record = executed.record("08_explosion_subspace")
+    cosine = record.arrays["right_vector"] @ executed.planted.right_vector
+    assert abs(float(cosine)) > 0.99 and record.values["first_to_second"] > 3
+
+
+def test_09_prevents_the_explosion(executed):
+    groups = executed.record("09_interventions").values["interventions"]
+    projected = groups[f"direction out, layer {executed.planted.explosion_layer}"]
+    assert projected["first_norm"] < 0.1 * groups["none"]["first_norm"]
+
+
+def test_10_takes_the_steps_beside_the_model(executed):
+    values = executed.record("10_training_dynamics").values
+    assert values["steps"] == [0, 500]
+    assert values["explosion_layers"] == [[], [executed.planted.explosion_layer]]
+    assert "step 500" in said(executed.cells("10_training_dynamics"))
+
+
+def test_11_compares_models(executed):
+    near, none = executed.record("11_fine_tuning").values["angle_deg"][1:]
+    assert near < 1 and none is None
+
+
+def test_12_names_the_spiking_module(executed):
+    record, text = executed.record("12_quantization"), said(executed.cells("12_quantization"))
+    layer = executed.planted.explosion_layer
+    assert record.values["explosion_layers"] == [layer]
+    assert "10.18, 59.38" in text and f"`model.layers.{layer - 1}.mlp.down_proj`" in text
+
+
+def test_13_tells_strangers_apart(executed):
+    values, text = executed.record("13_signatures").values, said(executed.cells("13_signatures"))
+    _, other, plain = executed.others
+    assert values["names"] == [executed.model.name, other] and list(values["left_out"]) == [plain]
+    assert values["groups"] == [1, 2] and "no sign of kinship" in text
+    assert values["pairs"][0]["angle_deg"] > 60 and "87 to 89" in text
+    assert {row["change"] for row in values["robustness"]} == {"noise", "quantization", "fine-tuning"}
+    assert len(list(executed.results.glob("*/signature.safetensors"))) == 2
 
 
 def run(template: str, folder: Path, out: Path, **parameters) -> tuple[list, Path]:
-    """Execute a template with papermill; return its executed code cells and the results folder."""
-    results = out / "results"
-    executed = papermill.execute_notebook(
-        NOTEBOOKS / f"{template}.ipynb",
-        out / f"{template}.ipynb",
-        parameters={"model": str(folder), "results_dir": str(results), "add_special_tokens": True}
-        | SMALL[template]
-        | parameters,
-        progress_bar=False,
-        start_timeout=120,
-    )
-    return [cell for cell in executed.cells if cell.cell_type == "code"], results
-
-
-def outputs(cells: list, kind: str) -> list[str]:
-    """All outputs of a mime type."""
-    return [o["data"][kind] for cell in cells for o in cell.outputs if kind in o.get("data", {})]
-
-
-def the_record(results: Path, template: str) -> records.Record:
-    """The only record in a results folder."""
-    slug = next(path.parent.name for path in results.glob(f"*/{template}.json"))
-    return records.read(results, slug, template)
-
-
-@pytest.mark.parametrize("template", SMALL)
-def test_template_runs_writes_its_record_and_shows_it(template, planted, tmp_path):
-    cells, results = run(template, planted.folder, tmp_path)
-    record = the_record(results, template)
-    assert record.provenance["seed"] == 0 and record.provenance["wall_s"] > 0
-    assert outputs(cells, "image/png"), "a page needs its figure"
-    assert list(results.glob(f"*/{template[:2]}_*.png")), "figures are saved beside the record"
-    said = "".join("".join(text) for text in outputs(cells, "text/markdown"))
-    assert "| provenance |" in said and record.provenance["fingerprint"] in said
-    assert not [o for cell in cells for o in cell.outputs if o.output_type in ("stream", "error")]
-    if template in FINDS:
-        FINDS[template](record.values, planted)
+    """Execute a template with plain papermill; return its code cells and the results folder."""
+    given = {"model": str(folder), "results_dir": str(out / "results")} | SMALL[template] | parameters
+    page = out / f"{template}.ipynb"
+    options = {"progress_bar": False, "start_timeout": 120}
+    notebook = papermill.execute_notebook(NOTEBOOKS / f"{template}.ipynb", page, given, **options)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"], out / "results"
 
 
 def test_a_model_without_the_phenomenon_is_a_page_too(tmp_path):
-    cells, results = run(
-        "02_empirical_direction", tiny_model(tmp_path / "plain"), tmp_path, figure_format="svg"
-    )
-    said = "".join("".join(text) for text in outputs(cells, "text/markdown"))
-    assert "No token of this text is high-norm" in said
+    model = tiny_model(tmp_path / "plain")
+    options = {"add_special_tokens": True, "figure_format": "svg"}
+    cells, results = run("02_empirical_direction", model, tmp_path, **options)
+    assert "No token of this text is high-norm" in said(cells)
     assert list(results.glob("*/02_*.svg")) and not list(results.glob("*/02_*.png"))
 
 
@@ -105,6 +146,18 @@ def test_a_wrong_model_is_a_clear_error(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="ModelError"):
         run("01_high_norm_tokens", tmp_path / "nothing", tmp_path)
     assert not list(tmp_path.glob("results/*/*.json"))
+
+
+def test_an_encoder_has_a_page_on_its_vectors_too(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=384, **sizes))
+    model.save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    _, results = run("15_singular_vectors", tmp_path / "bert", tmp_path, layers=None)
+    [path] = results.glob("*/15_singular_vectors.json")
+    values = records.read(results, path.parent.name, path.stem).values
+    assert {entry["kind"] for entry in values["matrices"].values()} == {"q", "k", "v", "o", "up", "down"}
 
 
 def test_templates_are_committed_bare():
