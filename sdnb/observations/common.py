@@ -1,8 +1,11 @@
 """What several observations share: the encoded text, the empirical direction, one linear view a layer."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from sdnb.loading import Loaded
 from sdnb.records import Measure, Record, cached, gather, write
 
 DETECTION_LINES = 32
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,28 @@ def text_norms(loaded: Loaded, lines: list[Tensor]) -> Tensor:
     return torch.cat([hidden_norms(loaded.model, ids)[:, real] for ids, real, _ in batches], dim=1)
 
 
+def detection_norms(loaded: Loaded, lines: list[Tensor], results_dir: str | Path | None) -> Tensor:
+    """Return |h_l| of every token of the first lines, on which layers and thresholds are found.
+
+    Args:
+        loaded: the model.
+        lines: token ids of each line, (T_i,).
+        results_dir: where the cache lives that notebooks share; None keeps nothing.
+
+    Returns:
+        The norms, (L+1, N).
+    """
+    first = lines[:DETECTION_LINES]
+    if results_dir is None:
+        return text_norms(loaded, first)
+    tokens = hashlib.sha256(json.dumps([line.tolist() for line in first]).encode()).hexdigest()
+    parts = {"tokens": tokens, "dtype": loaded.dtype, "weights": loaded.fingerprint}
+    kept = cached(
+        results_dir, loaded.slug, "detection_norms", parts, lambda: {"norms": text_norms(loaded, first)}
+    )
+    return kept["norms"]
+
+
 def empirical_direction(
     loaded: Loaded, encoded: EncodedText, *, threshold: float | None, results_dir: str | Path
 ) -> Direction:
@@ -156,7 +182,7 @@ def empirical_direction(
     """
 
     def compute() -> dict[str, Tensor]:
-        found = detect(text_norms(loaded, encoded.lines[:DETECTION_LINES]), threshold=threshold)
+        found = detect(detection_norms(loaded, encoded.lines, results_dir), threshold=threshold)
         result = {
             "explosion_layers": torch.tensor(found.explosion_layers, dtype=torch.int64),
             "decay_layers": torch.tensor(found.decay_layers, dtype=torch.int64),
@@ -190,14 +216,22 @@ def empirical_direction(
 
 
 def layer_views(loaded: Loaded, refused: dict[int, str]) -> Iterator[tuple[int, LayerView | None]]:
-    """Yield (number, view) for every decoder layer, one float32 copy at a time.
+    """Yield (number, view) for every decoder layer, one float32 copy at a time; see `each_layer`."""
+    return each_layer(loaded, refused, lambda number: layer_view(loaded.model, number))
+
+
+def each_layer(
+    loaded: Loaded, refused: dict[int, str], look: Callable[[int], Found]
+) -> Iterator[tuple[int, Found | None]]:
+    """Yield (number, found) for every decoder layer.
 
     Args:
         loaded: the model.
-        refused: filled with the reason of every layer that has no linear view; its view is None.
+        refused: filled with the reason of every layer that has no linear view; None is found there.
+        look: takes the layer's number.
 
     Yields:
-        The layer's number 1..L and its view.
+        The layer's number 1..L and what `look` gives.
 
     Raises:
         LayerRefused: when not one layer has a linear view.
@@ -205,10 +239,10 @@ def layer_views(loaded: Loaded, refused: dict[int, str]) -> Iterator[tuple[int, 
     count = len(decoder_layers(loaded.model))
     for number in range(1, count + 1):
         try:
-            view = layer_view(loaded.model, number)
+            found = look(number)
         except LayerRefused as problem:
             refused[number] = str(problem)
             if len(refused) == count:
                 raise
-            view = None
-        yield number, view
+            found = None
+        yield number, found

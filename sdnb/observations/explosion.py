@@ -1,6 +1,7 @@
 """Where a model's norm explodes, and from which norm on a token counts as exploded there (06 to 09)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from sdnb.activations.detection import MIN_RATIO
 from sdnb.anatomy import decoder_layers
 from sdnb.errors import ParameterError
 from sdnb.loading import Loaded
-from sdnb.observations.common import DETECTION_LINES, EncodedText, text_norms
+from sdnb.observations.common import EncodedText, detection_norms
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def find_explosion(
     *,
     explosion_layer: int | None = None,
     threshold: float | None = None,
+    results_dir: str | Path | None = None,
 ) -> Explosion:
     """Find the explosion layer on a text and the norm that tells exploded tokens from others right after it.
 
@@ -55,6 +57,7 @@ def find_explosion(
         encoded: lines of text; the first ones are run.
         explosion_layer: a layer 1..L that replaces the automatic one.
         threshold: a norm that replaces the automatic ones.
+        results_dir: where the norms are cached; None keeps nothing.
 
     Returns:
         The layer and its thresholds.
@@ -65,7 +68,7 @@ def find_explosion(
     count = len(decoder_layers(loaded.model))
     if explosion_layer is not None and not 1 <= explosion_layer <= count:
         raise ParameterError(f"explosion_layer is {explosion_layer}: give 1 to {count}, or null")
-    norms = text_norms(loaded, encoded.lines[:DETECTION_LINES])
+    norms = detection_norms(loaded, encoded.lines, results_dir)
     seen = detect(norms, threshold=threshold)
     steps = layer_steps(norms[:, seen.high_norm] if seen.high_norm.any() else norms)[0]
     layer = explosion_layer or (seen.explosion_layers or [int(steps.argmax()) + 1])[0]

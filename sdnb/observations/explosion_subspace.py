@@ -59,7 +59,9 @@ def explosion_subspace(
         The record of template 08.
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
-    place = find_explosion(loaded, encoded, explosion_layer=explosion_layer, threshold=threshold)
+    place = find_explosion(
+        loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir
+    )
     direction = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
     view = layer_view(loaded.model, place.layer)
     F = ffn_matrix(view, method, input_scale, centre, samples, seed)

@@ -1,5 +1,7 @@
 """06: every vocabulary item at position 0, against random embeddings, and which module makes it explode."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def initial_tokens(
     explosion_layer: int | None = None,
     ablation_items: int = 1024,
     seed: int = 0,
+    results_dir: str | Path | None = None,
 ) -> Observation:
     """Measure |h_l| after the explosion layer l of every item alone at position 0 (paper A, explosion path).
 
@@ -39,12 +42,15 @@ def initial_tokens(
         explosion_layer: a layer 1..L that replaces the automatic one.
         ablation_items: trained items, a seeded draw, that are run again with one branch zeroed at a time.
         seed: of every random draw.
+        results_dir: where norms that notebooks share are cached; None keeps nothing.
 
     Returns:
         The record of template 06.
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
-    place = find_explosion(loaded, encoded, explosion_layer=explosion_layer, threshold=threshold)
+    place = find_explosion(
+        loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir
+    )
     items = torch.arange(vocabulary_size(loaded.model))
     lengths, trained = trained_items(loaded, items)
     norms = item_norms(loaded.model, place.layer, items)

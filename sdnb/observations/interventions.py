@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def interventions(
     new_tokens: int = 40,
     temperature: float = 0.8,
     seed: int = 0,
+    results_dir: str | Path | None = None,
 ) -> Observation:
     """Measure norms, perplexity, sink rate and a sampled continuation, untouched and under each intervention.
 
@@ -62,12 +64,15 @@ def interventions(
         new_tokens: its length.
         temperature: of the sampling.
         seed: of every random draw.
+        results_dir: where norms that notebooks share are cached; None keeps nothing.
 
     Returns:
         The record of template 09.
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
-    place = find_explosion(loaded, encoded, explosion_layer=explosion_layer, threshold=threshold)
+    place = find_explosion(
+        loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir
+    )
     layers = [place.layer] if explosion_layer else place.layers or [place.layer]
     massive = massive_means(loaded, encoded.lines, layers, place.state_threshold, massive_dimensions)
     ids, begin = text_ids(loaded, text, encoded.begin_token)

@@ -1,5 +1,7 @@
 """07: which items explode with all attention switched off, and whether they do so in context as well."""
 
+from pathlib import Path
+
 import torch
 
 from sdnb.activations.interventions import zero_attention
@@ -21,6 +23,7 @@ def noninitial_tokens(
     explosion_layer: int | None = None,
     prefix: str = "I am",
     top: int = 20,
+    results_dir: str | Path | None = None,
 ) -> Observation:
     """Measure |h_l| after the explosion layer l of every item without attention (paper A, explosion path).
 
@@ -36,12 +39,15 @@ def noninitial_tokens(
         explosion_layer: a layer 1..L that replaces the automatic one.
         prefix: the neutral text in front of each of the top items.
         top: number of items that are named and followed.
+        results_dir: where norms that notebooks share are cached; None keeps nothing.
 
     Returns:
         The record of template 07.
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
-    place = find_explosion(loaded, encoded, explosion_layer=explosion_layer, threshold=threshold)
+    place = find_explosion(
+        loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir
+    )
     items = torch.arange(vocabulary_size(loaded.model))
     _, trained = trained_items(loaded, items)
     with zero_attention(loaded.model):

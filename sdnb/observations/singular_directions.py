@@ -5,17 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnb.anatomy import LayerView
+from sdnb.anatomy import layer_view
 from sdnb.decompose import angle_deg, largest_gain, leading_triplets, random_angle
 from sdnb.linearize import linear_layer
 from sdnb.loading import Loaded
-from sdnb.observations.common import Observation, empirical_direction, encode_text, layer_views
+from sdnb.observations.common import Observation, each_layer, empirical_direction, encode_text
+from sdnb.records import cached
 
 KEYS = (
     "angle_deg", "singular_value", "second_singular_value",
     "ffn_angle_deg", "ffn_singular_value", "ffn_second_singular_value",
     "gain_angle_deg", "gain", "status",
 )  # fmt: skip
+STATUSES = ("exact", "approximate", "sampled")
 
 
 def singular_directions(
@@ -54,20 +56,19 @@ def singular_directions(
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     direction = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
-    rows: list[dict] = []
-    vectors: list[dict[str, Tensor]] = []
+    how = {"method": method, "input_scale": input_scale, "centre": centre, "samples": samples, "seed": seed}
+
+    parts = how | {"starts": starts, "dtype": loaded.dtype, "weights": loaded.fingerprint}
+
+    def look(number: int) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
+            return _layer(loaded, number, starts, **how)
+
+        return cached(results_dir, loaded.slug, f"layer_{number}", parts | {"layer": number}, compute)
+
     refused: dict[int, str] = {}
-    for _, view in layer_views(loaded, refused):
-        if view is None:
-            rows.append(dict.fromkeys(KEYS))
-            vectors.append({})
-            continue
-        layer = linear_layer(
-            view, method=method, input_scale=input_scale, centre=centre, samples=samples, seed=seed
-        )
-        row, found = _one_layer(view, layer, direction.vector if direction.found else None, starts, seed)
-        rows.append(row)
-        vectors.append(found)
+    layers = [found or {} for _, found in each_layer(loaded, refused, look)]
+    rows = [_row(found, direction.vector if direction.found else None) for found in layers]
     d = direction.vector.numel()
     values = {key: [row[key] for row in rows] for key in KEYS} | {
         "explosion_layers": direction.explosion_layers,
@@ -78,14 +79,14 @@ def singular_directions(
         "refused": {str(number): reason for number, reason in refused.items()},
     }
     names = ("directions", "ffn_directions", "gain_inputs", "gain_outputs")
-    arrays = {name: torch.stack([v.get(name, torch.zeros(d)) for v in vectors]) for name in names}
+    arrays = {name: torch.stack([found.get(name, torch.zeros(d)) for found in layers]) for name in names}
     return Observation(values, arrays, encoded.text_hash, encoded.begin_token)
 
 
-def _one_layer(
-    view: LayerView, layer, direction: Tensor | None, starts: int, seed: int
-) -> tuple[dict, dict[str, Tensor]]:
-    """Directions of one layer: of L, of F, and the output of the real FFN's largest gain."""
+def _layer(loaded: Loaded, number: int, starts: int, *, seed: int, **how) -> dict[str, Tensor]:
+    """What depends on the weights alone: directions of L and F, and those of the real FFN's largest gain."""
+    view = layer_view(loaded.model, number)
+    layer = linear_layer(view, seed=seed, **how)
     whole, ffn = leading_triplets(layer.L, k=2, seed=seed), leading_triplets(layer.F, k=2, seed=seed)
     d = view.hidden_size
     # The norm before the FFN divides the scale out, but for its epsilon: rows of a real size, sqrt(d) long.
@@ -93,23 +94,33 @@ def _one_layer(
         lambda x: view.ffn_branch(x * d**0.5), d, starts=starts, seed=seed,
         extra=torch.stack([ffn.V[:, 0], -ffn.V[:, 0]]),
     )  # fmt: skip
-
-    def angle(vector: Tensor) -> float | None:
-        return None if direction is None else float(angle_deg(vector, direction))
-
-    row = {
-        "angle_deg": angle(whole.U[:, 0]),
-        "singular_value": float(whole.S[0]),
-        "second_singular_value": float(whole.S[1]),
-        "ffn_angle_deg": angle(ffn.U[:, 0]),
-        "ffn_singular_value": float(ffn.S[0]),
-        "ffn_second_singular_value": float(ffn.S[1]),
-        "gain_angle_deg": angle(gain.output),
-        "gain": gain.gain,
-        "status": view.status,
-    }
-    vectors = {
+    found = {
         "directions": whole.U[:, 0], "ffn_directions": ffn.U[:, 0],
         "gain_inputs": gain.input, "gain_outputs": gain.output,
+        "singular_values": whole.S[:2], "ffn_singular_values": ffn.S[:2],
     }  # fmt: skip
-    return row, {name: vector.float().cpu() for name, vector in vectors.items()}
+    status = torch.tensor(STATUSES.index(view.status))
+    return {name: array.float() for name, array in found.items()} | {
+        "gain": torch.tensor(gain.gain, dtype=torch.float64), "status": status,
+    }  # fmt: skip
+
+
+def _row(found: dict[str, Tensor], direction: Tensor | None) -> dict:
+    """One layer's entries in the record; all None where nothing was found."""
+    if not found:
+        return dict.fromkeys(KEYS)
+
+    def angle(name: str) -> float | None:
+        return None if direction is None else float(angle_deg(found[name], direction))
+
+    return {
+        "angle_deg": angle("directions"),
+        "singular_value": float(found["singular_values"][0]),
+        "second_singular_value": float(found["singular_values"][1]),
+        "ffn_angle_deg": angle("ffn_directions"),
+        "ffn_singular_value": float(found["ffn_singular_values"][0]),
+        "ffn_second_singular_value": float(found["ffn_singular_values"][1]),
+        "gain_angle_deg": angle("gain_outputs"),
+        "gain": float(found["gain"]),
+        "status": STATUSES[int(found["status"])],
+    }

@@ -1,0 +1,99 @@
+"""What is computed once and shared: by notebooks, by runs with another text, by a run after a killed one."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from sdnb.errors import LayerRefused
+from sdnb.loading import load
+from sdnb.observations import common, explosion
+from sdnb.observations.singular_directions import singular_directions
+from tests.tiny import planted_model
+
+MODULE = import_module("sdnb.observations.singular_directions")
+
+TEXT = ["line one reads a few more words", "line two reads a few more words", "a third line of words"]
+COMMON = {"max_lines": 3, "add_special_tokens": True, "starts": 4}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = planted_model(tmp_path_factory.mktemp("planted") / "planted", layers=3, decay_layer=3).folder
+    return load(str(folder), device="cpu")
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Numbers of the layers that were looked at."""
+    seen, real = [], MODULE.layer_view
+
+    def layer_view(model, number):
+        seen.append(number)
+        return real(model, number)
+
+    monkeypatch.setattr(MODULE, "layer_view", layer_view)
+    return seen
+
+
+def test_another_text_needs_no_layer_again(loaded, looked, tmp_path):
+    first = singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path)
+    second = singular_directions(loaded, text=TEXT[:2], **COMMON, results_dir=tmp_path)
+    assert looked == [1, 2, 3]
+    assert all(torch.equal(array, second.arrays[name]) for name, array in first.arrays.items())
+    assert first.values["gain"] == second.values["gain"] and first.text_hash != second.text_hash
+    singular_directions(loaded, text=TEXT, **COMMON, seed=1, results_dir=tmp_path)
+    assert looked == [1, 2, 3] * 2
+
+
+def test_a_run_that_stopped_goes_on_with_its_layer(loaded, looked, monkeypatch, tmp_path):
+    def stops(model, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(model, number)
+
+    with monkeypatch.context() as patch:
+        real = MODULE.layer_view
+        patch.setattr(MODULE, "layer_view", stops)
+        with pytest.raises(KeyboardInterrupt):
+            singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path)
+    again = singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path)
+    assert looked == [1, 2, 3]
+    whole = singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path / "new")
+    assert again.values == whole.values
+    assert all(torch.equal(array, whole.arrays[name]) for name, array in again.arrays.items())
+
+
+def test_a_refused_layer_is_a_gap_and_is_looked_at_again(loaded, monkeypatch, tmp_path):
+    real = MODULE.layer_view
+
+    def refuses(model, number):
+        if number == 2:
+            raise LayerRefused(2, "mlp", "made up")
+        return real(model, number)
+
+    monkeypatch.setattr(MODULE, "layer_view", refuses)
+    values = singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path).values
+    assert values["angle_deg"][1] is None and values["status"][1] is None and list(values["refused"]) == ["2"]
+    monkeypatch.undo()
+    values = singular_directions(loaded, text=TEXT, **COMMON, results_dir=tmp_path).values
+    assert values["status"] == ["exact"] * 3 and values["refused"] == {}
+
+
+def test_notebooks_share_the_norms_that_layers_are_found_on(loaded, monkeypatch, tmp_path):
+    calls, real = [], common.text_norms
+
+    def text_norms(loaded, lines):
+        calls.append(len(lines))
+        return real(loaded, lines)
+
+    monkeypatch.setattr(common, "text_norms", text_norms)
+    encoded = common.encode_text(loaded, TEXT, 3, True)
+    fresh = explosion.find_explosion(loaded, encoded)
+    assert explosion.find_explosion(loaded, encoded, results_dir=tmp_path) == fresh
+    common.empirical_direction(loaded, encoded, threshold=None, results_dir=tmp_path)
+    assert explosion.find_explosion(loaded, encoded, explosion_layer=3, results_dir=tmp_path).layer == 3
+    assert calls == [3, 3], "once without a cache, once with it"
+    other = common.encode_text(loaded, TEXT, 3, False)
+    explosion.find_explosion(loaded, other, results_dir=tmp_path)
+    assert calls == [3, 3, 3], "other tokens, other norms"
