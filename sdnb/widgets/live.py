@@ -71,6 +71,7 @@ class Panel:
         self._known: Exploration | None = None  # whose layers the slider counts
         self._drawn: tuple[Asked, bytes] | None = None
         self._scale: tuple[Asked, float, float] | None = None
+        self._curve: tuple[tuple, bytes] | None = None
         column = [self.model, self.status, self.norms, self.layer, self.spectrum, self.table]
         self.box = ipywidgets.VBox(column, layout=ipywidgets.Layout(flex="1 1 0", min_width="360px"))
         self.model.observe(self.ask, "value")
@@ -101,7 +102,7 @@ class Panel:
             if not current():
                 return
             norms = self._norms_picture(exploration, sentence, asked)
-            spectrum = layer_picture(exploration, layer)
+            spectrum = self._layer_picture(exploration, layer)
             table = layer_table(exploration, sentence, layer)
         except SdnbError as problem:
             self._refuse(str(problem), current)
@@ -124,6 +125,14 @@ class Panel:
         self._scale = of_text, low, high
         self._drawn = of_picture, norms_picture(exploration, sentence, asked.switched_on, (low, high))
         return self._drawn[1]
+
+    def _layer_picture(self, exploration: Exploration, layer: int) -> bytes:
+        """The layer's picture: kept while only the sentence changes, drawn again when angles have come in."""
+        exploration.layer(layer)
+        key = exploration, layer, len(exploration.missing)
+        if self._curve is None or self._curve[0] != key:
+            self._curve = key, layer_picture(exploration, layer)
+        return self._curve[1]
 
     def _show(self, contents: tuple) -> None:
         for output, content in zip(self._outputs, contents, strict=True):
@@ -155,7 +164,7 @@ class Panel:
     def _forget(self) -> None:
         """Show nothing: no model is chosen."""
         self._clear("")
-        self._known, self.layer.layout.display = None, "none"
+        self._known, self._curve, self.layer.layout.display = None, None, "none"
 
     def _complete(self, exploration: Exploration, since: float | None = None) -> None:
         """Compute one more layer, then ask to be called again: other jobs may come in between."""
@@ -165,7 +174,7 @@ class Panel:
         exploration.layer(exploration.missing[0])
         if not exploration.missing or perf_counter() - since > REDRAWN_S:
             since, layer = None, self.layer.value
-            picture = layer_picture(exploration, layer)
+            picture = self._layer_picture(exploration, layer)
             if self.spectrum.value and self.layer.value == layer:
                 self.spectrum.value = picture
         if exploration.missing:

@@ -1,11 +1,14 @@
 """What the explorer computes, without widgets: facts of layers, sentences, interventions, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sdnb
 from sdnb.errors import ParameterError, TextError
 from sdnb.widgets import INTERVENTIONS, Exploration
+from sdnb.widgets.frames import chosen_layers
 from sdnb.widgets.pages import layer_table
 from tests.tiny import tiny_model
 
@@ -104,6 +107,12 @@ def test_what_cannot_be_shown_is_said(exploration):
             exploration.layer(layer)
     with pytest.raises(ParameterError, match=", ".join(INTERVENTIONS)):
         exploration.sentence(TEXT, switched_on=("magic",))
+
+
+def test_a_deep_model_has_frames_of_some_layers_those_of_the_explosion_among_them():
+    chosen = chosen_layers(SimpleNamespace(layer_count=80, explosion_layers=[2, 45]))
+    assert {1, 2, 45, 80} <= set(chosen) and len(chosen) <= 34 and chosen == sorted(chosen)
+    assert chosen_layers(SimpleNamespace(layer_count=3, explosion_layers=[2])) == [1, 2, 3]
 
 
 def test_tokens_cannot_break_the_table(exploration):

@@ -9,7 +9,7 @@ import pytest
 
 import sdnb
 from sdnb.cli import book
-from sdnb.widgets import Exploration, static_explorer
+from sdnb.widgets import explore
 from tests.browser import Page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def page(tmp_path_factory, planted):
 
     folder = tmp_path_factory.mktemp("page")
     Widget.close_all()
-    shown = static_explorer(Exploration(sdnb.load(str(planted.folder))), SENTENCE)
+    shown = explore(sdnb.load(str(planted.folder)), SENTENCE)  # nobody is present here, so from frames
     content = json.loads((ROOT / "notebooks" / "explorer.ipynb").read_text(encoding="utf8"))
     content["metadata"]["widgets"] = {STATE: Widget.get_manager_state()}
     [cell] = [cell for cell in content["cells"] if "widgets.explore" in "".join(cell["source"])]
