@@ -237,6 +237,8 @@ def torture(sweep: Sweep, kills: int, seconds: float, seed: int) -> tuple[dict, 
             counts.update(kills=1, kernels_too=everything, two_runs=several)
             counts["temporary_files"] += len(list(sweep.results.rglob("*.tmp")))
             wrong += damaged(sweep.results)
+            if counts["kills"] % 10 == 0:
+                print(f"{counts['kills']} kills in {time.monotonic() - begin:.0f} s", flush=True)
         else:
             counts["sweeps_that_ended_before"] += 1
             wrong += finished(sweep, reference)

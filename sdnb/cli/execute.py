@@ -115,6 +115,7 @@ def _workshop() -> Iterator[Path]:
         "JUPYTER_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files would change the pages
+        "TMPDIR": str(folder),  # what a killed kernel leaves is swept with the rest
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
