@@ -285,9 +285,12 @@ def temporary(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(templates, model, temporary, jobs):
-    source = "import os, time; open(f'{results_dir}/{os.getpid()} {os.getppid()}', 'w')"
+    sources = [
+        "import os, tempfile, time; tempfile.mkstemp()",
+        "open(f'{results_dir}/{os.getpid()} {os.getppid()}', 'w'); time.sleep(value)",
+    ]
     for name in ("01_works", "02_fails"):
-        make(templates / f"{name}.ipynb", [source, "time.sleep(value)"])
+        make(templates / f"{name}.ipynb", sources)
     results = templates.parent / "results"
     results.mkdir()
     words = ["run", str(model), "--templates", str(templates), "--results-dir", str(results)]
