@@ -164,4 +164,5 @@ def _cell(value: object, unit: str, tip: str) -> str:
     first = value[0] if isinstance(value, list) and value else value
     order = "" if value in (None, []) else first
     shown = "–" if value is None else _shown(value, unit)
-    return f'<td data-value="{order}" title="{tip}">{shown}</td>'
+    source = f' title="{tip}"' if tip else ""
+    return f'<td data-value="{order}"{source}>{shown}</td>'
