@@ -233,6 +233,7 @@ def _cell(model: Model, source: Path, wanted: dict, known: dict, results: Path, 
     values |= {name: value for name, value in fixed.items() if name in known}
     lists = [values.get(name, literal(known[name])) for name in LISTS if name in known]
     members = [str(entry) for entries in lists for entry in entries or ()]
+    members += [str(values["compare"])] if values.get("compare") else []
     if "checkpoints" in known and not values.get("checkpoints"):
         members.append(f"{model.name.rstrip('/')}-steps/*")
     return Cell(model.name, source, values, results, out, tuple(members), _about(source)[1])

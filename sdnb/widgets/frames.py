@@ -49,7 +49,7 @@ def static_explorer(exploration: Exploration, sentence: str, *, begin: bool = Tr
         _stack(which, [ipywidgets.HTML(layer_table(exploration, one, layer)) for layer in layers])
         for one in seen
     ]
-    text = ipywidgets.HTML(f"<code>{escape(sentence)}</code>")
+    text = ipywidgets.HTML(f"<b>{escape(exploration.loaded.name)}</b>: <code>{escape(sentence)}</code>")
     return ipywidgets.VBox([text, how, norms, which, spectra, _stack(how, tables)])
 
 

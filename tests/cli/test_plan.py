@@ -229,4 +229,9 @@ def test_the_explorer_runs_only_where_it_is_asked_for(folder):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=KERNEL), folder / "explorer.ipynb")
     assert [cell.template for cell in cells(folder)] == ["01_first", "04_fourth"]
     [explorer] = cells(folder, notebooks=["explorer"])
-    assert explorer.notebook == Path("/out/org__a/explorer.ipynb")
+    assert explorer.notebook == Path("/out/org__a/explorer.ipynb") and explorer.members == ()
+    source = PARAMETERS["01_first"] + "\ncompare: str = None"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=KERNEL), folder / "explorer.ipynb")
+    [explorer] = cells(folder, given={"compare": "org/b"}, notebooks=["explorer"])
+    assert explorer.members == ("org/b",)
