@@ -44,7 +44,7 @@ cluster-test: $(STAMP)
 	test -x $(CLUSTER)/bin/python || $(BIN)/python -m venv $(CLUSTER)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	    > "$$($(CLUSTER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])' \
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"], sep="\n")' \
 	    > $(CLUSTER)/requirements.txt
 	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet -r $(CLUSTER)/requirements.txt
 	$(QUIET) HF_HUB_OFFLINE=1 $(CLUSTER)/bin/python -m pytest tests/workflow
