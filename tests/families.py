@@ -123,3 +123,19 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
     model = AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32).eval()
     redraw_model(model, seed)
     return model.to(dtype).requires_grad_(False)
+
+
+def random_model(kind: str, auto: type = AutoModelForCausalLM, **options: object) -> PreTrainedModel:
+    """Builds a small random model of any type, every parameter redrawn.
+
+    Args:
+        kind: the model type.
+        auto: the class that builds it.
+        **options: of its configuration, beside the common ones.
+
+    Returns:
+        The model in evaluation mode.
+    """
+    model = auto.from_config(_config(kind, **options), dtype=torch.float32).eval()
+    redraw_model(model)
+    return model.requires_grad_(False)

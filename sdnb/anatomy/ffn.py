@@ -193,8 +193,8 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
     Returns:
         The formula; None if no candidate reproduces the real module.
     """
-    if not wiring.ffn.entries:  # a layer that is attention only: no units
-        none = torch.zeros(0, probe.hidden_size, device=probe.device)
+    if not wiring.ffn.entries:  # a layer that is attention only: one dead unit
+        none = torch.zeros(1, probe.hidden_size, device=probe.device)
         return FFNFormula(none, None, None, None, nn.functional.relu, none.T, None)
     seen = probe.watch(probe.states(seed=3)[:, None])
     parts = linear_parts(wiring, seen)

@@ -5,19 +5,15 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
-from sdnb.anatomy.small_configs import redraw_model
-from sdnb.errors import LayerRefused, ModelError, ParameterError
-from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
-from tests.families import COMMON, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
-
-
-def random_model(kind, auto=AutoModelForCausalLM, **options):
-    model = auto.from_config(AutoConfig.for_model(kind, **COMMON, **options), dtype=torch.float32).eval()
-    redraw_model(model)
-    return model.requires_grad_(False)
+from sdnb.errors import ModelError
+from sdnb.linearize import (
+    attention_intercept,
+    attention_matrix,
+    branch_scales,
+)
+from tests.families import HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, random_model
 
 
 def close(a, b, tolerance=1e-5):
@@ -161,14 +157,38 @@ def test_contributions_add_up_to_what_the_layer_does(name):
     ids = torch.arange(3, 17).reshape(2, 7)
     model(ids)
     handle.remove()
-    attention, ffn = branch_contributions(model, 2, seen["x"], ids)
+    attention, ffn, stream = branch_contributions(model, 2, seen["x"], ids)
     assert close(attention + ffn, seen["y"] - seen["x"])
+    assert not stream.any()
     view = layer_view(model, 2)
     first = seen["x"][:, 0]  # the first token sees only itself, as a sequence of one token does
     assert close(attention[:, 0], view.attention_branch(first))
     assert not close(attention[:, 1], view.attention_branch(seen["x"][:, 1]), 0.01)
     flat = (seen["x"] if view.parallel else seen["x"] + attention).reshape(-1, HIDDEN)
     assert close(ffn.reshape(-1, HIDDEN), view.ffn_branch(flat))
+
+
+@pytest.mark.parametrize("name", ["bert", "doge"])
+def test_contributions_where_the_stream_changes_too(name):
+    """What the stream's norms and coefficients do is told apart, and all three add up."""
+    model = build(name)
+    layer, x = decoder_layers(model)[1], torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(3, 13).reshape(2, 5)
+    attention, ffn, stream = branch_contributions(model, 2, x, ids)
+    view = layer_view(model, 2)
+    a, f = view.attention_branch(x[:, 0]), ffn[:, 0]
+    assert close(attention[:, 0], a)
+    y = view.beside_attention(x[:, 0]) + a
+    assert close(f, view.ffn_branch(y))
+    assert close((attention + ffn + stream)[:, 0], view.layer(x[:, 0]) - x[:, 0])
+    if name == "bert":
+        normed = layer.attention.output.LayerNorm(x[:, 0] + a)
+        assert close(view.beside_ffn(y), normed)
+        out = layer.output.LayerNorm(normed + f)
+    else:
+        scaled = layer.input_residual * x[:, 0] + a
+        out = layer.post_attention_residual * scaled + f
+    assert close(stream[:, 0], out - x[:, 0] - a - f)
 
 
 class TestNormsInside:
@@ -225,74 +245,3 @@ def test_a_projection_outside_the_mixing_module_belongs_to_attention():
     assert view.status == "exact"
     assert close(view.attention_matrix, attention.output.dense.weight @ attention.self.value.weight)
     assert view.attention_norm.name == "attention.LayerNorm"
-
-
-class TestApproximate:
-    def test_a_clip_makes_attention_approximate(self):
-        options = {
-            "d_model": HIDDEN,
-            "n_heads": HEADS,
-            "n_layers": 2,
-            "max_seq_len": 64,
-            "expansion_ratio": 2,
-        }
-        clipped = layer_view(random_model("mpt", **options, attn_config={"clip_qkv": 1.0}), 1)
-        assert clipped.status == "approximate"
-        assert 1e-2 < clipped.attention_error < 0.7
-        wide = layer_view(random_model("mpt", **options, attn_config={"clip_qkv": 1e4}), 1)
-        assert wide.status == "exact"
-
-    def test_a_mixture_of_experts_is_sampled(self):
-        options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
-        model = random_model("mixtral", **options)
-        view = layer_view(model, 2)
-        assert (view.status, view.ffn, view.ffn_error) == ("sampled", None, None)
-        assert max(view.attention_error, view.layer_error) < 1e-5
-        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
-        real = decoder_layers(model)[1].mlp(u[:, None])
-        real = real[0] if isinstance(real, tuple) else real
-        assert close(view.ffn_module(u), real[:, 0])
-
-
-class TestRefused:
-    def test_layers_that_norm_the_sum(self):
-        sizes = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
-        model = random_model("bert", **sizes, is_decoder=True)
-        with pytest.raises(LayerRefused, match=r"layer 2, attention.*does not return its input") as refusal:
-            layer_view(model, 2)
-        assert refusal.value.layer == 2
-
-    def test_recurrent_networks_that_pass_for_gated_attention(self):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
-        with pytest.raises(ModelError, match="recurrent"):
-            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
-
-    def test_state_space_models(self):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
-        model = random_model("mamba", **sizes, use_mambapy=False)
-        with pytest.raises(LayerRefused, match="layer 1"):
-            layer_view(model, 1)
-
-    def test_encoder_decoders(self):
-        sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
-        with pytest.raises(ModelError, match="encoder-decoder"):
-            layer_view(random_model("t5", AutoModelForSeq2SeqLM, **sizes), 1)
-
-    @pytest.mark.parametrize("number", [0, 3, -1])
-    def test_layers_out_of_range(self, number):
-        with pytest.raises(ParameterError, match="layers 1 to 2"):
-            layer_view(build("llama"), number)
-
-    def test_without_the_check_the_errors_are_told(self):
-        options = {
-            "d_model": HIDDEN,
-            "n_heads": HEADS,
-            "n_layers": 2,
-            "max_seq_len": 64,
-            "expansion_ratio": 2,
-        }
-        model = random_model("mpt", **options, attn_config={"clip_qkv": 0.02})
-        with pytest.raises(LayerRefused, match="not a linear map"):
-            layer_view(model, 1)
-        view = layer_view(model, 1, check=False)
-        assert view.status == "refused" and view.attention_error > 0.7

@@ -1,0 +1,116 @@
+"""What is taken though it is no plain exact layer, and what is refused, with its reason."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from sdnb.anatomy import decoder_layers, layer_view
+from sdnb.anatomy.check import measure, verdict
+from sdnb.errors import LayerRefused, ModelError, ParameterError
+from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
+from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
+
+MPT = {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+class TestApproximate:
+    def test_a_clip_makes_attention_approximate(self):
+        clipped = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
+        assert clipped.status == "approximate"
+        assert 1e-2 < clipped.attention_error < 0.7
+        assert clipped.attention_error < 2 * clipped.affine.residual
+        wide = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1e4}), 1)
+        assert wide.status == "exact"
+
+    def test_a_mixture_of_experts_is_sampled(self):
+        options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = random_model("mixtral", **options)
+        view = layer_view(model, 2)
+        assert (view.status, view.ffn, view.ffn_error) == ("sampled", None, None)
+        assert max(view.attention_error, view.layer_error) < 1e-5
+        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        real = decoder_layers(model)[1].mlp(u[:, None])
+        real = real[0] if isinstance(real, tuple) else real
+        assert close(view.ffn_module(u), real[:, 0])
+
+    def test_one_expert_on_request(self):
+        model = random_model("mixtral", **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2)
+        view, experts = layer_view(model, 2), decoder_layers(model)[1].mlp.experts
+        gate, up = experts.gate_up_proj[3].chunk(2)
+        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        expected = (torch.nn.functional.silu(u @ gate.T) * (u @ up.T)) @ experts.down_proj[3].T
+        assert close(view.of_expert(3).ffn_module(u), expected)
+        B = closed_form_fit(gate, torch.nn.functional.silu, None, up, None)
+        F = experts.down_proj[3] @ B * view.ffn_norm.gain
+        layer = linear_layer(view.of_expert(3), samples=20_000)
+        assert (layer.F - F).norm() / F.norm() < 2 * layer.standard_error < 0.2
+        with pytest.raises(ParameterError, match="experts 0 to 3"):
+            view.of_expert(4)
+        with pytest.raises(ParameterError, match="no mixture"):
+            layer_view(build("llama"), 1).of_expert(0)
+
+    def test_an_attention_that_is_no_matrix_is_fitted(self):
+        """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""
+        view = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
+        u = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(1))
+        left = view.attention_module(u) - u @ view.attention_matrix.T - view.attention_bias
+        assert (left.T @ u / len(u)).norm() < 0.1 * view.attention_matrix.norm()
+        assert left.norm() / view.attention_module(u).norm() == pytest.approx(view.affine.residual, rel=0.1)
+        wrong = replace(view.affine, matrix=view.attention_matrix.roll(1, 0))
+        with pytest.raises(LayerRefused, match="basis rows"):
+            verdict(view.probe, view.wiring, measure(view.probe, view.wiring, wrong, view.ffn))
+
+    def test_a_layer_of_attention_alone(self):
+        kinds = {"layers_block_type": ["attention", "mlp"], "head_dim": 8, "n_groups": 1}
+        view = layer_view(random_model("nemotron_h", **LLAMA_LIKE | kinds), 1)
+        assert view.status == "exact"
+        x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
+        assert close(view.layer(x), x + view.attention_branch(x))
+        assert not view.ffn_branch(x).any()
+        assert close(linear_layer(view).L, torch.eye(HIDDEN) + attention_matrix(view))
+
+
+class TestRefused:
+    def test_a_third_branch(self):
+        """Granite with state-space layers adds experts and a shared FFN apart from each other."""
+        kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        kinds["mamba_n_heads"] = 8
+        model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
+        with pytest.raises(LayerRefused, match=r"layer 2, self_attn.*does not return its input") as refusal:
+            layer_view(model, 2)
+        assert refusal.value.layer == 2
+
+    def test_recurrent_networks_that_pass_for_gated_attention(self):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
+        with pytest.raises(ModelError, match="recurrent"):
+            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
+
+    def test_state_space_models(self):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
+        model = random_model("mamba", **sizes, use_mambapy=False)
+        assert len(decoder_layers(model)) == 2
+        with pytest.raises(LayerRefused, match="layer 1, layer: a state-space mixer"):
+            layer_view(model, 1)
+
+    def test_encoder_decoders(self):
+        sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
+        with pytest.raises(ModelError, match="encoder-decoder"):
+            layer_view(random_model("t5", AutoModelForSeq2SeqLM, **sizes), 1)
+
+    @pytest.mark.parametrize("number", [0, 3, -1])
+    def test_layers_out_of_range(self, number):
+        with pytest.raises(ParameterError, match="layers 1 to 2"):
+            layer_view(build("llama"), number)
+
+    def test_without_the_check_the_errors_are_told(self):
+        model = random_model("lfm2", **LLAMA_LIKE, layer_types=["conv", "full_attention"])
+        with pytest.raises(LayerRefused, match="not a linear map"):
+            layer_view(model, 1)
+        view = layer_view(model, 1, check=False)
+        assert view.status == "refused" and view.attention_error > 0.7
