@@ -26,12 +26,9 @@ class Page:
     """
 
     def __init__(self, folder: Path):
-        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if browser is None:
-            pytest.skip("no Chromium on this machine")
         self._folder, self._number = Path(folder) / "browser", 0
         self.requests, self.problems = [], []
-        command = [browser, *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
+        command = [find(), *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._socket = None
 
@@ -106,6 +103,14 @@ class Page:
         for kind in ("rawKeyDown", "keyUp") * times:
             about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
             self.call("Input.dispatchKeyEvent", type=kind, **about)
+
+
+def find() -> str:
+    """The browser's program; without one the test is skipped."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    return browser
 
 
 def until(condition, seconds: float, what=lambda: "the browser did not start"):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
+from threading import RLock
 from time import perf_counter
 
 import ipywidgets
@@ -68,6 +69,7 @@ class Panel:
         )
         self.table = ipywidgets.HTML()
         self._outputs = (self.norms, self.spectrum, self.table)
+        self._showing = RLock()  # an answer is not shown between a newer question and its "computing"
         self._known: Exploration | None = None  # whose layers the slider counts
         self._drawn: tuple[Asked, bytes] | None = None
         self._scale: tuple[Asked, float, float] | None = None
@@ -87,10 +89,11 @@ class Panel:
             self._worker.submit(self._name, lambda current: self._forget())
             return
         asked = Asked(self.model.value, *self._controls(), self.layer.value)
-        for output in self._outputs:
-            output.add_class("sdnb-old")
-        self.status.value = "computing …"
-        self._worker.submit(self._name, lambda current: self._answer(asked, current))
+        with self._showing:
+            self._worker.submit(self._name, lambda current: self._answer(asked, current))
+            for output in self._outputs:
+                output.add_class("sdnb-old")
+            self.status.value = "computing …"
 
     def _answer(self, asked: Asked, current: Callable[[], bool]) -> None:
         """Compute and show, unless something newer was asked for meanwhile; errors become the message."""
@@ -109,10 +112,11 @@ class Panel:
         except Exception as problem:  # a model's own code can fail in any way; the page must say so
             self._refuse(f"This does not work ({type(problem).__name__}: {problem}).", current)
         else:
-            if current():
-                self._show((norms, spectrum, table))
-                self.status.value = f"{len(sentence.tokens)} tokens, {perf_counter() - start:.2f} s"
-                self._adopt(exploration, layer)
+            with self._showing:
+                if current():
+                    self._show((norms, spectrum, table))
+                    self.status.value = f"{len(sentence.tokens)} tokens, {perf_counter() - start:.2f} s"
+                    self._adopt(exploration, layer)
 
     def _norms_picture(self, exploration: Exploration, sentence: Sentence, asked: Asked) -> bytes:
         """The map of norms: kept while only the slider moves, one colour scale whatever is switched on."""
@@ -149,8 +153,9 @@ class Panel:
         self._worker.submit(f"{self._name} angles", lambda _: self._complete(exploration))
 
     def _refuse(self, message: str, current: Callable[[], bool]) -> None:
-        if current():
-            self._clear(f'<span class="sdnb-error">{escape(message)}</span>')
+        with self._showing:
+            if current():
+                self._clear(f'<span class="sdnb-error">{escape(message)}</span>')
 
     def _clear(self, status: str) -> None:
         """Take every output away and say why."""

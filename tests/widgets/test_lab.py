@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Page, until
+from tests.browser import Page, find, until
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = "[...(window.jupyterapp?.shell.widgets('main') ?? [])][0]"
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def lab(tmp_path, planted):
     """The address of a JupyterLab on a folder with the notebook, set to a planted model; and its layer."""
+    find()
     notebook = (ROOT / "notebooks" / "explorer.ipynb").read_text(encoding="utf8")
     assert 'zoo/llama\\"  # hub id' in notebook
     work = tmp_path / "work"
