@@ -1,6 +1,7 @@
 """When a cell's key changes: files of the model, of the models beside it, records that it reads."""
 
 import json
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_who_reads_records_runs_last(tmp_path, jobs, monkeypatch):
 
         def submit(self, function, cell, options):
             done.append(cell.template)
-            return cell
+            return Future()
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(runner, "as_completed", lambda futures: [done.append("waited")] * 0)
