@@ -13,7 +13,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -25,6 +26,7 @@ from sdnb.errors import SdnbError
 from sdnb.refusal import refuse_files
 
 DONE, KEPT, FAILED = "done", "unchanged", "failed"
+_LOST = "a worker process was killed, for want of memory perhaps: run again, with fewer --jobs"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,21 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
         gpus.put(_gpu(number))
     with ProcessPoolExecutor(jobs, context, _prepare_worker, (jobs, gpus)) as pool:
         for late in (False, True):  # who reads the others' records waits for all of them
-            futures = [pool.submit(run_cell, cell, options) for cell in cells if cell.reads_records == late]
-            yield from (future.result() for future in as_completed(futures))
+            chosen = [cell for cell in cells if cell.reads_records == late]
+            try:
+                futures = {pool.submit(run_cell, cell, options): cell for cell in chosen}
+            except BrokenProcessPool:
+                yield from (Outcome(cell, FAILED, 0.0, _LOST) for cell in chosen)
+                continue
+            yield from (_outcome(future, futures[future]) for future in as_completed(futures))
+
+
+def _outcome(future: Future, cell: Cell) -> Outcome:
+    """What became of a cell in a pool; a worker that was killed takes the others with it."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Outcome(cell, FAILED, 0.0, _LOST)
 
 
 def _prepare_worker(jobs: int, gpus) -> None:

@@ -240,6 +240,16 @@ def test_cells_run_side_by_side(templates, model, capfd):
     assert "2 done" in "\n".join(lines(capfd))
 
 
+def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model, capfd):
+    fatal = "import os, signal; os.kill(os.getppid(), signal.SIGKILL) if value == 1 else None"
+    make(templates / "01_works.ipynb", [fatal])
+    make(templates / "02_fails.ipynb", ["import time; time.sleep(0 if value == 2 else 600)"])
+    assert run(templates, model, "--jobs", "2") == 1
+    text = "\n".join(lines(capfd))
+    assert text.count("a worker process was killed") >= 2 and "2 failed" in text
+    assert run(templates, model, "-p", "value", "2") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
