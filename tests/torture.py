@@ -145,7 +145,10 @@ def damaged(results: Path) -> list[str]:
     for path in sorted(path for path in results.rglob("*") if path.is_file()):
         if path.suffix == ".tmp":
             continue  # what a killed writer leaves; nobody reads it, and the next writer removes it
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            continue  # a kernel that does not know yet that it is alone is still at work
         try:
             if path.suffix in (".json", ".ipynb"):
                 json.loads(data)
@@ -278,12 +281,13 @@ def command() -> int:
         importlib.import_module(
             name
         )  # for the forks; workers of a pool, which are not, import this file again
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+    with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         sweep = Sweep(Path(folder))
         try:
             counts, wrong = torture(sweep, args.kills, args.seconds, args.seed)
         finally:
             sweep.kill([], everything=True)
+            sweep.settle()
         print(json.dumps(counts, indent=1))
         if wrong:
             print("\n".join([*wrong, "", *sweep.log.read_text().splitlines()[-60:]]))
