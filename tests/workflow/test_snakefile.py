@@ -11,8 +11,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.tiny import tiny_model
-
 pytest.importorskip("snakemake", reason="Snakemake is an extra of its own: `make cluster-test` runs these")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +36,8 @@ models:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
+    from tests.tiny import tiny_model  # not for a test that is skipped
+
     folder = tmp_path_factory.mktemp("org")
     for name in ("one", "two"):
         tiny_model(folder / name, layers=1)
