@@ -122,7 +122,7 @@ def _dense(M: Tensor | Operator) -> tuple[Tensor, Tensor, Tensor]:
 
 def _residual(M: Tensor | Operator, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """Return the relative residual of each triplet, shape (k,)."""
-    error = torch.maximum((M @ V - U * S).norm(dim=0), (M.T @ U - V * S).norm(dim=0))
+    error = torch.maximum((times(M, V) - U * S).norm(dim=0), (times(M.T, U) - V * S).norm(dim=0))
     return torch.where(S > 0, error / S, 0.0)
 
 
