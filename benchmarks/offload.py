@@ -11,6 +11,7 @@ Beside it the same computations with the model in memory, where it fits.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -128,14 +129,13 @@ def compare(folder: Path, shape: Shape, layers: int, options: argparse.Namespace
     # attention read off d one-token sequences (Q, K, V, O), A F once, the eigenpair's factorisation at most
     work = layers * (10 * shape.d**3 + 2 * shape.d**3 + 2 * shape.d**2 * shape.f)
     cost = {"operations": work, "bytes": layers * layer_bytes(shape)}
-    difference, others = "", None
-    try:
-        if options.alone:
-            raise MemoryShortage
-        others, whole = timed(lambda: decompositions(folder, options.device), options.device)
-    except MemoryShortage:
-        difference = "not compared: the whole model was not asked for, or does not fit"
-    rows = [watch.row(f"one layer at a time, {layers} layers (ours)", difference=difference or apart(answers, others), **cost)]  # fmt: skip  # noqa: E501
+    others = None
+    if not options.alone:
+        with contextlib.suppress(MemoryShortage):
+            others, whole = timed(lambda: decompositions(folder, options.device), options.device)
+    difference = "not compared with the whole model in memory" if others is None else apart(answers, others)
+    what = f"one layer at a time, {layers} layers (ours)"
+    rows = [watch.row(what, difference=difference, **cost)]
     if others is not None:
         rows.append(whole.row("the whole model in memory, same computations", **cost))
     facts = {"held_before_gib": held / GIB, "peak_anonymous_gib": peak / GIB, "allowed_gib": allowed / GIB}
