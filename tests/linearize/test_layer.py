@@ -52,6 +52,10 @@ class View:
     ffn_post_norm: Norm | None
     ffn_multiplier: float
     hidden_size: int = D
+    plain_stream: bool = True
+
+    def beside_attention(self, x):
+        return x
 
     def attention_module(self, u):
         return u @ self.attention_matrix.T + self.attention_bias
@@ -61,7 +65,8 @@ class View:
 
     def attention_branch(self, x):
         y = self.attention_module(self.attention_norm.module(x))
-        return self.attention_multiplier * self.attention_post_norm.module(y)
+        y = y if self.attention_post_norm is None else self.attention_post_norm.module(y)
+        return self.attention_multiplier * y
 
 
 def make_view(gated, centred, parallel=False, seed=0):
