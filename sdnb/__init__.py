@@ -18,7 +18,7 @@ _WHERE = {
     ),
     "sdnb.linearize": (
         "LinearLayer", "SampledFit", "attention_matrix", "branch_scales", "closed_form_fit", "ffn_matrix",
-        "gaussian_moments", "linear_layer", "sampled_fit",
+        "gaussian_moments", "linear_layer", "sampled_fit", "stream_scales",
     ),
     "sdnb.decompose": (
         "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain",
