@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import threading
@@ -68,10 +69,15 @@ class Row:
 
 
 class Watch:
-    """Wall time, processor time and peak memory of a block; `with Watch(device) as watch`."""
+    """Wall time, processor time and peak memory of a block; `with Watch(device) as watch`.
 
-    def __init__(self, device: str):
-        self.cuda = device.startswith("cuda")
+    Args:
+        device: a GPU's memory is measured by torch, else the process's anonymous memory is sampled.
+        most: bytes of anonymous memory at which the process is ended at once.
+    """
+
+    def __init__(self, device: str, most: float = math.inf):
+        self.cuda, self.most = device.startswith("cuda"), most
 
     def __enter__(self) -> "Watch":
         """Start measuring."""
@@ -89,6 +95,12 @@ class Watch:
     def _sample(self) -> None:
         while not self._stop.wait(0.01):
             self.peak = max(self.peak, anonymous_bytes())
+            if self.peak > self.most:
+                print(
+                    f"{self.peak / GIB:.2f} GiB of anonymous memory, {self.most / GIB:.2f} are allowed",
+                    flush=True,
+                )
+                os._exit(1)
 
     def __exit__(self, *problem: object) -> None:
         """Stop, with everything the device still had to do."""
@@ -118,9 +130,9 @@ def anonymous_bytes() -> int:
     return 0
 
 
-def timed(work: Callable[[], object], device: str) -> tuple[object, Watch]:
-    """The answer of one call, and what it took."""
-    with Watch(device) as watch:
+def timed(work: Callable[[], object], device: str, most: float = math.inf) -> tuple[object, Watch]:
+    """The answer of one call, and what it took; the process ends where that is more memory than `most`."""
+    with Watch(device, most) as watch:
         answer = work()
     return answer, watch
 
