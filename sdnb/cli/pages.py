@@ -3,13 +3,27 @@
 import copy
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sdnb.cli.staging import Page
 
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A notebook's page in the staged book.
+
+    Args:
+        model: the model as a person reads its name.
+        slug: its folder of results.
+        template: the notebook's name, without its ending.
+        name: the page's staged path, without its ending.
+    """
+
+    model: str
+    slug: str
+    template: str
+    name: str
 
 
 def title(content: dict) -> str:
@@ -24,9 +38,7 @@ def title(content: dict) -> str:
     return "".join(content["cells"][0]["source"]).splitlines()[0].lstrip("# ")
 
 
-def make(
-    content: dict, own: "Page", others: list["Page"], main: list["Page"], stored_on: str | None
-) -> bytes:
+def make(content: dict, own: Page, others: list[Page], main: list[Page], stored_on: str | None) -> bytes:
     """Turn an executed notebook into a page.
 
     Args:
@@ -77,7 +89,7 @@ def _stored_note(template: str, stored_on: str) -> str:
     )
 
 
-def _links(own: "Page", others: list["Page"]) -> str:
+def _links(own: Page, others: list[Page]) -> str:
     """One line with the same page on every model."""
     names = [
         f"**{page.model}**" if page == own else "{doc}" + f"`{page.model} </{page.name}>`" for page in others

@@ -6,35 +6,18 @@ touched, and a file is written only where it changed, so that an unchanged book 
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from sdnb.cli import pages, plan, stored
+from sdnb.cli.pages import Page
 from sdnb.errors import RecordError
 
 SCHEMA_MARK = "<!-- the schema stands here -->"
 CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
 RECORDS, FIGURES = (".json", ".safetensors"), (".png", ".svg")
 BEFORE = "Back matter"  # the part that the further models' parts precede
-
-
-@dataclass(frozen=True)
-class Page:
-    """A notebook's page in the staged book.
-
-    Args:
-        model: the model as a person reads its name.
-        slug: its folder of results.
-        template: the notebook's name, without its ending.
-        name: the page's staged path, without its ending.
-    """
-
-    model: str
-    slug: str
-    template: str
-    name: str
 
 
 def toc_pages(toc: Path) -> list[str]:

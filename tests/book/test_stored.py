@@ -7,7 +7,7 @@ import pytest
 
 from sdnb import records
 from sdnb.cli import pages, plan, stored
-from sdnb.cli.staging import Page
+from sdnb.cli.pages import Page
 from sdnb.errors import RecordError
 
 NAME, SLUG = "17_fine_tuned_spectra", "org__name"
