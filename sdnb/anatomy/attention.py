@@ -12,7 +12,8 @@ from sdnb.anatomy.probe import ROWS_AT_ONCE, Behind, LayerProbe
 from sdnb.errors import LayerRefused
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
-FIT_ROWS = 32  # rows for each column of a matrix that has to be fitted
+FIRST_LOOK, FIT_ROWS = 4, 32  # rows for each column of a matrix that has to be fitted
+HOPELESS = 0.9  # what a first look may leave unexplained; state-space mixers are slow on single tokens
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,11 @@ def read_attention(
 
 @torch.no_grad()
 def fit_attention(
-    probe: LayerProbe, entries: Sequence[nn.Module | Behind], exit: nn.Module, seed: int = 6
+    probe: LayerProbe,
+    entries: Sequence[nn.Module | Behind],
+    exit: nn.Module,
+    rows: int = FIT_ROWS,
+    seed: int = 6,
 ) -> AttentionMatrix:
     """Fits the matrix of an attention that is none (gates, sinks, clips): least squares on Gaussian rows.
 
@@ -228,6 +233,7 @@ def fit_attention(
         probe: the layer.
         entries: the attention module of its copy.
         exit: the module whose output is attention's.
+        rows: for each column of the matrix.
         seed: of the rows.
 
     Returns:
@@ -235,12 +241,9 @@ def fit_attention(
     """
     d = probe.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    rows = [
-        torch.randn(ROWS_AT_ONCE, d, generator=generator) for _ in range(-(-FIT_ROWS * d // ROWS_AT_ONCE))
-    ]
-    moments, products, square, count = 0.0, 0.0, 0.0, ROWS_AT_ONCE * len(rows)
-    for u in rows:
-        u = u.to(probe.device)
+    moments, products, square, count = 0.0, 0.0, 0.0, rows * d
+    for start in range(0, count, ROWS_AT_ONCE):
+        u = torch.randn(min(ROWS_AT_ONCE, count - start), d, generator=generator).to(probe.device)
         real = probe.feed(entries, exit, u).double()
         given = torch.cat([u, torch.ones_like(u[:, :1])], dim=1).double()
         moments, products = moments + given.T @ given, products + given.T @ real

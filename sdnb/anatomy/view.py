@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.attention import AttentionMatrix, fit_attention, read_attention
+from sdnb.anatomy.attention import FIRST_LOOK, HOPELESS, AttentionMatrix, fit_attention, read_attention
 from sdnb.anatomy.check import EXACT, Errors, measure, verdict
 from sdnb.anatomy.experts import find_expert
 from sdnb.anatomy.ffn import FFNFormula, recognise_ffn
@@ -269,10 +269,12 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     ffn = recognise_ffn(probe, wiring)
     errors = measure(probe, wiring, affine, ffn)
     if not max(errors.attention, errors.linearity) < EXACT:
-        fitted = fit_attention(probe, wiring.attention.entries, wiring.attention.exit)
-        better = measure(probe, wiring, fitted, ffn)
-        if better.attention < errors.attention:
-            affine, errors = fitted, better
+        places = (probe, wiring.attention.entries, wiring.attention.exit)
+        if fit_attention(*places, rows=FIRST_LOOK).residual < HOPELESS:
+            fitted = fit_attention(*places)
+            better = measure(probe, wiring, fitted, ffn)
+            if better.attention < errors.attention:
+                affine, errors = fitted, better
     try:
         status = verdict(probe, wiring, errors)
     except LayerRefused:

@@ -206,7 +206,8 @@ def without_bias(view):
 
 def broken_twins(name, view):
     """Views of a layer that is broken in one way each."""
-    yield "attention's gain ignored", without_gain(view, "attention")
+    if view.attention_norm is not None or view.attention_post_norm is not None:
+        yield "attention's gain ignored", without_gain(view, "attention")
     yield "the FFN's gain ignored", without_gain(view, "ffn")
     yield "heads permuted", with_heads_permuted(view, name)
     yield "residual", replace(view, wiring=replace(view.wiring, parallel=not view.parallel))
