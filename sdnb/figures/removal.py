@@ -65,29 +65,34 @@ def _floor(types: dict) -> float:
 
 
 def tuning_order(values: dict, title: str = "") -> Figure:
-    """Draw the loss after removing and fine-tuning in either order, by type and decile, beside the band.
+    """Draw the loss that removing adds, before fine-tuning and after it, by type and decile, beside the band.
 
     Args:
         values: the values of record 17.
         title: figure title.
 
     Returns:
-        The figure: one panel a matrix type, one point a seed.
+        The figure: one panel a matrix type, one point a seed. The axis is linear within the band and
+        logarithmic beyond it.
     """
     types = list(dict.fromkeys(row["type"] for row in values["rows"] if row["order"] != "none"))
     deciles = sorted({row["decile"] for row in values["rows"] if row["order"] != "none"})
+    middle, width = sum(values["band"]) / 2, (values["band"][1] - values["band"][0]) / 2
     fig, axes = plt.subplots(1, len(types), figsize=(PAGE * 1.1, 3.4), sharey=True, squeeze=False)
     for ax, kind in zip(axes.flat, types, strict=True):
-        ax.axhspan(*values["band"], color="#b2f2bb", zorder=0, label="unpruned runs, three sigma")
-        ax.axhline(values["score_untuned"], color=COLOURS["null"], ls="--", lw=1, label="not tuned, unpruned")
+        ax.axhspan(-width, width, color="#b2f2bb", zorder=0, label="unpruned runs, three sigma")
+        untuned = values["score_untuned"] - middle
+        ax.axhline(untuned, color=COLOURS["null"], ls="--", lw=1, label="not tuned, unpruned")
         for order, shift, colour in (("before", -0.12, COLOURS["L"]), ("after", 0.12, COLOURS["F"])):
             rows = [row for row in values["rows"] if (row["order"], row["type"]) == (order, kind)]
             label = {"before": "remove, then tune", "after": "tune, then remove"}[order]
             x = [deciles.index(row["decile"]) + shift for row in rows]
-            ax.plot(x, [row["score"] for row in rows], "o", ms=4, alpha=0.7, color=colour, label=label)
+            added = [row["score"] - middle for row in rows]
+            ax.plot(x, added, "o", ms=4, alpha=0.7, color=colour, label=label)
+        ax.set_yscale("symlog", linthresh=max(width, 1e-6), linscale=0.6)
         ax.set_xticks(range(len(deciles)), deciles)
         ax.set(title=NAMES.get(kind, kind), xlabel="decile removed")
-    axes[0, 0].set_ylabel("loss on the new text\n(nats a token)")
+    axes[0, 0].set_ylabel("loss on the new text, less that of\nunpruned runs (nats a token)")
     axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     fig.suptitle(title)
     return fig
