@@ -139,11 +139,14 @@ def _ledger(loaded: Loaded, lines: list[Tensor], direction: Direction) -> dict:
         parts = (book.attention[:, high], book.ffn[:, high])
         parts += (book.attention[:, real & ~high], book.ffn[:, real & ~high])
         parts += (book.start[None, high], book.coordinate[-1:, high])
+        if book.stream.any():
+            columns.setdefault("ledger_stream", [])
+            parts += (book.stream[:, high],)
         for column, part in zip(columns.values(), parts, strict=True):
             column.append(part)
     means = {}
     for name, column in columns.items():
         entries = torch.cat(column, dim=1)
         mean = entries.mean(dim=1).tolist() if entries.shape[1] else [None] * len(entries)
-        means[name] = mean if name in names else mean[0]
+        means[name] = mean[0] if name in ("ledger_start", "ledger_end") else mean
     return means

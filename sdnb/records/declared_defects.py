@@ -123,6 +123,8 @@ VALUES_05 = (
     Field("ledger_ffn", "what the FFN adds along the direction, high-norm tokens", LAYERS, null=True),
     Field("ledger_ordinary_attention", "what attention adds there, other tokens", LAYERS, null=True),
     Field("ledger_ordinary_ffn", "what the FFN adds there, other tokens", LAYERS, null=True),
+    Field("ledger_stream", "what the stream's own norms change there, if it passes any, high-norm tokens",
+          LAYERS, null=True, required=False),
     Field("ledger_start", "coordinate of the high-norm tokens' embeddings along the direction", null=True),
     Field("ledger_end", "their coordinate after the last layer", null=True),
     Field("norm_aware_angle_deg", "angle of the eigenvector of L_rho - I", LAYERS, unit="degrees", null=True),

@@ -18,7 +18,7 @@ NUMBER = 2
 
 
 def first(value):
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def observe(model, truth: Truth, number: int = NUMBER) -> dict[str, torch.Tensor]:
