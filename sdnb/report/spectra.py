@@ -162,20 +162,21 @@ def tuning(v: dict) -> tuple[str, list]:
     means: dict[tuple, list[float]] = {}
     for row in v["rows"]:
         means.setdefault((row["type"], row["decile"], row["order"]), []).append(row["score"])
-    rows, worse = [("three-sigma band of the unpruned runs", f"{number(low)} to {number(high)}", ""),
-                   ("loss before tuning", v["score_untuned"], "")], 0  # fmt: skip
+    mean = {key: sum(scores) / len(scores) for key, scores in means.items()}
     pairs = [(kind, decile) for kind, decile, order in means if order == "before"]
+    rows = [
+        ("loss of unpruned runs, three-sigma band", f"{low:.4f} to {high:.4f}", ""),
+        ("loss before tuning", f"{v['score_untuned']:.4f}", ""),
+    ]
     for index, (kind, decile) in enumerate(pairs):
-        before, after = (means[kind, decile, order] for order in ("before", "after"))
-        before_mean, after_mean = sum(before) / len(before), sum(after) / len(after)
-        worse += after_mean > before_mean
-        text = f"{number(before_mean)} remove then tune, {number(after_mean)} tune then remove"
+        text = f"{mean[kind, decile, 'before']:.4f} remove then tune, {mean[kind, decile, 'after']:.4f} tune then remove"
         rows.append((f"{_name(kind)}, decile {decile}", text, published.TUNING if index == 0 else ""))
-    recovered = sum(sum(means[k, d, "before"]) / len(means[k, d, "before"]) <= high for k, d in pairs)
+    inside = {order: sum(mean[k, d, order] <= high for k, d in pairs) for order in ("before", "after")}
+    apart = sum(mean[k, d, "after"] - mean[k, d, "before"] > (high - low) / 2 for k, d in pairs)
     sentence = (
-        f"Removing after tuning is worse than removing before it in {worse} of {len(pairs)} cases; removing "
-        "first and "
-        f"then tuning ends within the band of unpruned runs in {recovered} of {len(pairs)}."
+        f"Of {len(pairs)} cases, removing first and then tuning ends within the band of unpruned runs in "
+        f"{inside['before']}, removing after tuning in {inside['after']}. Removing afterwards is worse by more than "
+        f"half the band's width in {apart}."
     )
     return sentence, rows
 
