@@ -169,14 +169,15 @@ def tuning(v: dict) -> tuple[str, list]:
         ("loss before tuning", f"{v['score_untuned']:.4f}", ""),
     ]
     for index, (kind, decile) in enumerate(pairs):
-        text = f"{mean[kind, decile, 'before']:.4f} remove then tune, {mean[kind, decile, 'after']:.4f} tune then remove"
+        before, after = (mean[kind, decile, order] for order in ("before", "after"))
+        text = f"{before:.4f} remove then tune, {after:.4f} tune then remove"
         rows.append((f"{_name(kind)}, decile {decile}", text, published.TUNING if index == 0 else ""))
     inside = {order: sum(mean[k, d, order] <= high for k, d in pairs) for order in ("before", "after")}
     apart = sum(mean[k, d, "after"] - mean[k, d, "before"] > (high - low) / 2 for k, d in pairs)
     sentence = (
         f"Of {len(pairs)} cases, removing first and then tuning ends within the band of unpruned runs in "
-        f"{inside['before']}, removing after tuning in {inside['after']}. Removing afterwards is worse by more than "
-        f"half the band's width in {apart}."
+        f"{inside['before']}, removing after tuning in {inside['after']}. Removing afterwards is worse by "
+        f"more than half the band's width in {apart}."
     )
     return sentence, rows
 
