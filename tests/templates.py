@@ -36,7 +36,7 @@ SMALL = {
     "14_weight_spectra": {"layers": [1, 3]},
     "15_singular_vectors": {"max_lines": 12, "layers": [1, 2]},
     "16_removing_singular_values": {"max_lines": 12, "window": 64, "kinds": ["q", "down", "all"]},
-    "17_fine_tuned_spectra": {"kinds": ["up"], "deciles": [1, 10], "seeds": [0], "unpruned": 2, "steps": 2},
+    "17_fine_tuned_spectra": {"kinds": ["up"], "deciles": [1], "seeds": [0], "unpruned": 2, "steps": 2},
     "18_random_matrix_model": {"rows": 40, "columns": 160, "draws": 4},
     "19_across_models": {},
     "explorer": {},

@@ -23,10 +23,10 @@ RECORDS = "records"  # where `sdnb book` stages them
 class RecordRole(SphinxRole):
     """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of the book, formatted.
 
-    Within a key, `[i]` is a list's entry, `[name=value]` the first of its objects that says so, and `.` goes
-    one deeper: `rows[1].perplexity`. `key@layers` is the entry of a per-layer list at the first layer that
-    the record's list `layers` names. The page shows the source when the pointer rests on the number. What is
-    missing is a warning, and so a failed build.
+    Within a key, `[i]` is a list's entry, `[name=value,...]` the first of its objects that says so, and `.`
+    goes one deeper: `rows[1].perplexity`. `key@layers` is the entry of a per-layer list at the first layer
+    that the record's list `layers` names. The page shows the source when the pointer rests on the number.
+    What is missing is a warning, and so a failed build.
 
     `zoo/neox/01_high_norm_tokens:...` reads the record of another model. A build without that record shows a
     dash, and so does a number that the model does not have.
@@ -77,11 +77,12 @@ def entry(values: dict, key: str) -> object:
     key, _, layers = key.partition("@")
     found = values
     for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
-        column, equals, wanted = inside.partition("=")
+        wanted = dict(part.split("=") for part in inside.split(",") if "=" in part)
         if name:
             found = found[name]
-        elif equals:
-            found = next((row for row in found if str(row[column]) == wanted), None)
+        elif wanted:
+            fits = (row for row in found if all(str(row[key]) == value for key, value in wanted.items()))
+            found = next(fits, None)
             if found is None:
                 raise KeyError(f"no {inside}")
         else:

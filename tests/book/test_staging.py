@@ -161,11 +161,11 @@ def test_the_page_on_records_is_the_schema(results):
 def test_a_number_is_found_by_key_index_and_layer():
     entry = extension().entry
     values = {"ratio": 2.5, "angle_deg": [80.0, 8.0, 70.0], "layers": [2, 3], "none": []}
-    values["rows"] = [{"model": "a"}, {"model": "zoo/b.1", "by name, layer 5": {"loss": 0.5}}]
+    values["rows"] = [{"model": "a"}, {"model": "zoo/b.1", "n": 2, "by name, layer 5": {"loss": 0.5}}]
     assert entry(values, "ratio") == 2.5
     assert entry(values, "angle_deg[-1]") == 70.0
     assert entry(values, "angle_deg@layers") == 8.0
-    for row in ("rows[1]", "rows[model=zoo/b.1]"):
+    for row in ("rows[1]", "rows[model=zoo/b.1]", "rows[model=zoo/b.1,n=2]"):
         assert entry(values, f"{row}.by name, layer 5.loss") == 0.5
     for key in ("missing", "rows[model=c]", "angle_deg@none", "angle_deg@missing"):
         with pytest.raises(KeyError):
