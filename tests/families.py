@@ -99,13 +99,17 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "stablelm_parallel": _llama_like("stablelm", use_parallel_residual=True),
     "starcoder2": _llama_like("starcoder2"),
     "cohere": _llama_like("cohere"),
+    "granite": _llama_like(
+        "granite", residual_multiplier=0.4, attention_multiplier=0.3, embedding_multiplier=3.0
+    ),
+}
+
+# the residual stream itself passes norms, or has coefficients
+STREAMED: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": _bert("bert"),
     "roberta": _bert("roberta", layer_norm_eps=1e-3),
     "openai-gpt": partial(_config, "openai-gpt", **GPT_LIKE),
     "doge": _llama_like("doge"),
-    "granite": _llama_like(
-        "granite", residual_multiplier=0.4, attention_multiplier=0.3, embedding_multiplier=3.0
-    ),
 }
 
 
@@ -113,14 +117,14 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
     """Builds a small random model with every parameter redrawn.
 
     Args:
-        name: a key of `FAMILIES`.
+        name: a key of `FAMILIES` or `STREAMED`.
         seed: of the random parameters.
         dtype: of its parameters.
 
     Returns:
         A causal language model in evaluation mode.
     """
-    model = AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config((FAMILIES | STREAMED)[name](), dtype=torch.float32).eval()
     redraw_model(model, seed)
     return model.to(dtype).requires_grad_(False)
 

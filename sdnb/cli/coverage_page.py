@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 STATUSES = {
     "exact": "attention is its matrix and the feed-forward formula is the module's, up to rounding",
-    "approximate": "attention is no exact matrix (clips, sinks, gates) and is fitted; its error is stated",
+    "approximate": "attention is no exact matrix (clips, sinks, gates, norms in heads); its error is stated",
     "sampled": "no feed-forward formula (a mixture of experts, say): fitted on samples",
     "refused": "the check does not accept any layer; the reason is stated",
     "unbuilt": "no small model of it could be built here; the reason is stated",
