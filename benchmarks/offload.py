@@ -90,13 +90,16 @@ def decompositions(folder: Path, device: str) -> list[tuple[torch.Tensor, comple
         For each layer the two leading singular values of L, and the eigenvalue of L - I nearest to its
         leading left vector, None where none is near.
     """
-    model, answers = load(str(folder), device=device, dtype="bfloat16").model, []
-    for number in range(1, model.config.num_hidden_layers + 1):
-        layer = linear_layer(layer_view(model, number), form=False)
-        triplets = leading_triplets(layer.operator)
-        pair = nearest_eigenpair(layer.R, triplets.U[:, 0], method="shifted")
-        answers.append((triplets.S.cpu(), None if pair is None else pair.value))
-    return answers
+    model = load(str(folder), device=device, dtype="bfloat16").model
+    return [one_layer(model, number) for number in range(1, model.config.num_hidden_layers + 1)]
+
+
+def one_layer(model: torch.nn.Module, number: int) -> tuple[torch.Tensor, complex | None]:
+    """The two leading singular values and the eigenvalue of a layer; nothing else of it is kept."""
+    layer = linear_layer(layer_view(model, number), form=False)
+    triplets = leading_triplets(layer.operator)
+    pair = nearest_eigenpair(layer.R, triplets.U[:, 0], method="shifted")
+    return triplets.S.cpu(), None if pair is None else pair.value
 
 
 def apart(answers: list, others: list) -> str:

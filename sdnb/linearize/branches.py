@@ -15,6 +15,8 @@ from sdnb.linearize.sampled import SampledFit, sampled_fit
 if TYPE_CHECKING:
     from sdnb.anatomy import LayerView, Norm
 
+_UNITS = 4096  # inner units at a time where F is formed
+
 
 def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
     """Return A, what attention's branch adds to a lone token, without the norm's divisor.
@@ -186,8 +188,11 @@ def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Op
         return _scaled_transposed(norm, centre, Y)
 
     def form() -> Tensor:
-        B = alpha * W if V is None else (alpha * W).addcmul_(mu, V)
-        M = _scaled(post, centre, _scaled_transposed(norm, centre, (down @ B).T).T)
+        M = torch.zeros(down.shape[0], W.shape[1], dtype=down.dtype, device=down.device)
+        for rows in torch.arange(len(W), device=down.device).split(_UNITS):  # B whole would be as large as W
+            B = alpha[rows] * W[rows] if V is None else (alpha[rows] * W[rows]).addcmul_(mu[rows], V[rows])
+            M.addmm_(down[:, rows], B)
+        M = _scaled(post, centre, _scaled_transposed(norm, centre, M.T).T)
         return _times(view.ffn_multiplier, M)
 
     return Operator(apply, apply_transposed, like=down, size=down.shape[0], form=form)

@@ -223,7 +223,7 @@ def layer_views(loaded: Loaded, refused: dict[int, str]) -> Iterator[tuple[int, 
 def each_layer(
     loaded: Loaded, refused: dict[int, str], look: Callable[[int], Found]
 ) -> Iterator[tuple[int, Found | None]]:
-    """Yield (number, found) for every decoder layer.
+    """Yield (number, found) for every decoder layer; a caller that keeps none of them holds one at a time.
 
     Args:
         loaded: the model.
@@ -246,3 +246,4 @@ def each_layer(
                 raise
             found = None
         yield number, found
+        found = None  # one layer at a time: this one goes before the next is watched

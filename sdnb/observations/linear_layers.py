@@ -75,6 +75,7 @@ def linearity(
                     columns.setdefault(key, []).append(value)
         if view is not None and number == sampled["sample_layer"]:
             sampled |= _sampled_against_closed(view, sample_counts, seed)
+        view = layer = None  # one layer at a time
     values = columns | sampled | {"refused": {str(number): reason for number, reason in refused.items()}}
     return Observation(values, {}, encoded.text_hash, encoded.begin_token)
 

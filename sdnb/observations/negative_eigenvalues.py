@@ -69,6 +69,7 @@ def negative_eigenvalues(
             if tokens is not None:
                 row |= _norm_aware(view, layer, tokens[number - 1], direction.vector)
         rows.append(row)
+        view = layer = None  # one layer at a time
     d = direction.vector.numel()
     values = {key: [row[key] for row in rows] for key in KEYS} | {
         "explosion_layers": direction.explosion_layers,
