@@ -82,6 +82,9 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
             chosen = [cell for cell in cells if cell.reads_records == late]
             try:
                 futures = {pool.submit(run_cell, cell, options): cell for cell in chosen}
+                # Workers start with the first calls, and the pool begins to watch over a new one at the next
+                # call: without one more, nobody would notice the last worker's death.
+                pool.submit(int)
             except BrokenProcessPool:
                 yield from (Outcome(cell, FAILED, 0.0, _LOST) for cell in chosen)
                 continue

@@ -118,7 +118,11 @@ def test_an_interrupted_run_says_so_and_stops_its_kernel(model, tmp_path):
     make(tmp_path / "templates" / "01_works.ipynb", [source])
     folders = ("--templates", str(tmp_path / "templates"), "--results-dir", str(tmp_path))
     program = [sys.executable, "-m", "sdnb.cli.main", "run", str(model), *folders]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a suite in a shell's background ignores SIGINT, and so would what it starts
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     wait_until(lambda: list(tmp_path.glob("* ")) or process.poll() is not None)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 """What is computed once and shared: by notebooks, by runs with another text, by a run after a killed one."""
 
+import weakref
 from importlib import import_module
 
 import pytest
@@ -97,3 +98,12 @@ def test_notebooks_share_the_norms_that_layers_are_found_on(loaded, monkeypatch,
     other = common.encode_text(loaded, TEXT, 3, False)
     explosion.find_explosion(loaded, other, results_dir=tmp_path)
     assert calls == [3, 3, 3], "other tokens, other norms"
+
+
+def test_a_layer_is_let_go_before_the_next_is_watched(loaded):
+    watched = []
+    for _, view in common.layer_views(loaded, {}):
+        assert not any(earlier() for earlier in watched)
+        watched.append(weakref.ref(view))
+        view = None  # as callers do
+    assert len(watched) == loaded.model.config.num_hidden_layers
