@@ -103,8 +103,8 @@ def test_who_reads_records_runs_last(tmp_path, jobs, monkeypatch):
         def __exit__(self, *problem):
             pass
 
-        def submit(self, function, cell, options):
-            done.append(cell.template)
+        def submit(self, function, *given):
+            done.extend(cell.template for cell in given[:1])
             return Future()
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
