@@ -18,18 +18,23 @@ from sdnb.activations.sweep import (
 )
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.errors import ParameterError
-from tests.families import FAMILIES, LAYERS, build
+from tests.families import FAMILIES, LAYERS, STREAMED, build
 from tests.tiny import build as plain
 
 ITEMS = torch.arange(3, 15)
 OUTPUT_PROJECTION = {
     "self_attn.o_proj", "self_attn.out_proj", "attention.dense", "self_attention.dense", "attn.out_proj",
-    "attn.c_proj",
+    "attn.c_proj", "attention.output.dense",
 }  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(params=[*FAMILIES, *STREAMED])
+def any_model(request):
     return build(request.param)
 
 
@@ -49,19 +54,19 @@ def without_attention(model):
     return twin
 
 
-def test_initial_norms_equal_a_plain_full_forward_pass(model):
+def test_initial_norms_equal_a_plain_full_forward_pass(any_model):
     for layer in range(LAYERS):
-        expected = torch.stack([full_pass(model, item[None])[layer][0, -1].norm() for item in ITEMS])
-        torch.testing.assert_close(item_norms(model, layer, ITEMS, batch=10), expected, rtol=1e-4, atol=0)
+        expected = torch.stack([full_pass(any_model, item[None])[layer][0, -1].norm() for item in ITEMS])
+        torch.testing.assert_close(item_norms(any_model, layer, ITEMS, batch=10), expected, rtol=1e-4, atol=0)
 
 
-def test_noninitial_norms_equal_a_plain_full_forward_pass(model):
-    twin = without_attention(model)
+def test_noninitial_norms_equal_a_plain_full_forward_pass(any_model):
+    twin = without_attention(any_model)
     expected = torch.stack([full_pass(twin, item[None])[1][0, -1].norm() for item in ITEMS])
-    with zero_attention(model):
-        found = item_norms(model, 1, ITEMS, batch=10)
+    with zero_attention(any_model):
+        found = item_norms(any_model, 1, ITEMS, batch=10)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-    assert (item_norms(model, 1, ITEMS) / expected - 1).abs().max() > 0.01
+    assert (item_norms(any_model, 1, ITEMS) / expected - 1).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("prefix", [torch.tensor([7, 9]), torch.arange(30, 42)[:, None]])
