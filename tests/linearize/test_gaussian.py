@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from sdnb.errors import ParameterError
-from sdnb.linearize import closed_form_fit, gaussian_moments
+from sdnb.linearize import closed_form_fit, gaussian, gaussian_moments
 
 mp.mp.dps = 30
 ACTIVATIONS = sorted(ACT2FN)
@@ -172,6 +172,36 @@ def test_units_do_not_depend_on_the_chunk_they_are_in():
     assert all(
         torch.allclose(m[777:778], single, rtol=1e-12) for m, single in zip(together, one, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 3.0), (-0.3, 0.7)])
+def test_many_units_without_biases_get_the_moments_of_single_ones(name, low, high):
+    s = torch.logspace(low, high, 400, dtype=torch.float64)
+    with torch.no_grad():
+        together = torch.stack(gaussian_moments(module_of(name), s))
+        single = torch.cat([torch.stack(gaussian_moments(module_of(name), part)) for part in s.split(25)], 1)
+    allowed = 1e-9 * single.abs() + 1e-14 * single.abs().sum(0)
+    assert ((together - single).abs() <= allowed).all()
+
+
+def test_scales_of_a_real_range_are_interpolated(monkeypatch):
+    counted = []
+
+    def count(activation, s, b):
+        counted.append(len(s))
+        return integrated(activation, s, b)
+
+    integrated = gaussian._integrated
+    monkeypatch.setattr(gaussian, "_integrated", count)
+    s = torch.logspace(-0.5, 0.5, 4000, dtype=torch.float64)
+    gaussian_moments(functional.silu, s)
+    assert sum(counted) < 200
+    # a dead unit has no logarithm, a bias makes the moments functions of two numbers
+    for scales, bias in ((torch.cat([s, s.new_zeros(1)]), None), (s, torch.full_like(s, 0.1))):
+        counted.clear()
+        gaussian_moments(functional.silu, scales, bias)
+        assert counted == [len(scales)]
 
 
 @pytest.mark.parametrize(("s", "b"), [
