@@ -77,11 +77,12 @@ def skip_list(
 
 
 def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
-    """Return the down-projection of each of the given layers: the linear module that the layer calls last.
+    """Return the down-projection of each of the given layers: the FFN's last linear module with d outputs.
 
-    Attention runs before the FFN, side by side or in turn, and an FFN ends with its down-projection. Where
-    the last module belongs to the same branch as the first, the FFN has no linear module of its own (experts
-    in one parameter), and there is none.
+    The module that a layer calls first reads its input and has d columns. Attention runs before the FFN, side
+    by side or in turn, so that what lies outside of the first module's branch is the FFN's. It ends with its
+    down-projection, or with a gate of one output behind it (the shared expert of Qwen2-MoE). Where it has no
+    linear module of its own (experts in one parameter), there is none.
 
     Args:
         statistics: with the order of calls.
@@ -93,6 +94,8 @@ def down_projections(statistics: dict[str, InputStatistics], layers: Collection[
     found = []
     for layer in layers:
         called = sorted((s for s in statistics.values() if s.layer == layer), key=lambda s: s.order)
-        if called and called[-1].branch != called[0].branch:
-            found.append(called[-1].name)
+        for module in reversed(called):
+            if module.branch != called[0].branch and module.outputs == len(called[0].channel_largest):
+                found.append(module.name)
+                break
     return found

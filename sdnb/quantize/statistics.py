@@ -48,6 +48,11 @@ class InputStatistics:
     parameters: int
 
     @property
+    def outputs(self) -> int:
+        """Rows of W."""
+        return self.parameters // len(self.channel_largest)
+
+    @property
     def ratio(self) -> float | None:
         """Max |x| over median |x|; None where half of the inputs are zero."""
         return self.largest / self.median if self.median else None

@@ -20,6 +20,18 @@ DOWN = {
     "mpt": "transformer.blocks.{}.ffn.down_proj",
     "phi3": "model.layers.{}.mlp.down_proj",
     "cohere": "model.layers.{}.mlp.down_proj",
+    "opt": "model.decoder.layers.{}.fc2",
+    "qwen2_moe": "model.layers.{}.mlp.shared_expert.down_proj",  # called before the gate of its output
+    "deepseek_v3": "model.layers.{}.mlp.shared_experts.down_proj",
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MORE = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24},
+    "deepseek_v3": EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    | {"num_key_value_heads": 4},
 }
 FED = {
     "llama": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"},
@@ -115,8 +127,8 @@ def test_half_zeros_have_no_ratio():
 
 
 @pytest.mark.parametrize("family", DOWN)
-def test_down_projection_is_the_last_module_called(family):
-    model = build(family, seed=1, **SIZES)
+def test_down_projection_is_the_last_module_that_writes_d_numbers(family):
+    model = build(family, seed=1, **SIZES, **MORE.get(family, {}))
     found = input_statistics(model, lines())
     assert down_projections(found, [3, 1]) == [DOWN[family].format(2), DOWN[family].format(0)]
 
