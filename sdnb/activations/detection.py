@@ -8,9 +8,10 @@ The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
    and `ordinary` the largest norm that any other token reaches. A *state* is high-norm above `threshold` =
    peak / 2, or, where ordinary tokens come higher than that (they grow late in some models), sqrt(peak *
    ordinary).
-3. The step of a token at layer l is (N[l] - N[l-1]) / peak. Layer l is an explosion (decay) layer when the
-   step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter of the high-norm tokens. Lists are
-   sorted by the mean step, the largest first.
+3. The step of a high-norm token at layer l is N[l] - N[l-1], less what the ordinary tokens' median does there
+   in the same direction, over the token's own peak: what all tokens do is no explosion. Layer l is an
+   explosion (decay) layer when the step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter
+   of the high-norm tokens. Lists are sorted by the mean step, the largest first.
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
         return Detection(peak_ratio, threshold, [], [], high)
     if threshold is None:
         threshold = _automatic_threshold(peaks, high)
-    mean_step, rises, falls = layer_steps(norms[:, high])
+    mean_step, rises, falls = layer_steps(norms, high)
     explosion = [
         layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE
     ]
@@ -91,15 +92,24 @@ def _automatic_threshold(peaks: Tensor, high: Tensor) -> float:
     return peak / 2 if ordinary <= peak / 2 else (peak * ordinary) ** 0.5
 
 
-def layer_steps(norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layer_steps(norms: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rule 3: how far each layer moves the norm of high-norm tokens, in units of their peak.
 
+    With D[l] = N[l] - N[l-1] and M[l] the median of D[l] over ordinary tokens (0 without any), the step is
+    (D[l] - C[l]) / max_l N, where C[l] is M[l] cut to lie between 0 and D[l].
+
     Args:
-        norms: norms of the high-norm tokens, (L+1, n).
+        norms: norms of all tokens, (L+1, T).
+        high: which of them are high-norm, (T,) bool.
 
     Returns:
-        The mean of (N[l] - N[l-1]) / max_l N over tokens, and the shares of tokens for which it is at least
-        `MIN_STEP` and at most -`MIN_STEP`; each (L,), layer 1 first.
+        The mean of the high-norm tokens' steps, and the shares of them for which it is at least `MIN_STEP`
+        and at most -`MIN_STEP`; each (L,), layer 1 first.
     """
-    step = norms.diff(dim=0) / norms[1:].amax(dim=0)
+    moves = norms.diff(dim=0)
+    own = moves[:, high]
+    if not high.all():
+        common = moves[:, ~high].median(dim=1, keepdim=True).values
+        own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
+    step = own / norms[1:, high].amax(dim=0)
     return step.mean(dim=1), (step >= MIN_STEP).double().mean(dim=1), (step <= -MIN_STEP).double().mean(dim=1)

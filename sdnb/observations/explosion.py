@@ -70,9 +70,10 @@ def find_explosion(
         raise ParameterError(f"explosion_layer is {explosion_layer}: give 1 to {count}, or null")
     norms = detection_norms(loaded, encoded.lines, results_dir)
     seen = detect(norms, threshold=threshold)
-    steps = layer_steps(norms[:, seen.high_norm] if seen.high_norm.any() else norms)[0]
+    high = seen.high_norm
+    steps = layer_steps(norms, high if high.any() else torch.ones_like(high))[0]
     layer = explosion_layer or (seen.explosion_layers or [int(steps.argmax()) + 1])[0]
-    here, high = norms[layer], seen.high_norm
+    here = norms[layer]
     state_threshold = seen.threshold
     if state_threshold is None:
         state_threshold = MIN_RATIO * norms[1:].median(dim=1).values.max().item()

@@ -74,6 +74,23 @@ def test_ordinary_model_has_none():
     assert found.explosion_layers == [] and found.decay_layers == [] and 1 < found.peak_ratio < 5
 
 
+def test_growth_common_to_all_tokens_is_no_explosion():
+    curve = one_step(16, 2, 11, 200.0, 12.0)
+    others = torch.full((17, ORDINARY), 8.0)
+    others[11] = 12.0
+    curve[12:] = others[12:] = 60.0
+    found = detect(with_initial(curve, others))
+    assert found.explosion_layers == [2] and found.decay_layers == [11]
+
+
+def test_a_token_that_others_grow_past_does_not_decay():
+    others = ordinary(16, 10.0)
+    others[12:] += 600.0
+    curve = one_step(16, 2, 16, 900.0, 900.0)
+    found = detect(with_initial(curve, others))
+    assert found.explosion_layers == [2] and found.decay_layers == []
+
+
 def test_one_odd_token_adds_no_layer():
     usual = torch.stack([one_step(16, 2, 16, 800.0 + 5 * i, 250.0) for i in range(9)], dim=1)
     odd = one_step(16, 7, 16, 900.0, 900.0)
@@ -89,9 +106,16 @@ def test_threshold_is_overridable():
 
 
 def test_steps_are_in_units_of_the_peak():
-    mean, rises, falls = layer_steps(torch.tensor([[1.0], [1.0], [101.0], [41.0]]))
+    norms = torch.tensor([[1.0], [1.0], [101.0], [41.0]])
+    mean, rises, falls = layer_steps(norms, torch.tensor([True]))
     torch.testing.assert_close(mean, torch.tensor([0.0, 100 / 101, -60 / 101]))
     assert rises.tolist() == [0, 1, 0] and falls.tolist() == [0, 0, 1]
+
+
+def test_steps_leave_out_what_ordinary_tokens_do_as_well():
+    norms = torch.tensor([[1.0, 1.0], [41.0, 21.0], [101.0, 1.0], [41.0, 31.0], [11.0, 11.0]])
+    mean, _, _ = layer_steps(norms, torch.tensor([True, False]))
+    torch.testing.assert_close(mean, torch.tensor([20.0, 60.0, -60.0, -10.0]) / 101)
 
 
 def test_bad_input():
