@@ -1,6 +1,6 @@
 """What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
 
-from sdnb.activations.capture import hidden_norms, hidden_states, token_batches, visit_states
+from sdnb.activations.capture import hidden_norms, hidden_states, input_device, token_batches, visit_states
 from sdnb.activations.detection import Detection, detect, layer_steps
 from sdnb.activations.direction import HighNormStates, collect_high_norm_states, mean_pairwise_angle
 from sdnb.activations.interventions import (
@@ -40,6 +40,7 @@ __all__ = [
     "ffn_input_coefficients",
     "hidden_norms",
     "hidden_states",
+    "input_device",
     "item_norms",
     "item_trajectories",
     "layer_steps",

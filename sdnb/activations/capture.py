@@ -17,6 +17,19 @@ class _Stop(Exception):
     """Raised by a hook to end a forward pass after the last layer that is needed."""
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model takes its input: where its embedding is, or the CPU for one that is offloaded.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        The device for token ids and embeddings.
+    """
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 @torch.no_grad()
 def visit_states(
     model: nn.Module, ids: Tensor, visit: Callable[[int, Tensor], None], *, stop_after: int | None = None
@@ -51,9 +64,8 @@ def visit_states(
         hooks.callback(first.remove)
         for number, layer in enumerate(layers[:last], start=1):
             hooks.callback(layer.register_forward_hook(show(number), with_kwargs=True).remove)
-        device = model.get_input_embeddings().weight.device
         try:
-            model.base_model(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False)
+            model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
         except _Stop:
             return
 

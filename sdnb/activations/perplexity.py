@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdnb.activations.capture import input_device
 from sdnb.errors import ParameterError, TextError
 
 LONGEST_WINDOW = 2048
@@ -134,8 +135,7 @@ def text_windows(ids: Tensor, window: int, begin_token: int | None = None) -> Te
 
 def _window_losses(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of each window, (B, T) ids -> (B,) in float64 on the CPU."""
-    device = model.get_input_embeddings().weight.device
-    ids = windows.to("cpu" if device.type == "meta" else device)
+    ids = windows.to(input_device(model))
     logits = model(input_ids=ids, use_cache=False).logits
     # One window at a time: a float32 copy of all logits would double the memory.
     losses = [

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sdnb.activations.capture import input_device
 from sdnb.errors import ParameterError
 
 
@@ -29,8 +30,7 @@ def continuation(
     """
     if not temperature > 0:
         raise ParameterError(f"temperature is {temperature}; give a positive number, such as 0.8")
-    device = model.get_input_embeddings().weight.device
-    device = torch.device("cpu") if device.type == "meta" else device
+    device = input_device(model)
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for number in uniform:
         logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, -1].double().cpu()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdnb.activations.capture import input_device
 from sdnb.errors import ModelError, ParameterError, TextError
 
 EPSILON = 0.3
@@ -80,8 +81,7 @@ def attention_maps(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     Raises:
         ModelError: the model does not answer with its attention.
     """
-    device = model.get_input_embeddings().weight.device
-    ids = ids.to("cpu" if device.type == "meta" else device)
+    ids = ids.to(input_device(model))
     with eager_attention(model):
         answer = model.base_model(input_ids=ids, use_cache=False, output_attentions=True)
     maps = getattr(answer, "attentions", None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.activations.branches import layer_modules
-from sdnb.activations.capture import hidden_norms
+from sdnb.activations.capture import hidden_norms, input_device
 from sdnb.anatomy import Norm, decoder_layers
 from sdnb.anatomy.calls import Call, unwrap
 from sdnb.errors import ParameterError
@@ -125,7 +125,7 @@ def embedding_norms(model: nn.Module, items: Tensor) -> Tensor:
     Returns:
         (n,) in float32 on the CPU.
     """
-    module, device = model.get_input_embeddings(), _device(model)
+    module, device = model.get_input_embeddings(), input_device(model)
     return torch.cat([module(part.to(device)).float().norm(dim=-1).cpu() for part in items.split(16384)])
 
 
@@ -207,12 +207,6 @@ def _sequences(items: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.expand(len(items), prefix.shape[-1]), items[:, None]], dim=1)
 
 
-def _device(model: nn.Module) -> torch.device:
-    """Where the embedding takes its input; an offloaded one takes it from the CPU."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 @torch.no_grad()
 def _sweep(
     model: nn.Module, where: tuple[nn.Module, bool], sequences: Tensor, batch: int | None
@@ -231,7 +225,7 @@ def _sweep(
     key = "inputs_embeds" if sequences.is_floating_point() else "input_ids"
     for part in sequences.split(batch or batch_size(model, sequences.shape[1])):
         with _last_state(*where) as taken, suppress(_Stop):
-            model.base_model(**{key: part.to(_device(model))}, use_cache=False)
+            model.base_model(**{key: part.to(input_device(model))}, use_cache=False)
         yield taken[0].reshape(*part.shape[:2], -1)[:, -1].float()  # OPT's FFN reads rows, not sequences
 
 

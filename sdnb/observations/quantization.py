@@ -79,7 +79,15 @@ def quantization(
 
     Returns:
         The record of template 12.
+
+    Raises:
+        ParameterError: weights are not in memory.
     """
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+        raise ParameterError(
+            "12 quantizes weights in memory, and some of this model's are not there: load it with device=cpu "
+            "or device=cuda; dtype=bfloat16 takes half of the memory of float32"
+        )
     source = _texts(
         loaded, text, calibration_text, calibration_windows, max_tokens, window, add_special_tokens
     )

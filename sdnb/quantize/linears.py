@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sdnb.activations import input_device
 from sdnb.anatomy import decoder_layers
 from sdnb.anatomy.weights import is_linear, linear_weight
 from sdnb.errors import ModelError
@@ -125,7 +126,7 @@ def norm_feeding(model: nn.Module, linears: dict[str, LinearModule], ids: Tensor
         if own and not list(module.children()) and all(p.ndim == 1 for p in own):
             hooks.append(module.register_forward_hook(watch_norm(name)))
     try:
-        model.base_model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False)
+        model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

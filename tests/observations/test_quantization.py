@@ -154,3 +154,9 @@ def test_calibration_takes_another_text_or_says_that_it_overlaps(case):
     assert other.begin_token is False
     with pytest.raises(ParameterError, match="alpha"):
         quantization(loaded, alpha=2.0, **short)
+
+
+def test_weights_that_are_not_in_memory_are_refused_before_anything_is_read(tmp_path):
+    loaded = load(str(tiny_model(tmp_path, "llama", layers=2)), device="offload")
+    with pytest.raises(ParameterError, match=r"in memory.*device=cpu"):
+        quantization(loaded, text="/no/such/file.txt")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from sdnb.quantize import (
     down_projections,
@@ -145,6 +146,13 @@ def test_modules_fed_by_a_norm_are_found(family):
     names = {name for name in linear_modules(model) if any(name.endswith(end) for end in FED[family])}
     assert set(fed) == names
     assert len(set(fed.values())) == 2 * SIZES["layers"], "two norms a layer"
+
+
+def test_norms_are_found_where_the_weights_are_not_in_memory():
+    model = build("llama", seed=1, **SIZES)
+    fed = norm_feeding(model, linear_modules(model), torch.tensor([[3, 4, 5]]))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert norm_feeding(model, linear_modules(model), torch.tensor([[3, 4, 5]])) == fed
 
 
 def test_output_embedding_and_tied_weights_are_never_quantized():
