@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.trace import replaced_forward
+from sdnb.anatomy import decoder_layers
+from sdnb.anatomy.calls import Call, replaced_forward
 from sdnb.errors import ParameterError
 from sdnb.quantize.integers import absmax_scale, check_format, quantize, quantized_product
 from sdnb.quantize.linears import LinearModule, linear_modules
@@ -94,6 +95,8 @@ class QuantizedLinear:
         self.weight_scale = absmax_scale(largest, scheme.number_format)
         rows = self.weight_scale[:, None] if scheme.weights == "channel" else self.weight_scale
         self.weight = quantize(W, rows, scheme.number_format)
+        # (B, T) of the pass at hand, from `quantized`: it tells whose the rows are that OPT's FFN is given
+        self.sequences: torch.Size | None = None
         self.input_scale = None
         if scheme.static:
             channels = statistics.channel_largest.to(weight.device)
@@ -102,12 +105,15 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the module's answer to x (..., k), in x's dtype."""
-        X = x.float() if self.smoothing is None else x.float() / self.smoothing
+        rows = self.sequences is not None and x.ndim == 2 and len(x) == self.sequences.numel()
+        X = x.float().reshape(*self.sequences, -1) if rows else x.float()
+        X = X if self.smoothing is None else X / self.smoothing
         scale = self._scale(X)
         numbers = quantize(X, scale, self.scheme.number_format).reshape(-1, x.shape[-1])
-        product = quantized_product(numbers, self.weight).reshape(*x.shape[:-1], -1)
+        product = quantized_product(numbers, self.weight).reshape(*X.shape[:-1], -1)
         y = product * (scale.to(product.dtype) * self.weight_scale.to(product.dtype))
-        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def _scale(self, X: Tensor) -> Tensor:
         """The scale of the input, broadcasting against (..., k): fixed, of each token or of each sequence."""
@@ -159,7 +165,13 @@ def quantized(
         linears[name].module: QuantizedLinear(linears[name], scheme, known.get(name), smoothing.get(name))
         for name in chosen
     }
-    with torch.no_grad(), replaced_forward(forwards):
+
+    def note_sequences(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        for forward in forwards.values():
+            forward.sequences = Call.of(args, kwargs).hidden.shape[:-1]
+
+    first = decoder_layers(model)[0].register_forward_pre_hook(note_sequences, with_kwargs=True)
+    with torch.no_grad(), first, replaced_forward(forwards):
         yield chosen
 
 

@@ -149,6 +149,18 @@ def test_perplexity_runs_on_the_quantized_model(case):
     assert perplexity(model, IDS.flatten(), window=20).value == intact
 
 
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme("float8_e4m3"), Scheme(inputs="token")])
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's FFN is given rows, not sequences
+def test_batching_changes_nothing(family, scheme):
+    model = build(family, seed=1, **SIZES, ffn_dim=64, word_embed_proj_dim=32)
+    ids = torch.randint(2, 96, (8 * 20,), generator=torch.Generator().manual_seed(0))
+    with quantized(model, scheme):
+        losses = [perplexity(model, ids, window=20, batch=batch).nll for batch in (1, 2, 8)]
+    for batched in losses[1:]:
+        torch.testing.assert_close(batched, losses[0], rtol=1e-4, atol=0)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_what_makes_no_sense_is_refused(case):
     model, _, _ = case
     for wrong in ({"inputs": "row"}, {"weights": "token"}, {"number_format": "int3"}, {"alpha": 1.5}):
