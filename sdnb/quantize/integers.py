@@ -33,11 +33,11 @@ def absmax_scale(largest: Tensor, number_format: str = "int8") -> Tensor:
         number_format: "int8" or "float8_e4m3".
 
     Returns:
-        The scale in float32, of the same shape; 1 where everything is zero.
+        The scale in float32, of the same shape; 1 where everything is zero, NaN where an entry is.
     """
     check_format(number_format)
     scale = largest.float() / LEVELS[number_format]
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def quantize(x: Tensor, scale: Tensor, number_format: str = "int8") -> Tensor:
@@ -50,11 +50,20 @@ def quantize(x: Tensor, scale: Tensor, number_format: str = "int8") -> Tensor:
 
     Returns:
         The numbers, stored as int8 or float8_e4m3fn; entries beyond the scale's range saturate.
+
+    Raises:
+        ParameterError: entries or scales that are not finite leave NaN, and int8 has none; float8 keeps it.
     """
     check_format(number_format)
     levels = LEVELS[number_format]
     numbers = (x.float() / scale).clamp(-levels, levels)
-    return numbers.round().to(torch.int8) if number_format == "int8" else numbers.to(torch.float8_e4m3fn)
+    if number_format != "int8":
+        return numbers.to(torch.float8_e4m3fn)
+    if numbers.isnan().any():
+        raise ParameterError(
+            "numbers to quantize are not finite; load the model with dtype float32 or bfloat16"
+        )
+    return numbers.round().to(torch.int8)
 
 
 def quantized_product(X: Tensor, W: Tensor) -> Tensor:

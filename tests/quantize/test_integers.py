@@ -49,6 +49,17 @@ def test_zero_has_a_scale():
     assert quantize(torch.zeros(3), absmax_scale(torch.zeros(()))).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_integer_either(number):
+    x = torch.tensor([number, 1.0, 2.0])
+    with pytest.raises(ParameterError, match="not finite"):
+        quantize(x, absmax_scale(x.abs().max()))
+    with pytest.raises(ParameterError, match="not finite"):
+        quantize(torch.tensor([float("nan"), 1.0]), torch.tensor(1.0))
+    eighths = quantize(x, absmax_scale(x.abs().max(), "float8_e4m3"), "float8_e4m3")
+    assert eighths.float()[0].isnan()
+
+
 def test_unknown_format_is_refused():
     with pytest.raises(ParameterError, match="int4"):
         absmax_scale(torch.ones(()), "int4")
