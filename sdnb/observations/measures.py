@@ -43,8 +43,8 @@ def text_perplexity(
     Returns:
         The perplexity.
     """
-    longest = max_windows * window_length(loaded.model, window)
-    return perplexity(loaded.model, ids[:longest], window=window, begin_token=begin)
+    body = window_length(loaded.model, window) - (begin is not None)
+    return perplexity(loaded.model, ids[: max_windows * body], window=window, begin_token=begin)
 
 
 def text_sink_rate(loaded: Loaded, ids: Tensor, begin: int | None) -> float | None:

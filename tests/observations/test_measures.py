@@ -1,0 +1,25 @@
+"""How a text is cut for perplexity."""
+
+import pytest
+import torch
+
+from sdnb.loading import load
+from sdnb.observations.measures import text_ids, text_perplexity
+from tests.tiny import tiny_model
+
+TEXT = [f"line {number} reads a few more words" for number in range(40)]
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    return load(str(tiny_model(tmp_path, layers=1)), device="cpu")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_no_more_windows_than_asked_for(loaded, begins):
+    ids, begin = text_ids(loaded, TEXT, begins)
+    assert len(ids) > 200 and begin == (loaded.tokenizer.bos_token_id if begins else None)
+    found = text_perplexity(loaded, ids, begin, 8, 16)
+    assert len(found.nll) == 16 and found.window == 8
+    more = text_perplexity(loaded, ids, begin, 8, 17)
+    torch.testing.assert_close(more.nll[:16], found.nll)
