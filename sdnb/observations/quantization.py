@@ -10,7 +10,7 @@ from torch import Tensor
 from sdnb import text as texts
 from sdnb.activations import hidden_states, perplexity, window_length
 from sdnb.activations.perplexity import text_windows
-from sdnb.errors import ParameterError
+from sdnb.errors import ParameterError, TextError
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.observations.inspection import Inspection, detection_values, inspect_lines
@@ -67,8 +67,8 @@ def quantization(
     Args:
         loaded: the model.
         text: what is predicted, by the protocol of `perplexity`: a named corpus, a path, or lines.
-        calibration_text: for static scales, SmoothQuant and detection; what follows the predicted windows
-            when None.
+        calibration_text: for static scales, SmoothQuant and detection, one window or more; what follows the
+            predicted windows when None.
         calibration_windows: windows of it.
         max_tokens: tokens of the text that are predicted, in full windows; the whole text when None.
         window: tokens in a window; the smaller of the model's positions and 2048 when None.
@@ -131,10 +131,16 @@ def _texts(
     length = window_length(loaded.model, window)
     begin = getattr(loaded.tokenizer, "bos_token_id", None) if add_special_tokens else None
     body = length - (begin is not None)
-    count = len(ids) // body if max_tokens is None else max(1, min(len(ids), max_tokens) // body)
+    count = max(1, (len(ids) if max_tokens is None else min(len(ids), max_tokens)) // body)
     predicted, rest = ids[: count * body], ids[count * body :]
     other = rest if calibration_text is None else encode_whole(loaded, calibration_text)
-    overlaps = len(other) < min(body, len(predicted))
+    needed = min(body, len(predicted))
+    overlaps = len(other) < needed
+    if overlaps and calibration_text is not None:
+        raise TextError(
+            f"calibration_text gives {len(other)} tokens, and a window takes {needed} tokens of it: give a "
+            "longer one, or null for what follows the predicted windows"
+        )
     windows = text_windows(predicted if overlaps else other, length, begin)[:calibration_windows]
     sources = [texts.whole(text)] + ([] if calibration_text is None else [texts.whole(calibration_text)])
     return Texts(predicted, length, begin, list(windows), overlaps, texts.text_hash(sources))

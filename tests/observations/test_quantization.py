@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sdnb.activations import perplexity
-from sdnb.errors import ParameterError
+from sdnb.errors import ParameterError, TextError
 from sdnb.figures import input_spikes, layer_errors, quantized_perplexity
 from sdnb.loading import load
 from sdnb.observations import Observation, quantization
@@ -154,6 +154,20 @@ def test_calibration_takes_another_text_or_says_that_it_overlaps(case):
     assert other.begin_token is False
     with pytest.raises(ParameterError, match="alpha"):
         quantization(loaded, alpha=2.0, **short)
+
+
+def test_a_text_shorter_than_one_window_is_one_window(case):
+    _, _, loaded = case
+    short = {"text": ["a few words, and then a few more"], "window": 64}
+    every, some = (quantization(loaded, max_tokens=count, **short).values for count in (None, 512))
+    assert every == some and every["calibration_overlaps"]
+    assert every["predicted_tokens"] == len(encode_whole(loaded, short["text"])) - 1
+
+
+def test_a_calibration_text_that_was_asked_for_is_never_replaced(case):
+    _, _, loaded = case
+    with pytest.raises(TextError, match=r"calibration_text.*63 tokens"):
+        quantization(loaded, calibration_text=["a few words"], **SETTINGS)
 
 
 def test_weights_that_are_not_in_memory_are_refused_before_anything_is_read(tmp_path):
