@@ -3,11 +3,11 @@
 The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
 
 1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over
-   tokens.
-2. The peak of a token is its largest norm; `peak` is the lower decile of the peaks of the high-norm tokens
-   and `ordinary` the largest norm that any other token reaches. A *state* is high-norm above `threshold` =
-   peak / 2, or, where ordinary tokens come higher than that (they grow late in some models), sqrt(peak *
-   ordinary).
+   all tokens that are given, of whatever line.
+2. The peak of a token is its largest norm, and `threshold` half the lower decile of the peaks of the
+   high-norm tokens. A *state* is high-norm above the threshold and above `MIN_RATIO` times the same median
+   of its layer: in some models ordinary tokens grow late, past the threshold and past the peaks themselves,
+   and no state of theirs may count. A threshold that is given stands alone, as in paper A: norm > threshold.
 3. The step of a high-norm token at layer l is N[l] - N[l-1], less what the ordinary tokens' median does there
    in the same direction, over the token's own peak: what all tokens do is no explosion. Layer l is an
    explosion (decay) layer when the step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter
@@ -33,6 +33,8 @@ class Detection:
     Args:
         peak_ratio: the largest ratio of a token's norm to its layer's median over tokens, layers 1..L.
         threshold: norm above which a hidden state is high-norm; None when no token is.
+        limits: the same for every layer 0..L, with the median of rule 2, (L+1,) in float64; infinite
+            without a threshold.
         explosion_layers: layers (1..L) where the norm jumps, the largest step first.
         decay_layers: layers (1..L) where it collapses, the largest step first.
         high_norm: which tokens are high-norm, (T,) bool.
@@ -40,6 +42,7 @@ class Detection:
 
     peak_ratio: float
     threshold: float | None
+    limits: Tensor
     explosion_layers: list[int]
     decay_layers: list[int]
     high_norm: Tensor
@@ -69,27 +72,23 @@ def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
         raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
     if threshold is not None and threshold <= 0:
         raise ParameterError(f"threshold is {threshold}; give a positive norm, or null for the automatic one")
-    ratio = norms[1:] / norms[1:].median(dim=1, keepdim=True).values.clamp(min=torch.finfo(norms.dtype).tiny)
+    medians = norms.median(dim=1).values
+    ratio = norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)
     peaks = norms[1:].amax(dim=0)
     high = ratio.amax(dim=0) >= MIN_RATIO if threshold is None else peaks > threshold
     peak_ratio = ratio.max().item()
+    limits = torch.full_like(medians, torch.inf if threshold is None else threshold, dtype=torch.float64)
     if not high.any():
-        return Detection(peak_ratio, threshold, [], [], high)
+        return Detection(peak_ratio, threshold, limits, [], [], high)
     if threshold is None:
-        threshold = _automatic_threshold(peaks, high)
+        threshold = torch.quantile(peaks[high].double(), 0.1).item() / 2
+        limits = (MIN_RATIO * medians.double()).clamp(min=threshold)
     mean_step, rises, falls = layer_steps(norms, high)
     explosion = [
         layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE
     ]
     decay = [layer for layer in torch.argsort(mean_step).tolist() if falls[layer] >= MIN_SHARE]
-    return Detection(peak_ratio, threshold, [n + 1 for n in explosion], [n + 1 for n in decay], high)
-
-
-def _automatic_threshold(peaks: Tensor, high: Tensor) -> float:
-    """Rule 2: peaks (T,), high (T,) bool -> the norm that separates high-norm states from the others."""
-    peak = torch.quantile(peaks[high].double(), 0.1).item()
-    ordinary = peaks[~high].max().item() if (~high).any() else 0.0
-    return peak / 2 if ordinary <= peak / 2 else (peak * ordinary) ** 0.5
+    return Detection(peak_ratio, threshold, limits, [n + 1 for n in explosion], [n + 1 for n in decay], high)
 
 
 def layer_steps(norms: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:

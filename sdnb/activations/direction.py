@@ -20,7 +20,7 @@ class HighNormStates:
         position: position in the line, (n,).
         line: number of the line, (n,).
         token_id: (n,).
-        threshold: the norm above which a state is kept.
+        threshold: the norm above which a state is kept, the lowest where every layer has its own.
         mean_low_norm: mean norm of the states that are not kept.
     """
 
@@ -48,14 +48,15 @@ class HighNormStates:
 
 @torch.no_grad()
 def collect_high_norm_states(
-    model: nn.Module, lines: Sequence[Tensor], threshold: float, *, max_tokens: int = 4096
+    model: nn.Module, lines: Sequence[Tensor], threshold: float | Tensor, *, max_tokens: int = 4096
 ) -> HighNormStates:
     """Collect every hidden state |h_l| > threshold, l = 0..L, over the lines of a text.
 
     Args:
         model: a causal language model.
         lines: token ids of each line, (T_i,).
-        threshold: norm above which a state is high-norm.
+        threshold: norm above which a state is high-norm, one for all or one for each l (`Detection.limits`),
+            (L+1,).
         max_tokens: tokens in one forward pass.
 
     Returns:
@@ -68,7 +69,7 @@ def collect_high_norm_states(
         def visit(layer: int, state: Tensor, ids=ids, real=real, numbers=numbers) -> None:
             nonlocal low_sum, low_count
             norms = state.float().norm(dim=-1).cpu()
-            high = (norms > threshold) & real
+            high = (norms > (threshold[layer] if isinstance(threshold, Tensor) else threshold)) & real
             low_sum += norms[real & ~high].double().sum().item()
             low_count += int((real & ~high).sum())
             row, position = high.nonzero(as_tuple=True)
@@ -81,7 +82,7 @@ def collect_high_norm_states(
     order = torch.argsort((line * (position.max() + 1 if len(position) else 1) + position) * 10_000 + layer)
     return HighNormStates(
         states[order], layer[order], position[order], line[order], token_id[order],
-        threshold, low_sum / max(low_count, 1),
+        float(torch.as_tensor(threshold).min()), low_sum / max(low_count, 1),
     )  # fmt: skip
 
 

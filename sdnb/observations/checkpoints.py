@@ -163,8 +163,7 @@ def look_at(
         first.append(norms[-1][:, 0])
         states = states + hidden[:, 0].double()
     found = detect(torch.cat(norms, dim=1), threshold=threshold)
-    limit = found.threshold if found.threshold is not None else float("inf")
-    high = collect_high_norm_states(loaded.model, encoded.lines, limit)
+    high = collect_high_norm_states(loaded.model, encoded.lines, found.limits)
     others = [n[:, 1:] for n in norms if n.shape[1] > 1] or norms
     ids, begin = text_ids(loaded, text, encoded.begin_token)
     return Checkpoint(

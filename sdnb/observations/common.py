@@ -118,6 +118,7 @@ class Direction:
         vector: (d,), the mean of the high-norm states; zero when there is none.
         count: number of high-norm states.
         threshold: norm above which a state counts; None when no token is high-norm.
+        limits: the same for every layer 0..L, (L+1,), see `sdnb.activations.detection`.
         mean_low_norm: mean norm of the other states.
         explosion_layers: 1..L, largest step first.
         decay_layers: 1..L, largest step first.
@@ -127,6 +128,7 @@ class Direction:
     vector: Tensor
     count: int
     threshold: float | None
+    limits: Tensor
     mean_low_norm: float
     explosion_layers: list[int]
     decay_layers: list[int]
@@ -188,9 +190,9 @@ def empirical_direction(
             "decay_layers": torch.tensor(found.decay_layers, dtype=torch.int64),
             "peak_ratio": torch.tensor(found.peak_ratio, dtype=torch.float64),
             "threshold": torch.tensor(found.threshold or 0.0, dtype=torch.float64),
+            "limits": found.limits,
         }
-        limit = found.threshold if found.threshold is not None else float("inf")
-        states = collect_high_norm_states(loaded.model, encoded.lines, limit)
+        states = collect_high_norm_states(loaded.model, encoded.lines, found.limits)
         vector = states.direction if len(states.states) else torch.zeros(states.states.shape[1])
         return result | {
             "vector": vector,
@@ -208,6 +210,7 @@ def empirical_direction(
         kept["vector"],
         int(kept["count"]),
         float(kept["threshold"]) or None,
+        kept["limits"],
         float(kept["mean_low_norm"]),
         kept["explosion_layers"].tolist(),
         kept["decay_layers"].tolist(),

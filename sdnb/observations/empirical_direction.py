@@ -39,8 +39,7 @@ def direction_over_text(
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     summary = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
-    limit = summary.threshold if summary.threshold is not None else float("inf")
-    states = collect_high_norm_states(loaded.model, encoded.lines, limit)
+    states = collect_high_norm_states(loaded.model, encoded.lines, summary.limits)
     angles = angle_deg(states.states, summary.vector) if summary.found else torch.zeros(0)
     initial = states.position == 0
     values = {

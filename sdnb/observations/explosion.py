@@ -1,6 +1,6 @@
 """Where a model's norm explodes, and from which norm on a token counts as exploded there (06 to 09)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Explosion:
         found: whether it is an explosion layer by the rule, or was asked for.
         threshold: norm after that layer from which a token counts as exploded.
         state_threshold: norm from which a state after any layer counts as high-norm.
+        state_limits: the same for every layer 0..L, (L+1,), see `sdnb.activations.detection`.
         high_norm: median norm after the layer of the high-norm tokens, None without any.
         ordinary_norm: median norm after the layer of the other tokens.
     """
@@ -34,6 +35,7 @@ class Explosion:
     found: bool
     threshold: float
     state_threshold: float
+    state_limits: Tensor = field(compare=False)  # tensors have no equality of one value
     high_norm: float | None
     ordinary_norm: float
 
@@ -48,9 +50,9 @@ def find_explosion(
 ) -> Explosion:
     """Find the explosion layer on a text and the norm that tells exploded tokens from others right after it.
 
-    The threshold is rule 2 of `sdnb.activations.detection` at this one layer: half the lower decile of the
-    high-norm tokens' norms, or, where an ordinary token comes higher, the geometric mean of both. Without a
-    high-norm token it is five times the median.
+    The threshold is half the lower decile of the high-norm tokens' norms after this one layer, or, where an
+    ordinary token comes higher, the geometric mean of both. Where it comes as high as that decile, or there
+    is no high-norm token, it is five times the median, as for a high-norm token.
 
     Args:
         loaded: the model.
@@ -74,15 +76,17 @@ def find_explosion(
     steps = layer_steps(norms, high if high.any() else torch.ones_like(high))[0]
     layer = explosion_layer or (seen.explosion_layers or [int(steps.argmax()) + 1])[0]
     here = norms[layer]
-    state_threshold = seen.threshold
+    state_threshold, state_limits = seen.threshold, seen.limits
     if state_threshold is None:
         state_threshold = MIN_RATIO * norms[1:].median(dim=1).values.max().item()
+        state_limits = torch.full_like(seen.limits, state_threshold)
     return Explosion(
         seen.explosion_layers,
         layer,
         bool(seen.explosion_layers) or explosion_layer is not None,
         threshold if threshold is not None else _threshold(here, high),
         state_threshold,
+        state_limits,
         here[high].median().item() if high.any() else None,
         (here[~high] if (~high).any() else here).median().item(),
     )
@@ -90,8 +94,8 @@ def find_explosion(
 
 def _threshold(norms: Tensor, high: Tensor) -> float:
     """The norm between the high-norm tokens and the others after one layer, norms and high (N,)."""
-    if not high.any():
-        return MIN_RATIO * norms.median().item()
-    peak = torch.quantile(norms[high].double(), 0.1).item()
+    peak = torch.quantile(norms[high].double(), 0.1).item() if high.any() else 0.0
     ordinary = norms[~high].max().item() if (~high).any() else 0.0
+    if ordinary >= peak:
+        return MIN_RATIO * norms.median().item()
     return peak / 2 if ordinary <= peak / 2 else (peak * ordinary) ** 0.5

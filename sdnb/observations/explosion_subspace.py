@@ -91,7 +91,7 @@ def explosion_subspace(
         )
         values |= _statistics(name, found, trained)
         arrays |= {f"coefficients_{name}": found.raw, f"normalised_{name}": found.normalised}
-    values |= _top(loaded, arrays["coefficients_second"], trained, prefix, place.state_threshold)
+    values |= _top(loaded, arrays["coefficients_second"], trained, prefix, place.state_limits)
     return Observation(values, arrays, encoded.text_hash, encoded.begin_token)
 
 
@@ -129,15 +129,14 @@ def _statistics(name: str, found: Coefficients, trained: Tensor) -> dict:
     return values
 
 
-def _top(loaded: Loaded, second: Tensor, trained: Tensor, prefix: str, threshold: float) -> dict:
+def _top(loaded: Loaded, second: Tensor, trained: Tensor, prefix: str, limits: Tensor) -> dict:
     """Trained items with the largest coefficients at the second position, and their peaks in context."""
     order = second.masked_fill(~trained, -torch.inf).argsort(descending=True, stable=True)[:TOP]
     paths = item_trajectories(loaded.model, order, encode_line(loaded, prefix, False))
-    peaks = paths[1:].amax(dim=0)
     return {
         "top_token_ids": order.tolist(),
         "top_tokens": token_labels(loaded.tokenizer, order.tolist()),
         "top_coefficients": second[order].tolist(),
-        "in_context_peak": peaks.tolist(),
-        "real": (peaks > threshold).tolist(),
+        "in_context_peak": paths[1:].amax(dim=0).tolist(),
+        "real": (paths[1:] > limits[1:, None]).any(dim=0).tolist(),
     }

@@ -74,7 +74,7 @@ def interventions(
         loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir
     )
     layers = [place.layer] if explosion_layer else place.layers or [place.layer]
-    massive = massive_means(loaded, encoded.lines, layers, place.state_threshold, massive_dimensions)
+    massive = massive_means(loaded, encoded.lines, layers, place.state_limits, massive_dimensions)
     ids, begin = text_ids(loaded, text, encoded.begin_token)
     start = encode_line(loaded, prompt, add_special_tokens)
     groups, first, others = {}, [], []
@@ -104,7 +104,7 @@ def interventions(
 
 
 def massive_means(
-    loaded: Loaded, lines: list[Tensor], layers: list[int], threshold: float, dimensions: list[int] | None
+    loaded: Loaded, lines: list[Tensor], layers: list[int], limits: Tensor, dimensions: list[int] | None
 ) -> tuple[list[int], dict[int, Tensor]] | None:
     """Find the massive dimensions and the mean high-norm state behind some layers.
 
@@ -115,7 +115,7 @@ def massive_means(
         loaded: the model.
         lines: token ids of each line, (T_i,).
         layers: layers 1..L, the most important first.
-        threshold: norm that a token must reach behind some layer to count.
+        limits: norm that a token must exceed at some layer 1..L to count, for every layer 0..L, (L+1,).
         dimensions: given ones, which replace the rule.
 
     Returns:
@@ -125,7 +125,7 @@ def massive_means(
     sums = dict.fromkeys(layers, 0.0)
     count = 0
     for ids, real, _ in token_batches(lines):
-        high = (hidden_norms(loaded.model, ids)[1:] > threshold).any(dim=0) & real
+        high = (hidden_norms(loaded.model, ids)[1:] > limits[1:, None, None]).any(dim=0) & real
         count += int(high.sum())
 
         def add(layer: int, state: Tensor, high: Tensor = high) -> None:

@@ -56,7 +56,7 @@ def negative_eigenvalues(
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     direction = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
-    tokens = _high_norm_prefixes(loaded, encoded.lines[:ledger_lines], direction.threshold)
+    tokens = _high_norm_prefixes(loaded, encoded.lines[:ledger_lines], direction.limits[1:])
     rows: list[dict] = []
     refused: dict[int, str] = {}
     for number, view in layer_views(loaded, refused):
@@ -112,18 +112,16 @@ def _norm_aware(view, layer, inputs: Tensor, direction: Tensor) -> dict:
     return row
 
 
-def _high_norm_prefixes(loaded: Loaded, lines: list[Tensor], threshold: float | None) -> Tensor | None:
-    """States (L+1, n, d) of the lines' high-norm tokens, initial ones where there are any, else None."""
-    if threshold is None:
-        return None
+def _high_norm_prefixes(loaded: Loaded, lines: list[Tensor], limits: Tensor) -> Tensor | None:
+    """States (L+1, n, d) of the tokens above a limit (L,), initial ones where there are any, else None."""
     first = hidden_states(loaded.model, torch.stack([line[:1] for line in lines]))[:, :, 0]
-    high = (first[1:].norm(dim=-1) > threshold).any(dim=0)
+    high = (first[1:].norm(dim=-1) > limits[:, None]).any(dim=0)
     if high.any():
         return first[:, high]
     found = []
     for line in lines:
         states = hidden_states(loaded.model, line[None])[:, 0]
-        found.append(states[:, (states[1:].norm(dim=-1) > threshold).any(dim=0)])
+        found.append(states[:, (states[1:].norm(dim=-1) > limits[:, None]).any(dim=0)])
     states = torch.cat(found, dim=1)
     return states if states.shape[1] else None
 
@@ -136,7 +134,7 @@ def _ledger(loaded: Loaded, lines: list[Tensor], direction: Direction) -> dict:
     columns: dict[str, list[Tensor]] = {name: [] for name in (*names, "ledger_start", "ledger_end")}
     for ids, real, _ in token_batches(lines):
         book = ledger(loaded.model, ids, direction.vector)
-        high = (book.norms[1:] > direction.threshold).any(dim=0) & real
+        high = (book.norms[1:] > direction.limits[1:, None, None]).any(dim=0) & real
         parts = (book.attention[:, high], book.ffn[:, high])
         parts += (book.attention[:, real & ~high], book.ffn[:, real & ~high])
         parts += (book.start[None, high], book.coordinate[-1:, high])

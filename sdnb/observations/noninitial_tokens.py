@@ -55,7 +55,6 @@ def noninitial_tokens(
     first = norms.argsort(descending=True, stable=True)[:top]
     before = encode_line(loaded, prefix, False)
     paths = item_trajectories(loaded.model, first, before)
-    peaks = paths[1:].amax(dim=0)
     values = explosion_values(place) | {
         "state_threshold": place.state_threshold,
         "exploding_share": (norms > place.threshold).double().mean().item(),
@@ -65,8 +64,8 @@ def noninitial_tokens(
         "top_norms": norms[first].tolist(),
         "top_trained": trained[first].tolist(),
         "prefix_tokens": token_labels(loaded.tokenizer, before.tolist()),
-        "in_context_peak": peaks.tolist(),
-        "real": (peaks > place.state_threshold).tolist(),
+        "in_context_peak": paths[1:].amax(dim=0).tolist(),
+        "real": (paths[1:] > place.state_limits[1:, None]).any(dim=0).tolist(),
     }
     arrays = {"norms": norms, "in_context_norms": paths, "trained": trained}
     return Observation(values, arrays, encoded.text_hash, encoded.begin_token)

@@ -109,8 +109,7 @@ def signature(
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     found = detect(text_norms(loaded, encoded.lines[:DETECTION_LINES]), threshold=threshold)
-    limit = found.threshold if found.threshold is not None else float("inf")
-    states = collect_high_norm_states(loaded.model, encoded.lines, limit)
+    states = collect_high_norm_states(loaded.model, encoded.lines, found.limits)
     if not len(states.states):
         raise NoSignature(f"{loaded.name} has no high-norm token on this text, so it has no signature")
     kind, chosen = _kind(states)

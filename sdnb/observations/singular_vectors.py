@@ -64,8 +64,7 @@ def singular_vectors(
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     direction = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
-    limit = direction.threshold if direction.threshold is not None else math.inf
-    batches = list(_batches(loaded, encoded, limit))
+    batches = list(_batches(loaded, encoded, direction.limits))
     tokens = sum(real.numel() for _, real, _ in batches)
     if tokens < 16:
         raise TextError(f"{tokens} tokens are too few for a covariance: give a longer text")
@@ -90,14 +89,14 @@ def singular_vectors(
     return Observation(values, arrays, encoded.text_hash, encoded.begin_token)
 
 
-def _batches(loaded: Loaded, encoded: EncodedText, limit: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(loaded: Loaded, encoded: EncodedText, limits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Lines of equal length together, so that an encoder sees no padding; high-norm tokens marked."""
     lengths: dict[int, list[Tensor]] = {}
     for line in encoded.lines:
         lengths.setdefault(len(line), []).append(line)
     for lines in lengths.values():
         for part in torch.stack(lines).split(32):
-            high = hidden_norms(loaded.model, part).amax(0) > limit
+            high = (hidden_norms(loaded.model, part) > limits[:, None, None]).any(dim=0)
             yield part, torch.ones_like(part, dtype=torch.bool), high
 
 

@@ -114,9 +114,9 @@ class Exploration:
         self.explosion_layers = place.layers or [place.layer]
         self.text_hash, self.direction, self._massive = encoded.text_hash, None, None
         if place.high_norm is not None:
-            limit = place.state_threshold
-            self.direction = collect_high_norm_states(loaded.model, encoded.lines, limit).direction
-            self._massive = massive_means(loaded, encoded.lines, self.explosion_layers, limit, None)
+            limits = place.state_limits
+            self.direction = collect_high_norm_states(loaded.model, encoded.lines, limits).direction
+            self._massive = massive_means(loaded, encoded.lines, self.explosion_layers, limits, None)
         self.random_angle_deg = random_angle(loaded.model.config.get_text_config().hidden_size)
         self._facts: dict[int, LayerFacts] = {}
         self._sentence: tuple[object, Sentence] | None = None

@@ -62,6 +62,22 @@ def test_late_growth_of_ordinary_tokens_is_no_explosion():
     assert found.threshold > grown.max(), "no ordinary state may pass the threshold"
 
 
+def test_ordinary_tokens_that_end_above_the_peak_have_no_high_norm_state():
+    curves = torch.stack([one_step(20, 2, 11, 100.0, 12.0)] * 20, dim=1)
+    norms = torch.cat([curves, ordinary(20, 120.0, tokens=300)], dim=1)
+    found = detect(norms)
+    states = norms > found.limits[:, None]
+    assert found.threshold == 50
+    assert states[2:11, :20].all() and int(states.sum()) == 9 * 20
+    assert found.explosion_layers == [2] and found.decay_layers == [11]
+
+
+def test_a_given_threshold_stands_alone():
+    norms = with_initial(one_step(20, 2, 11, 100.0, 12.0), ordinary(20, 120.0))
+    assert detect(norms, threshold=90.0).limits.tolist() == [90.0] * 21
+    assert detect(norms[:, 1:]).limits.tolist() == [torch.inf] * 21
+
+
 def test_slow_growth_is_no_explosion_layer():
     curve = torch.linspace(1, 900, 33)  # a 32nd of the peak each layer
     found = detect(with_initial(curve, ordinary(32, 5.0)))

@@ -37,6 +37,16 @@ def test_collected_states_equal_a_loop_over_lines_layers_and_tokens():
     torch.testing.assert_close(found.direction, found.states.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_each_layer_has_its_own_threshold_where_several_are_given():
+    model = build("llama", d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
+    lines = [torch.tensor([4, 5, 6, 7]), torch.tensor([8, 9])]
+    limits = torch.tensor([math.inf, 0.0, math.inf, 0.0])
+    found = collect_high_norm_states(model, lines, limits)
+    assert found.layer.tolist() == [1, 3] * 6
+    expected = torch.cat([hidden_states(model, line[None])[::2].norm(dim=-1).flatten() for line in lines])
+    assert math.isclose(found.mean_low_norm, expected.mean().item(), rel_tol=1e-5)
+
+
 def test_no_state_above_the_threshold():
     model = build("llama", d=32, f=64, layers=2, heads=4, vocabulary=96, seed=1, scale=0.7)
     found = collect_high_norm_states(model, [torch.tensor([4, 5, 6])], math.inf)

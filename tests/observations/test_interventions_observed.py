@@ -68,12 +68,13 @@ def test_massive_dimensions_hold_most_of_the_state(planted):
     truth, loaded = planted
     lines = [torch.tensor([0, 10 + i, 20 + i]) for i in range(5)]
     layer = truth.explosion_layer
-    dimensions, means = massive_means(loaded, lines, [layer], truth.peak_norm / 2, None)
+    limits = torch.full((7,), truth.peak_norm / 2)
+    dimensions, means = massive_means(loaded, lines, [layer], limits, None)
     assert len(dimensions) == 10, "a random direction is spread over all dimensions"
     assert torch.cosine_similarity(means[layer].float(), truth.direction, dim=0).abs() > 0.99
     largest = truth.direction.abs().argsort(descending=True)[:10]
     assert len(set(dimensions) & set(largest.tolist())) >= 8
-    assert massive_means(loaded, lines, [layer], 1e9, None) is None
+    assert massive_means(loaded, lines, [layer], torch.full((7,), 1e9), None) is None
 
 
 def test_the_model_is_untouched(planted):

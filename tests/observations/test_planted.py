@@ -113,6 +113,25 @@ def test_a_model_without_the_phenomenon_is_a_result(plain, tmp_path):
     assert values["eigenvalue"] == [None] * 3 and values["ledger_attention"] is None
 
 
+@torch.no_grad()
+def test_late_growth_of_all_tokens_does_not_take_the_direction(tmp_path):
+    truth = planted_model(tmp_path / "planted", "gpt_neox")
+    loaded = load(str(truth.folder), device="cpu")
+    bias = loaded.model.gpt_neox.layers[-1].mlp.dense_4h_to_h.bias
+    grown = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    bias += 1.5 * truth.peak_norm * torch.nn.functional.normalize(grown, dim=0)
+    found = observations.direction_over_text(loaded, **COMMON, results_dir=tmp_path / "results")
+    held = truth.decay_layer - truth.explosion_layer
+    assert found.values["high_norm_count"] == held * len(TEXT) == found.values["initial_count"]
+    assert float(angle_deg(found.arrays["direction"], truth.direction)) < 5
+    assert found.values["explosion_layers"] == [truth.explosion_layer]
+    given = found.values["threshold"]
+    found = observations.direction_over_text(
+        loaded, **COMMON, threshold=given, results_dir=tmp_path / "results"
+    )
+    assert found.values["noninitial_count"] > 0, "a threshold that is given is the only condition"
+
+
 def test_noninitial_tokens_are_told_apart(tmp_path):
     truth = planted_model(tmp_path / "planted", noninitial=".")
     loaded = load(str(truth.folder), device="cpu")

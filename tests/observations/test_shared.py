@@ -100,6 +100,17 @@ def test_notebooks_share_the_norms_that_layers_are_found_on(loaded, monkeypatch,
     assert calls == [3, 3, 3], "other tokens, other norms"
 
 
+def test_a_layer_before_the_explosion_takes_five_medians(loaded):
+    encoded = common.encode_text(loaded, TEXT, 3, True)
+    norms = common.text_norms(loaded, encoded.lines)
+    found = explosion.find_explosion(loaded, encoded, explosion_layer=1)
+    assert found.high_norm < norms[1].max(), "an ordinary token is longer there"
+    assert found.threshold == pytest.approx(5 * norms[1].median().item())
+    high = norms[2] > 5 * norms[2].median()
+    found = explosion.find_explosion(loaded, encoded, explosion_layer=2)
+    assert norms[2][~high].max() < found.threshold < norms[2][high].min()
+
+
 def test_a_layer_is_let_go_before_the_next_is_watched(loaded):
     watched = []
     for _, view in common.layer_views(loaded, {}):
