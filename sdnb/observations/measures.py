@@ -24,7 +24,8 @@ def text_ids(loaded: Loaded, text: str | list[str], begins: bool) -> tuple[Tenso
     Returns:
         Token ids, (N,), and the begin token's id or None.
     """
-    ids = texts.encode(loaded.tokenizer, texts.whole(text), False)
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    ids = texts.encode(loaded.tokenizer, texts.whole(text), False, vocabulary=vocabulary)
     return ids, loaded.tokenizer.bos_token_id if begins else None
 
 

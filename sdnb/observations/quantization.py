@@ -1,6 +1,5 @@
 """12: perplexity of the quantized model, with and without the modules that the high-norm tokens spoil."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 
@@ -14,6 +13,7 @@ from sdnb.errors import ParameterError, TextError
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.observations.inspection import Inspection, detection_values, inspect_lines
+from sdnb.observations.measures import text_ids
 from sdnb.quantize import (
     MIN_TOKEN_RATIO,
     Scheme,
@@ -127,13 +127,12 @@ def _texts(
     add_special_tokens: bool,
 ) -> Texts:
     """Cut the text into what is predicted and what follows, or take another text to calibrate."""
-    ids = encode_whole(loaded, text)
+    ids, begin = text_ids(loaded, text, add_special_tokens)
     length = window_length(loaded.model, window)
-    begin = getattr(loaded.tokenizer, "bos_token_id", None) if add_special_tokens else None
     body = length - (begin is not None)
     count = max(1, (len(ids) if max_tokens is None else min(len(ids), max_tokens)) // body)
     predicted, rest = ids[: count * body], ids[count * body :]
-    other = rest if calibration_text is None else encode_whole(loaded, calibration_text)
+    other = rest if calibration_text is None else text_ids(loaded, calibration_text, False)[0]
     needed = min(body, len(predicted))
     overlaps = len(other) < needed
     if overlaps and calibration_text is not None:
@@ -144,20 +143,6 @@ def _texts(
     windows = text_windows(predicted if overlaps else other, length, begin)[:calibration_windows]
     sources = [texts.whole(text)] + ([] if calibration_text is None else [texts.whole(calibration_text)])
     return Texts(predicted, length, begin, list(windows), overlaps, texts.text_hash(sources))
-
-
-def encode_whole(loaded: Loaded, text: str | Sequence[str]) -> Tensor:
-    """Encode a whole text as one row of tokens, without special tokens.
-
-    Args:
-        loaded: model and tokenizer.
-        text: a named corpus, a path, or literal lines.
-
-    Returns:
-        Token ids, (N,).
-    """
-    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-    return texts.encode(loaded.tokenizer, texts.whole(text), False, vocabulary=vocabulary)
 
 
 def _rows(

@@ -12,7 +12,7 @@ from sdnb.activations.perplexity import text_windows, window_length
 from sdnb.decompose import angle_deg
 from sdnb.decompose.chance import log10_chance
 from sdnb.loading import Loaded
-from sdnb.observations.quantization import encode_whole
+from sdnb.observations.measures import text_ids
 from sdnb.observations.signatures import NoSignature, signature
 from sdnb.quantize import Scheme, quantized
 
@@ -113,7 +113,7 @@ def fine_tuned(
     """
     if not steps:
         return
-    windows = text_windows(encode_whole(loaded, text), min(128, window_length(loaded.model)))
+    windows = text_windows(text_ids(loaded, text, False)[0], min(128, window_length(loaded.model)))
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(loaded.model).float()
     tuned = dataclasses.replace(loaded, model=model)

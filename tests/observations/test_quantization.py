@@ -9,7 +9,7 @@ from sdnb.errors import ParameterError, TextError
 from sdnb.figures import input_spikes, layer_errors, quantized_perplexity
 from sdnb.loading import load
 from sdnb.observations import Observation, quantization
-from sdnb.observations.quantization import encode_whole
+from sdnb.observations.measures import text_ids
 from sdnb.quantize import Scheme, quantized
 from sdnb.records import SCHEMAS
 from sdnb.records.schema import check_values
@@ -102,7 +102,7 @@ def test_error_arises_at_the_planted_layers(case):
 
 def test_rows_are_the_perplexities_themselves(case):
     result, _, loaded = case
-    ids = encode_whole(loaded, TEXT)[: (512 // 63) * 63]
+    ids = text_ids(loaded, TEXT, False)[0][: (512 // 63) * 63]
     assert (
         result.values["rows"][0]["perplexity"]
         == perplexity(loaded.model, ids, window=64, begin_token=0).value
@@ -161,7 +161,7 @@ def test_a_text_shorter_than_one_window_is_one_window(case):
     short = {"text": ["a few words, and then a few more"], "window": 64}
     every, some = (quantization(loaded, max_tokens=count, **short).values for count in (None, 512))
     assert every == some and every["calibration_overlaps"]
-    assert every["predicted_tokens"] == len(encode_whole(loaded, short["text"])) - 1
+    assert every["predicted_tokens"] == len(text_ids(loaded, short["text"], False)[0]) - 1
 
 
 def test_a_calibration_text_that_was_asked_for_is_never_replaced(case):
