@@ -145,7 +145,7 @@ def check_ids(
 
 
 def position_limit(config) -> int | None:
-    """The number of positions a model has, by its configuration.
+    """The number of positions a model has, by its configuration: the text part of it, then the whole.
 
     Args:
         config: the model's `transformers` configuration.
@@ -153,11 +153,9 @@ def position_limit(config) -> int | None:
     Returns:
         The largest sequence length, or None where the configuration names none.
     """
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    values = (getattr(part, key, None) for part in (config.get_text_config(), config) for key in keys)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def begins_with_begin_token(ids: torch.Tensor, tokenizer) -> bool | None:

@@ -4,7 +4,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from sdnb.errors import ParameterError, TextError
 from sdnb.text import begins_with_begin_token, check_ids, encode, lines_of, position_limit, text_hash, whole
@@ -116,11 +116,21 @@ def test_the_number_of_positions_is_found_under_each_familys_name(family, key):
     assert position_limit(AutoConfig.for_model(family, **{key: 77})) == 77
 
 
-def test_a_model_without_a_position_limit_has_none():
-    class Bare:
-        pass
+def test_the_number_of_positions_may_stand_in_the_text_part_or_beside_it():
+    nested = AutoConfig.for_model("llava", text_config={"model_type": "llama", "max_position_embeddings": 77})
+    assert position_limit(nested) == 77
+    beside = AutoConfig.for_model("llava", text_config={"model_type": "bloom"})
+    assert position_limit(beside) is None
+    beside.n_positions = 78
+    assert position_limit(beside) == 78
 
-    assert position_limit(Bare()) is None
+
+def test_an_older_name_of_the_positions_is_known():
+    assert position_limit(PretrainedConfig(n_ctx=77)) == 77
+
+
+def test_a_model_without_a_position_limit_has_none():
+    assert position_limit(PretrainedConfig(max_position_embeddings=-1)) is None
 
 
 def test_a_whole_text_is_taken_unchanged(tmp_path):

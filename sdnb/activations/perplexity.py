@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sdnb.activations.capture import input_device
 from sdnb.errors import ParameterError, TextError
+from sdnb.text import position_limit
 
 LONGEST_WINDOW = 2048
 LOGITS_AT_ONCE = 2**26
@@ -28,20 +29,6 @@ class Perplexity:
     nll: Tensor
     tokens: int
     window: int
-
-
-def position_count(model: nn.Module) -> int | None:
-    """Return the number of positions that a model's configuration states, or None where it states none.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        The length of the longest input, in tokens.
-    """
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-    return next((count for name in names if isinstance(count := getattr(config, name, None), int)), None)
 
 
 @torch.no_grad()
@@ -98,7 +85,7 @@ def window_length(model: nn.Module, window: int | None = None) -> int:
     Raises:
         ParameterError: shorter than two tokens, or longer than the model's positions.
     """
-    positions = position_count(model)
+    positions = position_limit(model.config)
     if window is None:
         return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
     if window < 2 or (positions is not None and window > positions):

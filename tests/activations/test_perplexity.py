@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sdnb.activations.perplexity import perplexity, position_count, text_windows
+from sdnb.activations.perplexity import perplexity, text_windows, window_length
 from sdnb.errors import ParameterError, TextError
 from tests.tiny import POSITIONS, build
 
@@ -48,7 +48,7 @@ def test_equals_a_plain_loop(model, begin):
 
 
 def test_the_automatic_window_is_the_models_length_up_to_2048(model):
-    assert position_count(model) == POSITIONS
+    assert window_length(model) == POSITIONS
     found = perplexity(model, text(3 * POSITIONS + 5))
     assert found.window == POSITIONS and len(found.nll) == 3 and found.tokens == 3 * (POSITIONS - 1)
 
