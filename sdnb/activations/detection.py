@@ -11,7 +11,8 @@ The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
 3. The step of a high-norm token at layer l is N[l] - N[l-1], less what the ordinary tokens' median does there
    in the same direction, over the token's own peak: what all tokens do is no explosion. Layer l is an
    explosion (decay) layer when the step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter
-   of the high-norm tokens. Lists are sorted by the mean step, the largest first.
+   of the high-norm tokens of one kind, initial or noninitial: a layer that moves the one kind only is found
+   where the other is more frequent. Lists are sorted by the mean step of both, the largest first.
 """
 
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Detection:
     high_norm: Tensor
 
 
-def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
+def detect(norms: Tensor, *, initial: Tensor | None = None, threshold: float | None = None) -> Detection:
     """Find the high-norm tokens, the threshold and the explosion and decay layers by the rule of this module.
 
     Args:
         norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
+        initial: which tokens stand at position 0 of their line, (T,) bool; without it all are of one kind.
         threshold: a norm that replaces the automatic one: tokens that pass it at some layer 1..L are high-
             norm.
 
@@ -83,15 +85,25 @@ def detect(norms: Tensor, *, threshold: float | None = None) -> Detection:
     if threshold is None:
         threshold = torch.quantile(peaks[high].double(), 0.1).item() / 2
         limits = (MIN_RATIO * medians.double()).clamp(min=threshold)
-    mean_step, rises, falls = layer_steps(norms, high)
-    explosion = [
-        layer for layer in torch.argsort(mean_step, descending=True).tolist() if rises[layer] >= MIN_SHARE
-    ]
-    decay = [layer for layer in torch.argsort(mean_step).tolist() if falls[layer] >= MIN_SHARE]
-    return Detection(peak_ratio, threshold, limits, [n + 1 for n in explosion], [n + 1 for n in decay], high)
+    first = torch.zeros_like(high) if initial is None else initial
+    explosion, decay = _moving_layers(layer_steps(norms, high), first[high])
+    return Detection(peak_ratio, threshold, limits, explosion, decay, high)
 
 
-def layer_steps(norms: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moving_layers(steps: Tensor, initial: Tensor) -> tuple[list[int], list[int]]:
+    """Rule 3: steps (L, n), initial (n,) bool -> explosion and decay layers 1..L, the largest first."""
+    kinds = [kind for kind in (initial, ~initial) if kind.any()]
+
+    def enough(moved: Tensor) -> bool:
+        return any(moved[kind].double().mean() >= MIN_SHARE for kind in kinds)
+
+    order = steps.mean(dim=1).argsort(descending=True).tolist()
+    explosion = [layer + 1 for layer in order if enough(steps[layer] >= MIN_STEP)]
+    decay = [layer + 1 for layer in reversed(order) if enough(steps[layer] <= -MIN_STEP)]
+    return explosion, decay
+
+
+def layer_steps(norms: Tensor, high: Tensor) -> Tensor:
     """Rule 3: how far each layer moves the norm of high-norm tokens, in units of their peak.
 
     With D[l] = N[l] - N[l-1] and M[l] the median of D[l] over ordinary tokens (0 without any), the step is
@@ -102,13 +114,11 @@ def layer_steps(norms: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         high: which of them are high-norm, (T,) bool.
 
     Returns:
-        The mean of the high-norm tokens' steps, and the shares of them for which it is at least `MIN_STEP`
-        and at most -`MIN_STEP`; each (L,), layer 1 first.
+        The step of every high-norm token at every layer, (L, n), layer 1 first.
     """
     moves = norms.diff(dim=0)
     own = moves[:, high]
     if not high.all():
         common = moves[:, ~high].median(dim=1, keepdim=True).values
         own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
-    step = own / norms[1:, high].amax(dim=0)
-    return step.mean(dim=1), (step >= MIN_STEP).double().mean(dim=1), (step <= -MIN_STEP).double().mean(dim=1)
+    return own / norms[1:, high].amax(dim=0)

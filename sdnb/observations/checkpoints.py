@@ -162,7 +162,8 @@ def look_at(
         norms.append(hidden.norm(dim=-1))
         first.append(norms[-1][:, 0])
         states = states + hidden[:, 0].double()
-    found = detect(torch.cat(norms, dim=1), threshold=threshold)
+    initial = torch.cat([torch.arange(n.shape[1]) == 0 for n in norms])
+    found = detect(torch.cat(norms, dim=1), initial=initial, threshold=threshold)
     high = collect_high_norm_states(loaded.model, encoded.lines, found.limits)
     others = [n[:, 1:] for n in norms if n.shape[1] > 1] or norms
     ids, begin = text_ids(loaded, text, encoded.begin_token)

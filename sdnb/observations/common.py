@@ -146,6 +146,12 @@ def text_norms(loaded: Loaded, lines: list[Tensor]) -> Tensor:
     return torch.cat([hidden_norms(loaded.model, ids)[:, real] for ids, real, _ in batches], dim=1)
 
 
+def first_positions(lines: list[Tensor]) -> Tensor:
+    """Return which of the tokens of `text_norms` stand at position 0 of their line, (N,) bool."""
+    batches = token_batches(lines)
+    return torch.cat([(torch.arange(ids.shape[1]) == 0).expand_as(ids)[real] for ids, real, _ in batches])
+
+
 def detection_norms(loaded: Loaded, lines: list[Tensor], results_dir: str | Path | None) -> Tensor:
     """Return |h_l| of every token of the first lines, on which layers and thresholds are found.
 
@@ -184,7 +190,9 @@ def empirical_direction(
     """
 
     def compute() -> dict[str, Tensor]:
-        found = detect(detection_norms(loaded, encoded.lines, results_dir), threshold=threshold)
+        norms = detection_norms(loaded, encoded.lines, results_dir)
+        initial = first_positions(encoded.lines[:DETECTION_LINES])
+        found = detect(norms, initial=initial, threshold=threshold)
         result = {
             "explosion_layers": torch.tensor(found.explosion_layers, dtype=torch.int64),
             "decay_layers": torch.tensor(found.decay_layers, dtype=torch.int64),

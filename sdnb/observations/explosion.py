@@ -11,7 +11,7 @@ from sdnb.activations.detection import MIN_RATIO
 from sdnb.anatomy import decoder_layers
 from sdnb.errors import ParameterError
 from sdnb.loading import Loaded
-from sdnb.observations.common import EncodedText, detection_norms
+from sdnb.observations.common import DETECTION_LINES, EncodedText, detection_norms, first_positions
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def find_explosion(
     if explosion_layer is not None and not 1 <= explosion_layer <= count:
         raise ParameterError(f"explosion_layer is {explosion_layer}: give 1 to {count}, or null")
     norms = detection_norms(loaded, encoded.lines, results_dir)
-    seen = detect(norms, threshold=threshold)
+    seen = detect(norms, initial=first_positions(encoded.lines[:DETECTION_LINES]), threshold=threshold)
     high = seen.high_norm
-    steps = layer_steps(norms, high if high.any() else torch.ones_like(high))[0]
+    steps = layer_steps(norms, high if high.any() else torch.ones_like(high)).mean(dim=1)
     layer = explosion_layer or (seen.explosion_layers or [int(steps.argmax()) + 1])[0]
     here = norms[layer]
     state_threshold, state_limits = seen.threshold, seen.limits

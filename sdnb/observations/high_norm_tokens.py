@@ -1,5 +1,7 @@
 """01: norms per layer and token; which tokens are high-norm, and at which layers that begins and ends."""
 
+import torch
+
 from sdnb import text as texts
 from sdnb.activations import detect, hidden_norms
 from sdnb.labels import token_labels
@@ -34,7 +36,7 @@ def high_norm_tokens(
         limit = texts.position_limit(loaded.model.config)
         ids = texts.check_ids(token_ids, max_tokens=limit, vocabulary=vocabulary)
     norms = hidden_norms(loaded.model, ids[None])[:, 0]
-    found = detect(norms, threshold=threshold)
+    found = detect(norms, initial=torch.arange(len(ids)) == 0, threshold=threshold)
     source = texts.text_hash([sentence if token_ids is None else repr(token_ids)])
     values = {
         "peak_ratio": found.peak_ratio,

@@ -108,10 +108,10 @@ def inspect_lines(
     stream = _Stream()
     statistics = input_statistics(loaded.model, lines, visit=stream.visit)
     norms = torch.cat([torch.stack(stream.norms[number]) for number in range(len(lines))], dim=1)
-    found = detect(norms, threshold=threshold)
+    positions = torch.cat([torch.arange(len(line)) for line in lines])
+    found = detect(norms, initial=positions == 0, threshold=threshold)
     high = torch.cat([stream.longest[number][1] for number in range(len(lines))])[found.high_norm]
     mean = high.double().mean(dim=0).float() if len(high) else torch.zeros(high.shape[1])
-    positions = torch.cat([torch.arange(len(line)) for line in lines])
     chosen = skip_list(loaded.model, statistics, threshold=min_ratio)
     return Inspection(found, norms, positions, torch.cat(lines), mean, statistics, chosen)
 

@@ -218,7 +218,7 @@ class Exploration:
                 for name in asked[2]:
                     stack.enter_context(self._intervention(name))
                 norms = hidden_norms(self.loaded.model, ids[None])[:, 0]
-            seen = detect(norms)
+            seen = detect(norms, initial=torch.arange(len(ids)) == 0)
             self._sentence = (
                 asked,
                 Sentence(

@@ -114,6 +114,24 @@ def test_one_odd_token_adds_no_layer():
     assert found.explosion_layers == [2] and found.decay_layers == [16]
 
 
+def test_layers_of_the_fewer_kind_are_found():
+    early = torch.stack([one_step(16, 2, 16, 800.0 + i, 800.0) for i in range(40)], dim=1)
+    late = torch.stack([one_step(16, 4, 12, 500.0, 20.0)] * 8, dim=1)
+    norms = torch.cat([late, early, ordinary(16, 20.0, tokens=300)], dim=1)
+    initial = torch.arange(norms.shape[1]) < 8
+    assert detect(norms).explosion_layers == [2]
+    for kind in (initial, ~initial):
+        found = detect(norms, initial=kind)
+        assert found.explosion_layers == [2, 4] and found.decay_layers == [12]
+
+
+def test_most_tokens_of_a_kind_decide():
+    usual = torch.stack([one_step(16, 2, 16, 800.0, 250.0)] * 9, dim=1)
+    odd = one_step(16, 7, 16, 900.0, 900.0)
+    norms = torch.cat([usual, odd[:, None], ordinary(16, 20.0, tokens=60)], dim=1)
+    assert detect(norms, initial=torch.arange(70) < 10).explosion_layers == [2]
+
+
 def test_threshold_is_overridable():
     norms = with_initial(one_step(16, 2, 16, 12.0, 6.0), ordinary(16, 4.0))
     assert not detect(norms[:, 1:]).high_norm.any()
@@ -123,15 +141,14 @@ def test_threshold_is_overridable():
 
 def test_steps_are_in_units_of_the_peak():
     norms = torch.tensor([[1.0], [1.0], [101.0], [41.0]])
-    mean, rises, falls = layer_steps(norms, torch.tensor([True]))
-    torch.testing.assert_close(mean, torch.tensor([0.0, 100 / 101, -60 / 101]))
-    assert rises.tolist() == [0, 1, 0] and falls.tolist() == [0, 0, 1]
+    steps = layer_steps(norms, torch.tensor([True]))
+    torch.testing.assert_close(steps, torch.tensor([[0.0], [100 / 101], [-60 / 101]]))
 
 
 def test_steps_leave_out_what_ordinary_tokens_do_as_well():
     norms = torch.tensor([[1.0, 1.0], [41.0, 21.0], [101.0, 1.0], [41.0, 31.0], [11.0, 11.0]])
-    mean, _, _ = layer_steps(norms, torch.tensor([True, False]))
-    torch.testing.assert_close(mean, torch.tensor([20.0, 60.0, -60.0, -10.0]) / 101)
+    steps = layer_steps(norms, torch.tensor([True, False]))
+    torch.testing.assert_close(steps, torch.tensor([[20.0], [60.0], [-60.0], [-10.0]]) / 101)
 
 
 def test_bad_input():

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from sdnb.activations import hidden_norms
 from sdnb.errors import LayerRefused
 from sdnb.loading import load
 from sdnb.observations import common, explosion
@@ -98,6 +99,13 @@ def test_notebooks_share_the_norms_that_layers_are_found_on(loaded, monkeypatch,
     other = common.encode_text(loaded, TEXT, 3, False)
     explosion.find_explosion(loaded, other, results_dir=tmp_path)
     assert calls == [3, 3, 3], "other tokens, other norms"
+
+
+def test_first_positions_follow_the_order_of_the_norms(loaded):
+    lines = [torch.tensor(ids) for ids in ([5, 6, 7], [8], [9, 10], [11, 12, 13])]
+    norms = common.text_norms(loaded, lines)[:, common.first_positions(lines)]
+    expected = torch.cat([hidden_norms(loaded.model, line[None, :1])[:, 0] for line in lines], dim=1)
+    torch.testing.assert_close(norms, expected[:, [1, 2, 0, 3]])
 
 
 def test_a_layer_before_the_explosion_takes_five_medians(loaded):
