@@ -146,11 +146,13 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         view: the layer.
-        x: the layer's inputs, shape (n, d).
+        x: the layer's inputs, shape (n, d), on any device.
 
     Returns:
-        rho1 for the attention branch and rho2 for the FFN branch, shape (n,) each; 1 where there is no norm.
+        rho1 for the attention branch and rho2 for the FFN branch, shape (n,) each, on the layer's device; 1
+        where there is no norm.
     """
+    x = x.to(view.attention_matrix)
     with torch.no_grad():
         inner = x if view.attention_norm is None else view.attention_norm.module(x)
         rho1 = _divisor(view.attention_norm, x) * view.attention_inner_scale(inner)[:, 0]
@@ -169,12 +171,13 @@ def stream_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         view: the layer.
-        x: the layer's inputs, shape (n, d).
+        x: the layer's inputs, shape (n, d), on any device.
 
     Returns:
         The divisors of the norm on the stream beside attention, of that beside the FFN and of that at the end
-        of the layer, shape (n,) each; ones where there is none, as nearly always.
+        of the layer, shape (n,) each, on the layer's device; ones where there is none, as nearly always.
     """
+    x = x.to(view.attention_matrix)
     one = x.new_ones(len(x))
     if view.plain_stream:
         return one, one, one

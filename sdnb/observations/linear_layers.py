@@ -92,6 +92,7 @@ def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> 
     """Mean cosine and relative error of the three linear predictions for inputs x (n, d)."""
     if view is None or layer is None:
         return {f"{name}_{what}": None for name in BRANCHES for what in ("cosine", "error")}
+    x = x.to(layer.A)
     rho1, rho2 = (rho.reshape(-1, 1) for rho in branch_scales(view, x))
     beside = [_beside(S, rho) for S, rho in zip(layer.stream, stream_scales(view, x), strict=True)]
     attention = view.attention_branch(x)
@@ -122,7 +123,9 @@ def _sampled_against_closed(view: LayerView, counts: list[int], seed: int) -> di
         return {}
     unit = view.ffn
     exact = closed_form_fit(unit.w, unit.activation, unit.b, unit.v, unit.c)
-    fits = [sampled_fit(unit.inner, view.hidden_size, count, seed=seed) for count in counts]
+    fits = [
+        sampled_fit(unit.inner, view.hidden_size, count, seed=seed, device=exact.device) for count in counts
+    ]
     return {
         "sample_counts": list(counts),
         "sampled_error": [((fit.B - exact).norm() / exact.norm()).item() for fit in fits],

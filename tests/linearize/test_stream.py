@@ -10,6 +10,7 @@ from torch import Tensor
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.linearize import attention_matrix, branch_scales, closed_form_fit, linear_layer, stream_scales
 from tests.families import build
+from tests.pretended import GPU, PretendedGPU, put
 
 D, WIDTH = 12, 30
 
@@ -112,6 +113,21 @@ def test_the_norm_aware_view_of_a_linear_layer_is_the_layer(parallel):
     for i, row in enumerate(x):
         L = layer.norm_aware(rho1[i], rho2[i], tuple(scale[i] for scale in stream))
         assert torch.allclose(L @ row, out[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_divisors_of_rows_on_the_cpu_for_a_layer_on_a_gpu(name):
+    model = build(name)
+    rows = torch.randn(4, model.config.hidden_size, generator=torch.Generator().manual_seed(7))
+    here = layer_view(model, 2)
+    expected = (*branch_scales(here, rows), *stream_scales(here, rows))
+    for tensor in (*model.parameters(), *model.buffers()):
+        put(tensor)
+    with PretendedGPU():
+        there = layer_view(model, 2)
+        found = (*branch_scales(there, rows), *stream_scales(there, rows))
+        assert {scale.device for scale in found} == {GPU}
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", ["bert", "openai-gpt", "doge"])
