@@ -78,6 +78,14 @@ def test_a_given_threshold_stands_alone():
     assert detect(norms[:, 1:]).limits.tolist() == [torch.inf] * 21
 
 
+def test_where_most_tokens_are_high_norm_a_threshold_is_needed():
+    curve = one_step(16, 2, 16, 800.0, 800.0)
+    norms = torch.cat([curve[:, None], curve[:, None], ordinary(16, 20.0, tokens=1)], dim=1)
+    assert not detect(norms).high_norm.any()
+    found = detect(norms, threshold=400.0)
+    assert found.high_norm.tolist() == [True, True, False] and found.explosion_layers == [2]
+
+
 def test_slow_growth_is_no_explosion_layer():
     curve = torch.linspace(1, 900, 33)  # a 32nd of the peak each layer
     found = detect(with_initial(curve, ordinary(32, 5.0)))
