@@ -10,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy import decoder_layers
-from sdnb.anatomy.trace import Call, unwrap
-
-
-class _Stop(Exception):
-    """Raised by a hook to end a forward pass after the last layer that is needed."""
+from sdnb.anatomy.trace import Call, SeenEnough, unwrap
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -50,14 +46,14 @@ def visit_states(
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             visit(number, unwrap(output))
             if number == last:
-                raise _Stop
+                raise SeenEnough
 
         return hook
 
     def show_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         visit(0, Call.of(args, kwargs).hidden)
         if last == 0:
-            raise _Stop
+            raise SeenEnough
 
     with ExitStack() as hooks:
         first = layers[0].register_forward_pre_hook(show_input, with_kwargs=True)
@@ -66,7 +62,7 @@ def visit_states(
             hooks.callback(layer.register_forward_hook(show(number), with_kwargs=True).remove)
         try:
             model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
-        except _Stop:
+        except SeenEnough:
             return
 
 

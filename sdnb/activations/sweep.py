@@ -15,15 +15,12 @@ from sdnb.activations.branches import layer_modules
 from sdnb.activations.capture import hidden_norms, input_device
 from sdnb.anatomy import Norm, decoder_layers
 from sdnb.anatomy.calls import Call, unwrap
+from sdnb.anatomy.trace import SeenEnough
 from sdnb.errors import ParameterError
 from sdnb.memory import free_memory
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 LARGEST_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # larger ones are not faster
-
-
-class _Stop(Exception):
-    """Ends a forward pass that has shown what was asked for."""
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -224,7 +221,7 @@ def _sweep(
     """
     key = "inputs_embeds" if sequences.is_floating_point() else "input_ids"
     for part in sequences.split(batch or batch_size(model, sequences.shape[1])):
-        with _last_state(*where) as taken, suppress(_Stop):
+        with _last_state(*where) as taken, suppress(SeenEnough):
             model.base_model(**{key: part.to(input_device(model))}, use_cache=False)
         yield taken[0].reshape(*part.shape[:2], -1)[:, -1].float()  # OPT's FFN reads rows, not sequences
 
@@ -236,11 +233,11 @@ def _last_state(module: nn.Module, at_input: bool) -> Iterator[list[Tensor]]:
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         taken.append(Call.of(args, kwargs).hidden)
-        raise _Stop
+        raise SeenEnough
 
     def leave(module: nn.Module, args: tuple, result: object) -> None:
         taken.append(unwrap(result))
-        raise _Stop
+        raise SeenEnough
 
     if at_input:
         hook = module.register_forward_pre_hook(enter, with_kwargs=True)

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, replaced_forward, rewrap, unwrap
-from sdnb.anatomy.trace import Decoder, plain_token, record_call
+from sdnb.anatomy.trace import Decoder, SeenEnough, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerRefused, ParameterError
 
 ROWS_AT_ONCE = 1024  # one-token sequences in a batch where a whole basis is fed
 CALLS_KEPT = 8  # recorded arguments, by shape
-
-
-class _SeenEnough(Exception):
-    """Ends a run of the layer that has shown what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,7 @@ class LayerProbe:
 
         def leave(module: nn.Module, args: tuple, result: object) -> None:
             got.append(unwrap(result).reshape(len(rows), -1))
-            raise _SeenEnough
+            raise SeenEnough
 
         with ExitStack() as stack:
             for entry in entries:
@@ -271,7 +267,7 @@ class LayerProbe:
                 stack.enter_context(replaced_forward({stand_in.module: _silent(stand_in, len(rows))}))
             try:
                 self.output(torch.zeros_like(rows)[:, None])
-            except _SeenEnough:
+            except SeenEnough:
                 return got[0]
         raise LayerRefused(self.number, self.names[exit], "is not reached in a pass of the layer")
 

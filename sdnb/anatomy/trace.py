@@ -17,8 +17,8 @@ from sdnb.anatomy.overrides import LAYERS_ONLY, NO_SPECIAL_CASE, OUT_OF_SCOPE
 from sdnb.errors import LayerRefused, ModelError
 
 
-class _SeenEnough(Exception):
-    """Ends a forward pass that has shown what was asked for."""
+class SeenEnough(Exception):
+    """Raised by a hook or a replaced `forward` to end a pass that has shown what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run_until(model: nn.Module, ids: Tensor, forwards: dict[nn.Module, Callable]
         forwards: module -> the function that stands in for its `forward`.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    with suppress(_SeenEnough), torch.no_grad(), replaced_forward(forwards):
+    with suppress(SeenEnough), torch.no_grad(), replaced_forward(forwards):
         model.base_model(input_ids=ids.to(device), use_cache=False)
 
 
@@ -100,7 +100,7 @@ def first_call(model: nn.Module, layer: nn.Module, ids: Tensor) -> tuple[Call, o
 
     def watched(*args: Any, **kwargs: Any) -> None:
         seen.append((Call.of(args, kwargs), real(*args, **kwargs)))
-        raise _SeenEnough
+        raise SeenEnough
 
     run_until(model, ids, {layer: watched})
     return seen[0] if seen else None
@@ -199,7 +199,7 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
 
     def recorded(*args: Any, **kwargs: Any) -> None:
         seen.append(Call.of(args, kwargs))
-        raise _SeenEnough
+        raise SeenEnough
 
     forwards: dict[nn.Module, Callable] = dict.fromkeys(decoder.layers[: number - 1], passed_on)
     try:
