@@ -15,6 +15,7 @@ from sdnb.loading import Loaded
 from sdnb.observations.common import EncodedText, Observation, empirical_direction, encode_text
 from sdnb.observations.weight_spectra import matrices_of
 from sdnb.spectra import (
+    NoBulk,
     chance_band,
     decomposition,
     fit_spectrum,
@@ -69,14 +70,18 @@ def singular_vectors(
     if tokens < 16:
         raise TextError(f"{tokens} tokens are too few for a covariance: give a longer text")
     refused: dict[int, str] = {}
-    rows, arrays = {}, {}
+    rows, arrays, left_out = {}, {}, {}
     for group in _groups(matrices_of(loaded, layers, refused)):
         leaves = {matrix.name: matrix.module for matrix in group}
         sums = input_covariances(loaded.model, leaves, batches, stop_after=group[-1].layer)
         bases: dict[int, tuple] = {}
         for matrix in group:
             inputs = bases.setdefault(id(sums[matrix.name]), _eigenvectors(*sums[matrix.name]))
-            rows[matrix.name], found = _one_matrix(matrix, inputs, pool, seed)
+            try:
+                rows[matrix.name], found = _one_matrix(matrix, inputs, pool, seed)
+            except NoBulk as problem:
+                left_out[matrix.name] = str(problem)
+                continue
             arrays |= {f"{name}/{matrix.name}": series for name, series in found.items()}
     values = {
         "matrices": rows,
@@ -85,6 +90,7 @@ def singular_vectors(
         "high_norm_tokens": int(sum(high.sum() for _, _, high in batches)),
         "smallest_p_value": 1 / (1 + DRAWS),
         "refused": {str(number): reason for number, reason in refused.items()},
+        "left_out": left_out,
     }
     return Observation(values, arrays, encoded.text_hash, encoded.begin_token)
 

@@ -10,7 +10,7 @@ from sdnb.anatomy import decoder_layers
 from sdnb.anatomy.matrices import WeightMatrix, layer_matrices_or_reason, parameters_left_out
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
-from sdnb.spectra import SpectrumFit, fit_spectrum, noise_distances, singular_values
+from sdnb.spectra import NoBulk, SpectrumFit, fit_spectrum, noise_distances, singular_values
 
 NULL_DRAWS, NULL_SIDE = 100, 512
 
@@ -61,9 +61,13 @@ def weight_spectra(
         left_out |= parameters_left_out(loaded.model, layer[0].layer, layer)
         for matrix in layer:
             values = singular_values(matrix.read())
-            fit = fit_spectrum(
-                values, matrix.shape, false_positive_rate=false_positive_rate, drop_top=drop_top
-            )
+            try:
+                fit = fit_spectrum(
+                    values, matrix.shape, false_positive_rate=false_positive_rate, drop_top=drop_top
+                )
+            except NoBulk as problem:
+                left_out[matrix.name] = str(problem)
+                continue
             matrices[matrix.name] = _row(matrix, fit, values, seed)
             arrays[f"singular_values/{matrix.name}"] = values.flip(0)
     values = {

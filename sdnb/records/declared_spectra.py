@@ -27,7 +27,8 @@ VALUES_14 = (
     Field("false_positive_rate", "probability of any outlier on one side of a matrix of noise"),
     Field("layer_count", "number of layers", kind="integer"),
     REFUSED,
-    Field("left_out", "weights of a layer that no matrix reads, such as experts in one block", kind="notes"),
+    Field("left_out", "weights that no matrix reads, such as experts in one block, and matrices whose median "
+          "singular value is zero", kind="notes"),
 )
 ARRAYS_14 = (
     Field("singular_values/<matrix>", "singular values in descending order", ("*",)),
@@ -56,6 +57,7 @@ VALUES_15 = (
     Field("high_norm_tokens", "of them high-norm", kind="integer"),
     Field("smallest_p_value", "the smallest p-value that the simulation can give"),
     REFUSED,
+    Field("left_out", "matrices whose median singular value is zero, and why", kind="notes"),
 )
 ARRAYS_15 = (
     Field("overlap/<matrix>", "largest overlap of each right singular vector, smallest singular value first",

@@ -20,8 +20,10 @@ def _by_kind(v: dict) -> dict[str, list[dict]]:
     return kinds
 
 
-def _refused(v: dict) -> list:
-    return [(f"layer {n}, left out", reason, "") for n, reason in v["refused"].items()]
+def _missing(v: dict) -> list:
+    """What the record is without: weights by name, layers with the reason."""
+    rows = [("weights left out", ", ".join(v["left_out"]), "")] if v.get("left_out") else []
+    return rows + [(f"layer {n}, left out", reason, "") for n, reason in v["refused"].items()]
 
 
 def weight_spectra(v: dict) -> tuple[str, list]:
@@ -59,9 +61,7 @@ def weight_spectra(v: dict) -> tuple[str, list]:
     distances = [entry["distance"] / entry["noise_distance"] for entry in entries]
     rows.append(("distance from the law over that of noise, smallest to largest",
                  f"{number(min(distances))} to {number(max(distances))}", published.INITIAL))  # fmt: skip
-    if v["left_out"]:
-        rows.append(("weights that are no matrix of these types, left out", ", ".join(v["left_out"]), ""))
-    return sentence, rows + _refused(v)
+    return sentence, rows + _missing(v)
 
 
 def singular_vectors(v: dict) -> tuple[str, list]:
@@ -107,7 +107,7 @@ def singular_vectors(v: dict) -> tuple[str, list]:
     ordinary = [e["top_share_ordinary"] for e in (e for g in kinds.values() for e in g)]
     rows.append(("largest share of an input's variance along one direction; without high-norm tokens",
                  f"{max(top):.0%}; {max(ordinary):.0%}", ""))  # fmt: skip
-    return sentence, rows + _refused(v)
+    return sentence, rows + _missing(v)
 
 
 def removing(v: dict) -> tuple[str, list]:
@@ -146,7 +146,7 @@ def removing(v: dict) -> tuple[str, list]:
         "beyond three "
         "standard errors: what is small is unimportant in this model, on this text."
     )
-    return sentence, rows + _refused(v)
+    return sentence, rows + _missing(v)
 
 
 def tuning(v: dict) -> tuple[str, list]:

@@ -1,6 +1,7 @@
 """Random-matrix theory of weight matrices: spectra, vectors, removal, and a solvable model (paper B)."""
 
 from sdnb.spectra.marchenko_pastur import (
+    NoBulk,
     SpectrumFit,
     fit_spectrum,
     median_sigma,
@@ -27,6 +28,7 @@ from sdnb.spectra.tracy_widom import tracy_widom_cdf, tracy_widom_quantile
 
 __all__ = [
     "BlockRemover",
+    "NoBulk",
     "Noise",
     "SpectrumFit",
     "Spike",

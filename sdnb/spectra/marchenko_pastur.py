@@ -22,7 +22,16 @@ HARD_EDGE = 0.9
 """min/max above which no outliers below the bulk are counted: its lower edge is near zero, a hard wall."""
 
 
+ZERO = 1e-6
+"""Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
+matrix (1e-8) and of float32 weights (1e-7), not the matrix."""
+
+
 SIMULATED_SIDE = 128
+
+
+class NoBulk(ParameterError):
+    """A matrix whose median singular value is zero, as after pruning: there is no noise to fit."""
 
 
 def aspect(shape: tuple[int, int]) -> tuple[float, int]:
@@ -135,6 +144,7 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
 
     Raises:
         ParameterError: the share is not in [0, 1).
+        NoBulk: the median is below ZERO times the largest value.
     """
     if not 0 <= drop_top < 1:
         raise ParameterError(
@@ -143,6 +153,11 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
     q, longer = aspect(shape)
     values = np.sort(singular_values.double().cpu().numpy() ** 2)
     kept = values[: len(values) - int(drop_top * len(values))]
+    if np.median(kept) <= ZERO**2 * values[-1]:
+        raise NoBulk(
+            f"the median singular value of a {shape[0]} x {shape[1]} matrix is zero (at most {ZERO:g} of the "
+            "largest): no bulk to fit"
+        )
     share = 0.5 * len(kept) / len(values)
     middle = mp_median(q) if share == 0.5 else float(mp_quantiles(torch.tensor([share]), q)) ** 2
     return math.sqrt(float(np.median(kept)) / (longer * middle))
@@ -214,8 +229,8 @@ def fit_spectrum(
         The fit.
 
     Raises:
-        ParameterError: a rate outside (0, 1), a wrong number of singular values, or a matrix whose median
-            singular value is zero.
+        ParameterError: a rate outside (0, 1), or a wrong number of singular values; NoBulk for a matrix
+            whose median singular value is zero.
     """
     if not 0 < false_positive_rate < 1:
         raise ParameterError(f"false_positive_rate {false_positive_rate}: give a probability between 0 and 1")
@@ -225,10 +240,6 @@ def fit_spectrum(
         )
     q, longer = aspect(shape)
     sigma = median_sigma(singular_values, shape, drop_top)
-    if sigma == 0:
-        raise ParameterError(
-            f"more than half of the singular values of a {shape} matrix are zero: no bulk to fit"
-        )
     scale = sigma * math.sqrt(longer)
     error = sigma_error(tuple(sorted(shape)))
     top = largest_edge(shape, false_positive_rate, error)

@@ -39,6 +39,22 @@ def test_random_weights_are_noise_and_a_planted_outlier_is_seen(loaded):
     assert (values.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("rank", [0, 20])
+def test_a_pruned_matrix_is_left_out_by_name_and_the_others_go_on(loaded, tmp_path, rank):
+    weight = loaded.model.model.layers[1].mlp.up_proj.weight
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    weight.copy_((u[:, :rank] * s[:rank]) @ vh[:rank])
+    spectra = weight_spectra(loaded)
+    vectors = singular_vectors(
+        loaded, text=LINES, max_lines=40, add_special_tokens=True, layers=[2], results_dir=tmp_path
+    )
+    for found, others in ((spectra, 13), (vectors, 6)):
+        assert list(found.values["left_out"]) == ["02.up"]
+        assert "176 x 64 matrix is zero" in found.values["left_out"]["02.up"]
+        assert len(found.values["matrices"]) == others
+        assert not any(name.endswith("/02.up") for name in found.arrays)
+
+
 def test_overlap_is_chance_for_random_weights_and_one_where_a_vector_is_planted(loaded, tmp_path):
     options = {"text": LINES, "max_lines": 40, "add_special_tokens": True, "results_dir": tmp_path}
     plain = singular_vectors(loaded, **options)
