@@ -3,8 +3,8 @@
 The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
 
 1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over
-   all tokens that are given, of whatever line. Where more than half of them are high-norm (two of
-   three, say), so is the median, and none is found: give more ordinary tokens, or a threshold.
+   all tokens that are given, of whatever line. Where more than half of them are high-norm (two of three,
+   say), so is the median, and none is found: give more ordinary tokens, or a threshold.
 2. The peak of a token is its largest norm, and `threshold` half the lower decile of the peaks of the
    high-norm tokens. A *state* is high-norm above the threshold and above `MIN_RATIO` times the same median
    of its layer: in some models ordinary tokens grow late, past the threshold and past the peaks themselves,

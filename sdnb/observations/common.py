@@ -166,12 +166,16 @@ def detection_norms(loaded: Loaded, lines: list[Tensor], results_dir: str | Path
     first = lines[:DETECTION_LINES]
     if results_dir is None:
         return text_norms(loaded, first)
-    tokens = hashlib.sha256(json.dumps([line.tolist() for line in first]).encode()).hexdigest()
-    parts = {"tokens": tokens, "dtype": loaded.dtype, "weights": loaded.fingerprint}
+    parts = {"tokens": _tokens_hash(first), "dtype": loaded.dtype, "weights": loaded.fingerprint}
     kept = cached(
         results_dir, loaded.slug, "detection_norms", parts, lambda: {"norms": text_norms(loaded, first)}
     )
     return kept["norms"]
+
+
+def _tokens_hash(lines: list[Tensor]) -> str:
+    """SHA-256 of the token ids: one text may be encoded in several ways."""
+    return hashlib.sha256(json.dumps([line.tolist() for line in lines]).encode()).hexdigest()
 
 
 def empirical_direction(
@@ -186,7 +190,7 @@ def empirical_direction(
         results_dir: where records and their cache live.
 
     Returns:
-        The direction, the same for every notebook that asks with the same text and threshold.
+        The direction, the same for every notebook that asks with the same tokens and threshold.
     """
 
     def compute() -> dict[str, Tensor]:
@@ -209,8 +213,7 @@ def empirical_direction(
         }
 
     parts = {
-        "text": encoded.text_hash, "lines": len(encoded.lines), "begin_token": encoded.begin_token,
-        "first": [int(line[0]) for line in encoded.lines[:3]], "threshold": threshold, "dtype": loaded.dtype,
+        "tokens": _tokens_hash(encoded.lines), "threshold": threshold, "dtype": loaded.dtype,
         "weights": loaded.fingerprint,
     }  # fmt: skip
     kept = cached(results_dir, loaded.slug, "empirical_direction", parts, compute)

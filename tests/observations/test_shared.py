@@ -1,6 +1,7 @@
 """What is computed once and shared: by notebooks, by runs with another text, by a run after a killed one."""
 
 import weakref
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -99,6 +100,23 @@ def test_notebooks_share_the_norms_that_layers_are_found_on(loaded, monkeypatch,
     other = common.encode_text(loaded, TEXT, 3, False)
     explosion.find_explosion(loaded, other, results_dir=tmp_path)
     assert calls == [3, 3, 3], "other tokens, other norms"
+
+
+def test_other_tokens_of_the_same_text_have_their_own_direction(loaded, monkeypatch, tmp_path):
+    counts, real = [], common.collect_high_norm_states
+
+    def collect(model, lines, threshold):
+        counts.append([len(line) for line in lines])
+        return real(model, lines, threshold)
+
+    monkeypatch.setattr(common, "collect_high_norm_states", collect)
+    encoded = common.encode_text(loaded, TEXT, 3, True)
+    ends = torch.tensor([loaded.tokenizer.eos_token_id])
+    ended = replace(encoded, lines=[torch.cat([line, ends]) for line in encoded.lines])
+    for asked in (encoded, ended, encoded):
+        common.empirical_direction(loaded, asked, threshold=None, results_dir=tmp_path)
+    lengths = [len(line) for line in encoded.lines]
+    assert counts == [lengths, [n + 1 for n in lengths]]
 
 
 def test_first_positions_follow_the_order_of_the_norms(loaded):
