@@ -106,7 +106,8 @@ def _ascent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Te
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         gain = function(x).float().norm(dim=1)
-        (gradient,) = torch.autograd.grad(gain.sum(), x)
+        constant = not gain.requires_grad  # a layer without an FFN adds zeros that know nothing of x
+        gradient = torch.zeros_like(x) if constant else torch.autograd.grad(gain.sum(), x)[0]
     x, gain = x.detach(), gain.detach()
     slope = (gradient - (gradient * x).sum(1, keepdim=True) * x) / gain[:, None]
     sound = torch.isfinite(gain) & torch.isfinite(slope).all(1)

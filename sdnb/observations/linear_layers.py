@@ -91,7 +91,7 @@ def _real_inputs(loaded: Loaded, lines: list[Tensor], max_states: int, seed: int
 def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> dict[str, float | None]:
     """Mean cosine and relative error of the three linear predictions for inputs x (n, d)."""
     if view is None or layer is None:
-        return {f"{name}_{what}": None for name in BRANCHES for what in ("cosine", "error")}
+        return _gaps(*BRANCHES)
     x = x.to(layer.A)
     rho1, rho2 = (rho.reshape(-1, 1) for rho in branch_scales(view, x))
     beside = [_beside(S, rho) for S, rho in zip(layer.stream, stream_scales(view, x), strict=True)]
@@ -105,11 +105,17 @@ def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> 
         "ffn": (view.ffn_branch(ffn_input), (ffn_input @ layer.F.T) / rho2),
         "layer": (view.layer(x), beside[2](total)),
     }
-    result = {}
+    result: dict[str, float | None] = {}
     for name, (real, predicted) in pairs.items():
-        result[f"{name}_cosine"] = torch.nn.functional.cosine_similarity(real, predicted, dim=1).mean().item()
-        result[f"{name}_error"] = ((real - predicted).norm() / real.norm()).item()
+        cosine = torch.nn.functional.cosine_similarity(real, predicted, dim=1).mean().item()
+        error = ((real - predicted).norm() / real.norm()).item()
+        result |= {f"{name}_cosine": cosine, f"{name}_error": error} if real.any() else _gaps(name)
     return result
+
+
+def _gaps(*names: str) -> dict[str, None]:
+    """The entries of branches that are not there, or add nothing that could be compared."""
+    return {f"{name}_{what}": None for name in names for what in ("cosine", "error")}
 
 
 def _beside(S: Operator | None, rho: Tensor) -> Callable[[Tensor], Tensor]:
@@ -123,6 +129,8 @@ def _sampled_against_closed(view: LayerView, counts: list[int], seed: int) -> di
         return {}
     unit = view.ffn
     exact = closed_form_fit(unit.w, unit.activation, unit.b, unit.v, unit.c)
+    if not exact.any():  # a layer without an FFN: nothing to be off by
+        return {}
     fits = [
         sampled_fit(unit.inner, view.hidden_size, count, seed=seed, device=exact.device) for count in counts
     ]

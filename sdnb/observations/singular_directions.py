@@ -94,11 +94,11 @@ def _layer(loaded: Loaded, number: int, starts: int, *, seed: int, **how) -> dic
         lambda x: view.ffn_branch(x * d**0.5), d, starts=starts, seed=seed,
         extra=torch.stack([ffn.V[:, 0], -ffn.V[:, 0]]),
     )  # fmt: skip
-    found = {
-        "directions": whole.U[:, 0], "ffn_directions": ffn.U[:, 0],
-        "gain_inputs": gain.input, "gain_outputs": gain.output,
-        "singular_values": whole.S[:2], "ffn_singular_values": ffn.S[:2],
-    }  # fmt: skip
+    found = {"directions": whole.U[:, 0], "singular_values": whole.S[:2]}
+    if ffn.S[0] > 0:  # else F is zero, as in a layer without an FFN, and has no direction
+        found |= {"ffn_directions": ffn.U[:, 0], "ffn_singular_values": ffn.S[:2]}
+    if gain.gain > 0:
+        found |= {"gain_inputs": gain.input, "gain_outputs": gain.output}
     status = torch.tensor(STATUSES.index(view.status))
     return {name: array.float() for name, array in found.items()} | {
         "gain": torch.tensor(gain.gain, dtype=torch.float64), "status": status,
@@ -111,16 +111,18 @@ def _row(found: dict[str, Tensor], direction: Tensor | None) -> dict:
         return dict.fromkeys(KEYS)
 
     def angle(name: str) -> float | None:
-        return None if direction is None else float(angle_deg(found[name], direction))
+        there = direction is not None and name in found
+        return float(angle_deg(found[name], direction)) if there else None
 
+    ffn = found["ffn_singular_values"].tolist() if "ffn_singular_values" in found else [None, None]
     return {
         "angle_deg": angle("directions"),
         "singular_value": float(found["singular_values"][0]),
         "second_singular_value": float(found["singular_values"][1]),
         "ffn_angle_deg": angle("ffn_directions"),
-        "ffn_singular_value": float(found["ffn_singular_values"][0]),
-        "ffn_second_singular_value": float(found["ffn_singular_values"][1]),
+        "ffn_singular_value": ffn[0],
+        "ffn_second_singular_value": ffn[1],
         "gain_angle_deg": angle("gain_outputs"),
-        "gain": float(found["gain"]),
+        "gain": float(found["gain"]) or None,
         "status": STATUSES[int(found["status"])],
     }
