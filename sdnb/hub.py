@@ -1,5 +1,6 @@
 """The Hugging Face hub: listing a model's files, fetching them, and errors that say what to do."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from sdnb.errors import ModelError
 
 @contextmanager
 def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turn the hub client's errors into a `ModelError` that says what to do.
+    """Turn the hub client's errors into a `ModelError` that says what to do, and keep its log still.
 
     Args:
         name: the hub id.
@@ -19,12 +20,19 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
         None.
 
     Raises:
-        ModelError: unknown or gated model, unknown revision, no network, full disk.
+        ModelError: no hub id, unknown or gated model, unknown revision, no network, full disk.
     """
     from huggingface_hub import errors as hub
 
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would tell of every attempt, also where the cache answers at last
     try:
         yield
+    except hub.HFValidationError as error:
+        raise ModelError(
+            f"There is no folder {name}, and it is no hub id (org/name) either: check the spelling."
+        ) from error
     except hub.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: accept its terms on its page at the hub, then put a token with read access "
@@ -49,8 +57,19 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"{name} on the hub lacks a file that is needed: {error}") from error
     except hub.HfHubHTTPError as error:
         raise ModelError(f"The hub refused {name}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+    except _unreachable() as error:
         raise ModelError(f"{name} could not be fetched from the hub: {error}") from error
+    finally:
+        log.setLevel(level)
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What is raised where nothing answers, or where no file can be written."""
+    from huggingface_hub import errors as hub
+
+    # The client changes its HTTP library (requests, httpx, httpx2), whose errors need be no `OSError`; its own
+    # error derives from both.
+    return hub.HfHubHTTPError.__bases__
 
 
 def describe(name: str, revision: str | None) -> tuple[list[str], Path | None, str | None]:
@@ -67,7 +86,6 @@ def describe(name: str, revision: str | None) -> tuple[list[str], Path | None, s
         `adapter_config.json` (None if it has neither); the commit hash.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub import errors as hub
 
     with hub_errors(name, revision):
         config = _small(name, "config.json", revision)
@@ -77,7 +95,7 @@ def describe(name: str, revision: str | None) -> tuple[list[str], Path | None, s
         folder, commit = first.parent, first.parent.name
         try:
             listed = HfApi().list_repo_files(name, revision=commit)
-        except (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, OSError):
+        except _unreachable():
             listed = [file.name for file in folder.iterdir()]  # no network: what the cache holds
         if config is not None and "adapter_config.json" in listed:
             _small(name, "adapter_config.json", commit)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,6 +99,13 @@ def go_offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
+def lose_the_network(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its attempts
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.mark.parametrize(
     ("name", "revision", "words"),
     [
@@ -119,12 +127,24 @@ def test_offline_and_not_cached(hub, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    lose_the_network(monkeypatch)
     with pytest.raises(ModelError, match=r"cannot be reached|could not be fetched"):
         load("org/model", device="cpu")
+
+
+def test_without_a_network_the_cache_answers_and_nothing_is_logged(hub, monkeypatch, caplog):
+    seen = load("org/model", device="cpu").fingerprint
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # to where pytest listens
+    lose_the_network(monkeypatch)
+    assert "model.safetensors" in locate("org/model").files
+    assert not caplog.records
+    assert load("org/model", device="cpu").fingerprint == seen
+
+
+@pytest.mark.parametrize("name", ["foo--bar/x", "a..b", "mod\u00e8le/x", "a" * 97])
+def test_what_the_hub_takes_for_no_name_is_told(hub, name):
+    with pytest.raises(ModelError, match="no hub id"):
+        locate(name)
 
 
 def test_a_model_is_fetched_quietly_and_its_commit_known(hub, monkeypatch, capfd):
