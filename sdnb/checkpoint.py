@@ -49,6 +49,24 @@ class Checkpoint:
         return path if path.is_dir() else None
 
 
+def path_of(text: str) -> Path | None:
+    """The path that a text names, `~` being the home folder.
+
+    Args:
+        text: what may be a path.
+
+    Returns:
+        The path, whether something is there or not; None where it can be none: too long for the file system,
+        in the home of a user who does not exist, with a null character, or in a folder that may not be read.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return path
+
+
 def zoo_folder() -> Path:
     """The folder of the models that the project trained itself, beside the package in its checkout."""
     return Path(__file__).resolve().parent.parent / "zoo"
@@ -96,10 +114,11 @@ def slug_of(name: str, revision: str | None = None) -> str:
         A name of letters, digits and `._@-`.
     """
     cached = re.search(r"models--(.+?)/snapshots/", name.replace("\\", "/") + "/")
+    path = path_of(name)
     if cached:
         parts = cached.group(1).split("--")
-    elif Path(name).expanduser().is_dir():
-        parts = Path(name).expanduser().resolve().parts[-2:]
+    elif path is not None and path.is_dir():
+        parts = path.resolve().parts[-2:]
     else:
         parts = [part for part in name.split("/") if part]
     slug = "__".join(parts) + (f"@{revision}" if revision else "")
@@ -108,16 +127,18 @@ def slug_of(name: str, revision: str | None = None) -> str:
 
 def _folder_of(name: str) -> Path | None:
     """The folder that a name stands for, or None for a hub id."""
-    path = Path(name).expanduser()
-    if name.startswith("zoo/") and not (path / "config.json").is_file():
+    if not name.strip():
+        raise ModelError("MODEL is empty: give a hub id, a folder or zoo/<name>.")
+    path = path_of(name)
+    if name.startswith("zoo/") and (path is None or not (path / "config.json").is_file()):
         return _in_zoo(name)
-    if name and path.is_dir():
+    if path is not None and path.is_dir():
         return path.resolve()
-    if path.is_file():
+    if path is not None and path.is_file():
         raise ModelError(
             f"{name} is a file: give the folder that holds config.json, the weights and the tokenizer."
         )
-    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if path is None or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(
             f"There is no folder {name}, and it is no hub id (org/name) either: check the spelling."
         )
@@ -132,8 +153,8 @@ def _in_zoo(name: str) -> Path:
             "installed outside a checkout. Clone the repository and install from it (pip install -e .), or "
             "give the path of the model's folder."
         )
-    folder = zoo / name.removeprefix("zoo/")
-    if not (folder / "config.json").is_file():
+    folder = path_of(str(zoo / name.removeprefix("zoo/")))
+    if folder is None or not (folder / "config.json").is_file():
         there = sorted(f"zoo/{path.parent.name}" for path in zoo.glob("*/config.json"))
         raise ModelError(
             f"There is no model {name}; there are: {', '.join(there) or 'none, train one first'}."

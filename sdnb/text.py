@@ -7,10 +7,10 @@ here is the help topics of the running Python (`pydoc_data.topics`), which no mo
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from sdnb.checkpoint import path_of
 from sdnb.errors import ParameterError, TextError
 
 HELD_OUT = "heldout"
@@ -186,8 +186,8 @@ def _read(text: str) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
-    path = Path(text).expanduser()
-    if not text.strip() or not path.exists():
+    path = path_of(text)
+    if not text.strip() or path is None or not path.exists():
         raise TextError(
             f'There is no text {text!r}: give "{HELD_OUT}", the path of a text file, or a list of lines '
             'such as ["The quick brown fox."].'

@@ -97,9 +97,22 @@ def test_outside_a_checkout_the_zoo_says_how_to_get_it(tmp_path, monkeypatch):
     refused("zoo/llama", "outside a checkout.*Clone the repository")
 
 
-@pytest.mark.parametrize("name", ["./none", "/no/such/folder", "~/none", "a/b/c", "what is this", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["./none", "/no/such/folder", "~/none", "~nosuch/model", "a/b/c", "what is this", "a" * 400, "a\0b"],
+)
 def test_names_that_are_no_hub_id_are_refused(name):
     refused(name, "no folder")
+    assert slug_of(name)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_told(name):
+    refused(name, "MODEL is empty: give a hub id, a folder or zoo/<name>")
+
+
+def test_a_name_too_long_for_the_zoo_is_refused():
+    refused("zoo/" + "a" * 400, "There is no model zoo/aaa")
 
 
 def test_a_file_is_no_folder(good):

@@ -37,6 +37,8 @@ def test_literal_lines_are_taken_as_they_are():
     ("text", "words"),
     [
         ("/no/such/file.txt", "no text"),
+        ("~nosuch/x.txt", "no text"),
+        ("a sentence of many words " * 20, "no text"),
         ("", "no text"),
         ([], "empty"),
         (["  "], "empty"),
