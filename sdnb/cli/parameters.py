@@ -30,9 +30,11 @@ def read(files: list[Path], pairs: list[list[str]]) -> dict:
         given |= read_yaml(path)
     for name, text in pairs:
         try:
-            given[name] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ParameterError(f"-p {name} {text}: the value is no YAML ({error}).") from error
+        # a tag such as 1.0, or a commit of digits alone, is no number
+        given[name] = text if name == "revision" and value is not None else value
     return without_own(given)
 
 

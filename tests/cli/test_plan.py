@@ -117,6 +117,11 @@ def test_parameters_are_yaml_and_the_command_line_wins(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("text", "value"), [("1.0", "1.0"), ("0123", "0123"), ("null", None), ("v1", "v1")])
+def test_a_revision_stays_text(text, value):
+    assert parameters.read([], [["revision", text]]) == {"revision": value}
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1", ""])
 def test_a_file_that_holds_no_parameters_is_refused(tmp_path, text):
     (tmp_path / "p.yaml").write_text(text)
