@@ -140,13 +140,12 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
     start = time.perf_counter()
     note = _note(cell)
     try:
+        found = locate(cell.model, cell.revision)  # first, so that what is no model leaves no folder behind
         with locked(note.with_suffix(".lock")):
             key = cell_key(cell)
             if not options.force and _unchanged(cell, note, key):
                 return Outcome(cell, KEPT, 0.0)
-            refuse_files(
-                locate(cell.model, cell.revision), allow_pickle=cell.parameters.get("allow_pickle", False)
-            )
+            refuse_files(found, allow_pickle=cell.parameters.get("allow_pickle", False))
             for path in (note, cell.notebook):
                 sweep(path)
             note.unlink(missing_ok=True)
@@ -157,7 +156,7 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
             atomic_write(note, text.encode())
     except SdnbError as error:
         return Outcome(cell, FAILED, time.perf_counter() - start, str(error))
-    except OSError as error:
+    except Exception as error:  # whatever it is, the other cells and the table come all the same
         return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
     return Outcome(cell, DONE, wall_s)
 

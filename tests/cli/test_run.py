@@ -221,6 +221,26 @@ def test_a_refused_model_starts_no_kernel(templates, tmp_path, counted, capfd):
     assert "\n".join(lines(capfd)).count("no config.json") >= 2
 
 
+def test_whatever_a_cell_raises_the_others_and_the_table_come(templates, model, counted, capfd, monkeypatch):
+    whole = runner.cell_key
+
+    def key(cell):
+        if cell.template == "01_works":
+            raise RuntimeError("of no kind that anyone thought of")
+        return whole(cell)
+
+    monkeypatch.setattr(runner, "cell_key", key)
+    assert run(templates, model) == 1
+    text = "\n".join(lines(capfd))
+    assert "RuntimeError: of no kind" in text and "1 done, 1 failed" in text
+
+
+def test_a_name_that_is_no_model_leaves_no_folder(templates, counted, capfd):
+    assert run(templates, "a" * 400, "~nosuch/model") == 1
+    assert "4 failed" in "\n".join(lines(capfd))
+    assert list((templates.parent / "results").iterdir()) == counted == []
+
+
 def test_a_kernel_that_dies_is_told(templates, model, capfd):
     make(templates / "01_works.ipynb", ["import os, sys; os.write(2, b'last words'); os._exit(3)"])
     assert run(templates, model, "--notebooks", "01") == 1
@@ -312,12 +332,12 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(templates, 
     kernels_and_workers = {int(pid) for path in results.glob("* *") for pid in path.name.split()}
     wait_until(lambda: not any(is_alive(pid) for pid in kernels_and_workers - {process.pid}))
     assert not list((results / slug(model)).glob("*.ipynb"))
-    left = list(temporary.iterdir())
-    assert len(left) == jobs and all(path.name.startswith("sdnb-") for path in left)
-    assert main([*words, "-p", "value", "0"]) == 0
+    assert len(list(temporary.glob("*/*/kernel.log"))) == jobs
+    assert subprocess.run([*program[:-2], "-p", "value", "0"], check=False).returncode == 0
     names = sorted(path.name for path in (results / slug(model)).glob("*.ipynb"))
     assert names == ["01_works.ipynb", "02_fails.ipynb"]
-    assert not list(temporary.iterdir())
+    [shelf] = temporary.iterdir()
+    assert [path.name for path in shelf.iterdir()] == [".lock"]
 
 
 def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(templates, model, counted):
