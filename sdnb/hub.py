@@ -67,7 +67,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
     """What is raised where nothing answers, or where no file can be written."""
     from huggingface_hub import errors as hub
 
-    # The client changes its HTTP library (requests, httpx, httpx2), whose errors need be no `OSError`; its own
+    # The client changes its HTTP library (requests, httpx, httpx2), whose errors need be no OSError; its own
     # error derives from both.
     return hub.HfHubHTTPError.__bases__
 

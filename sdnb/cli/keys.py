@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdnb.checkpoint import Checkpoint, locate
+from sdnb.checkpoint import Checkpoint, locate, path_of
 from sdnb.cli.plan import Cell
 from sdnb.errors import ModelError
 
@@ -27,7 +27,8 @@ def cell_key(cell: Cell) -> str:
     """
     from sdnb.records.sources import package_fingerprint, versions
 
-    texts = [Path(value).expanduser() for value in cell.parameters.values() if isinstance(value, str)]
+    strings = {name: value for name, value in cell.parameters.items() if isinstance(value, str)}
+    texts = {name: path_of(value) for name, value in strings.items()}
     parts = {
         "template": content_hash(cell.source),
         "package": package_fingerprint(),
@@ -35,7 +36,7 @@ def cell_key(cell: Cell) -> str:
         "model": _model_marks(locate(cell.model, cell.revision)),
         "members": {name: _member_marks(name, cell.model) for name in cell.members},
         "records": _record_marks(cell) if cell.reads_records else None,
-        "texts": _file_marks(texts),
+        "texts": {name: _mark(path) for name, path in texts.items() if path is not None and path.is_file()},
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -67,8 +68,9 @@ def _member_marks(entry: str, model: str) -> object:
         folder = locate(model).folder
         steps = folder.with_name(f"{folder.name}-steps").glob("*/config.json") if folder else ()
         return {path.parent.name: _file_marks(path.parent.iterdir()) for path in steps}
-    if Path(entry).expanduser().is_file():
-        return content_hash(Path(entry).expanduser())
+    path = path_of(entry)
+    if path is not None and path.is_file():
+        return content_hash(path)
     name, _, revision = entry.partition("@")
     try:
         return _model_marks(locate(name or model, revision or None))
@@ -84,14 +86,16 @@ def _record_marks(cell: Cell) -> dict[str, str]:
     }
 
 
-def _file_marks(paths: Iterable[Path]) -> dict[str, str]:
-    marks = {}
-    for path in sorted(path for path in paths if path.is_file()):
-        about = path.stat()
-        if about.st_size <= _SMALL_FILE:
-            marks[path.name] = content_hash(path)
-        else:
-            with path.open("rb") as file:
-                head = hashlib.sha256(file.read(2**20)).hexdigest()
-            marks[path.name] = f"{about.st_size} {about.st_mtime_ns} {head}"
-    return marks
+def _file_marks(folder: Iterable[Path]) -> dict[str, str]:
+    """Marks of the files of one folder, by name."""
+    return {path.name: _mark(path) for path in sorted(folder) if path.is_file()}
+
+
+def _mark(path: Path) -> str:
+    """What tells two states of a file apart, see `cell_key`."""
+    about = path.stat()
+    if about.st_size <= _SMALL_FILE:
+        return content_hash(path)
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(2**20)).hexdigest()
+    return f"{about.st_size} {about.st_mtime_ns} {head}"

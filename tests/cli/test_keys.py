@@ -26,8 +26,8 @@ def key(tmp_path):
     source.write_text("{}")
     model, results = folder(tmp_path / "org" / "base", "one"), tmp_path / "results"
 
-    def compute(*members, reads_records=False):
-        cell = Cell(str(model), source, {}, results, results, members, reads_records)
+    def compute(*members, reads_records=False, **given):
+        cell = Cell(str(model), source, given, results, results, members, reads_records)
         return keys.cell_key(cell)
 
     return compute
@@ -64,6 +64,21 @@ def test_a_stored_signature_counts_by_its_content(key, tmp_path):
         path.write_text(content)
         found.add(key(str(path)))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("sentence", ["many words " * 40, "~so it begins", "~so/it begins"])
+def test_a_sentence_need_be_no_path(key, sentence):
+    assert key(sentence=sentence) != key(sentence="short")
+
+
+def test_texts_of_one_name_in_two_folders_both_count(key, tmp_path):
+    given = {name: tmp_path / name / "text.txt" for name in ("text", "calibration_text")}
+    found = set()
+    for name, path in [*given.items(), *given.items()]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{name} {len(found)}")
+        found.add(key(**{name: str(path) for name, path in given.items()}))
+    assert len(found) == 4
 
 
 def test_revisions_of_members_are_asked_for(key, monkeypatch):
