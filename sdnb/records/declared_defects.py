@@ -98,7 +98,7 @@ VALUES_04 = (
     Field("ffn_angle_deg", "leading left singular vector of F to it", LAYERS, unit="degrees", null=True),
     Field("gain_angle_deg", "largest-gain output of the real FFN to the direction", LAYERS, unit="degrees",
           null=True),
-    Field("gain", "norm of that output", LAYERS, null=True),
+    Field("gain", "norm of that output; null where the FFN adds nothing", LAYERS, null=True),
     Field("ffn_singular_value", "largest singular value of F", LAYERS, null=True),
     Field("ffn_second_singular_value", "second singular value of F", LAYERS, null=True),
     Field("status", "\"exact\", \"approximate\" or \"sampled\" linear view", LAYERS, "text", null=True),
@@ -109,7 +109,7 @@ ARRAYS_04 = (
     Field("directions", "leading left singular vectors of L", ("L", "d")),
     Field("ffn_directions", "leading left singular vectors of F", ("L", "d")),
     Field("gain_inputs", "unit inputs of largest gain", ("L", "d")),
-    Field("gain_outputs", "their outputs, of unit length", ("L", "d")),
+    Field("gain_outputs", "what the real FFN adds at sqrt(d) times them, of length `gain`", ("L", "d")),
 )
 VALUES_05 = (
     Field("angle_deg", "real part of the nearest eigenvector of L - I to the direction", LAYERS,
