@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sdnb.activations import hidden_states
-from sdnb.anatomy import LayerView
+from sdnb.anatomy import LayerView, decoder_layers
+from sdnb.errors import ParameterError
 from sdnb.linearize import (
     LinearLayer,
     Operator,
@@ -54,14 +55,20 @@ def linearity(
 
     Returns:
         The record of template 03.
+
+    Raises:
+        ParameterError: there is no such `sample_layer`.
     """
+    count = len(decoder_layers(loaded.model))
+    if sample_layer is not None and not 1 <= sample_layer <= count:
+        raise ParameterError(f"sample_layer {sample_layer} does not exist: the model has layers 1 to {count}")
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     inputs = _real_inputs(loaded, encoded.lines, max_states, seed)
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(inputs.shape[1:], generator=generator)
     columns: dict[str, list] = {}
     sampled: dict = {
-        "sample_layer": sample_layer or (len(inputs) + 1) // 2,
+        "sample_layer": sample_layer or (count + 1) // 2,
         "sample_counts": [],
         "sampled_error": [],
     }
