@@ -74,9 +74,12 @@ def singular_vectors(
     for group in _groups(matrices_of(loaded, layers, refused)):
         leaves = {matrix.name: matrix.module for matrix in group}
         sums = input_covariances(loaded.model, leaves, batches, stop_after=group[-1].layer)
-        bases: dict[int, tuple] = {}
+        bases: dict[int, list] = {}
         for matrix in group:
-            inputs = bases.setdefault(id(sums[matrix.name]), _eigenvectors(*sums[matrix.name]))
+            shared = sums[matrix.name]  # by all matrices that read the same tensor
+            if id(shared) not in bases:
+                bases[id(shared)] = _eigenvectors(*shared)
+            inputs = bases[id(shared)]
             try:
                 rows[matrix.name], found = _one_matrix(matrix, inputs, pool, seed)
             except NoBulk as problem:

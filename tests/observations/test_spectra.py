@@ -39,6 +39,17 @@ def test_random_weights_are_noise_and_a_planted_outlier_is_seen(loaded):
     assert (values.diff() <= 0).all()
 
 
+def test_matrices_that_read_the_same_tensor_share_its_eigenvectors(loaded, tmp_path, monkeypatch):
+    module, calls = import_module("sdnb.observations.singular_vectors"), []
+    real = module._eigenvectors
+    monkeypatch.setattr(module, "_eigenvectors", lambda *sums: calls.append(1) or real(*sums))
+    monkeypatch.setattr(module, "DRAWS", 20)
+    singular_vectors(
+        loaded, text=LINES, max_lines=40, add_special_tokens=True, layers=[1], results_dir=tmp_path
+    )
+    assert len(calls) == 4, "q, k and v; o; up and gate; down"
+
+
 @pytest.mark.parametrize("rank", [0, 20])
 def test_a_pruned_matrix_is_left_out_by_name_and_the_others_go_on(loaded, tmp_path, rank):
     weight = loaded.model.model.layers[1].mlp.up_proj.weight
