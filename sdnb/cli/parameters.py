@@ -9,7 +9,10 @@ import yaml
 from sdnb.errors import ParameterError
 
 OWN = ("model", "results_dir")
-_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}
+_TYPES = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str, list, type(None)), "list": (list,),
+}  # fmt: skip
+_WORDS = {"str": "text (a number in quotes: '\"3\"')", "list": "a list ('[one, two]')"}
 
 
 def read(files: list[Path], pairs: list[list[str]]) -> dict:
@@ -91,8 +94,10 @@ def refuse_unknown(given: dict, everything: set[str], whose: str) -> None:
             raise ParameterError(f"No notebook has a parameter {name!r} (for {whose}): {hint}")
 
 
-def refuse_type(template: str, name: str, value: object, entry: dict) -> None:
-    """Refuse a number or a switch of the wrong type; what may be a path, a list or null, the notebook checks.
+def as_declared(template: str, name: str, value: object, entry: dict) -> object:
+    """Hold a value against the type that a template declares; one thing alone is a list of one.
+
+    A text may be given as a list of lines; what else a list or a text must hold, the notebook checks.
 
     Args:
         template: the notebook's name.
@@ -100,15 +105,22 @@ def refuse_type(template: str, name: str, value: object, entry: dict) -> None:
         value: its value.
         entry: from `declared`.
 
+    Returns:
+        The value, in a list where one is declared.
+
     Raises:
         ParameterError: it is of another type than declared.
     """
     kind = entry["inferred_type_name"].strip("\"' ")
     allowed = _TYPES.get(kind)
     if allowed is None or (value is None and entry["default"].strip() == "None"):
-        return
+        return value
+    one = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if kind == "list" and one and "," not in str(value):
+        return [value]
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-        raise ParameterError(f"{template}: {name} must be {kind}, not {value!r}.")
+        raise ParameterError(f"{template}: {name} must be {_WORDS.get(kind, kind)}, not {value!r}.")
+    return value
 
 
 def without_own(given: dict) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdnb.checkpoint import slug_of
-from sdnb.cli.parameters import declared, literal, read_yaml, refuse_type, refuse_unknown, without_own
+from sdnb.cli.parameters import as_declared, declared, literal, read_yaml, refuse_unknown, without_own
 from sdnb.errors import ParameterError
 
 LISTS = ("checkpoints", "descendants", "models")
@@ -226,9 +226,11 @@ def matrix(
 
 
 def _cell(model: Model, source: Path, wanted: dict, known: dict, results: Path, out: Path) -> Cell:
-    values = {name: value for name, value in wanted.items() if name in known}
-    for name, value in values.items():
-        refuse_type(source.stem, name, value, known[name])
+    values = {
+        name: as_declared(source.stem, name, value, known[name])
+        for name, value in wanted.items()
+        if name in known
+    }
     fixed = {"model": model.name, "results_dir": str(results)}
     values |= {name: value for name, value in fixed.items() if name in known}
     lists = [values.get(name, literal(known[name])) for name in LISTS if name in known]

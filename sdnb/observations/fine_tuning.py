@@ -48,6 +48,7 @@ def fine_tuning(
     Raises:
         ParameterError: no descendant, or one whose shape is another.
     """
+    descendants = [descendants] if isinstance(descendants, str) else descendants
     if not descendants:
         raise ParameterError("descendants is empty: give at least one model to compare")
     options = {

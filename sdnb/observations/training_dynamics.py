@@ -53,6 +53,8 @@ def training_dynamics(
     Raises:
         ParameterError: no checkpoint, or steps that do not fit them.
     """
+    checkpoints = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+    steps = [steps] if isinstance(steps, int) else steps
     entries = stored_steps(model) if checkpoints is None else list(checkpoints)
     numbers = [step_of(entry) for entry in entries] if steps is None else [int(step) for step in steps]
     if not entries or len(numbers) != len(entries) or len(set(numbers)) != len(numbers):

@@ -11,7 +11,7 @@ from sdnb.errors import ParameterError
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = {
     "01_first": 'model: str = "zoo/x"\nresults_dir: str = "r"\nlayer: int = 1  # which\nscale: float = 1.0\n'
-    "token_ids: list = None\nwith_bias: bool = True",
+    'token_ids: list = None\nwith_bias: bool = True\nname: str = "x"',
     "04_fourth": 'model: str = "zoo/x"\nresults_dir: str = "r"\nlayer: int = None\nthreshold: float = None',
     "13_signatures": 'models: list = ["zoo/x", "zoo/y"]\nresults_dir: str = "r"',
 }
@@ -95,6 +95,10 @@ def test_parameters_go_where_they_are_known(folder):
         ({"layer": None}, "01_first: layer must be int, not None"),
         ({"scale": "big"}, "scale must be float"),
         ({"with_bias": 1}, "with_bias must be bool"),
+        ({"token_ids": "1,2"}, "token_ids must be a list"),
+        ({"token_ids": {"a": 1}}, "token_ids must be a list"),
+        ({"token_ids": True}, "token_ids must be a list"),
+        ({"name": 3}, "name must be text"),
     ],
 )
 def test_unknown_parameters_and_wrong_types_are_refused(folder, given, words):
@@ -107,6 +111,14 @@ def test_null_and_whole_numbers_pass_where_they_fit(folder):
     assert (
         cells(folder, given={"scale": 2, "token_ids": [1, 2]}, notebooks=["01"])[0].parameters["scale"] == 2
     )
+
+
+@pytest.mark.parametrize(("value", "taken"), [(3, [3]), ("org/a", ["org/a"]), ([1], [1]), (None, None)])
+def test_one_thing_alone_is_a_list_of_one(folder, value, taken):
+    assert cells(folder, given={"token_ids": value}, notebooks=["01"])[0].parameters["token_ids"] == taken
+    if isinstance(value, str):
+        [cell] = cells(folder, given={"models": value}, notebooks=["13"])
+        assert cell.parameters["models"] == [value] and cell.members == (value,)
 
 
 def test_parameters_are_yaml_and_the_command_line_wins(tmp_path):

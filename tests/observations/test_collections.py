@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -136,6 +137,24 @@ def test_revisions_are_passed_on(monkeypatch):
     assert model_and_revision("a/b@main", "x") == ("a/b", "main")
     assert step_of("EleutherAI/pythia-160m@step3000") == 3000 and step_of("zoo/llama-steps/000500") == 500
     assert step_of("@step128000") == 128000
+
+
+def test_one_name_is_a_list_of_one(monkeypatch):
+    asked = []
+
+    def visit(entries, *given, **more):
+        asked.append(entries)
+        return iter(())
+
+    for name, call in (
+        ("fine_tuning", lambda: observations.fine_tuning("base", "org/tuned", **COMMON)),
+        ("training_dynamics", lambda: observations.training_dynamics("base", "@step10", **COMMON)),
+        ("training_dynamics", lambda: observations.training_dynamics("base", "@main", steps=10, **COMMON)),
+    ):
+        monkeypatch.setattr(import_module(f"sdnb.observations.{name}"), "visit_checkpoints", visit)
+        with pytest.raises(IndexError):  # nothing was seen
+            call()
+    assert asked == [["base", "org/tuned"], ["@step10"], ["@main"]]
 
 
 def test_bad_input(folders):
