@@ -113,10 +113,15 @@ def lineage(
     Raises:
         ParameterError: a chance that is none, or fewer than one model.
     """
+    models = [models] if isinstance(models, str) else models
     if not 0 < chance < 1 or not models:
         raise ParameterError(f"give at least one model and a chance between 0 and 1, not {chance}")
+    models = list(dict.fromkeys(models))
+    for model in models:  # before the first is measured, which may take long
+        if not model.endswith(".safetensors"):
+            locate(model, settings.get("revision"))
     found, left_out = [], {}
-    for model in dict.fromkeys(models):
+    for model in models:
         try:
             found.append(stored_signature(model, results_dir=results_dir, **settings))
         except NoSignature as problem:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from sdnb.cli.main import main
 from sdnb.decompose import angle_deg
 from sdnb.decompose.chance import log10_chance
-from sdnb.errors import ParameterError, RecordError
+from sdnb.errors import ModelError, ParameterError, RecordError
 from sdnb.loading import load
 from sdnb.observations import lineage, signature, signatures, stored_signature
 from sdnb.observations.robustness import fine_tuned, noisy
@@ -198,6 +198,17 @@ def test_models_without_high_norm_tokens_and_other_widths_are_named(family, tmp_
     assert main([*words, "--chance", "2"]) == 1
     with pytest.raises(ParameterError):
         lineage([], results_dir=tmp_path)
+
+
+def test_all_names_are_checked_before_the_first_is_measured(family, tmp_path, monkeypatch):
+    root, _ = family
+    measured = []
+    monkeypatch.setattr("sdnb.observations.kinship.stored_signature", lambda *a, **k: measured.append(a))
+    with pytest.raises(ModelError, match="no folder"):
+        lineage([str(root / "parent"), str(root / "nobody")], results_dir=tmp_path)
+    with pytest.raises(ModelError, match="no folder /no/such"):
+        lineage("/no/such", results_dir=tmp_path)
+    assert measured == []
 
 
 def test_robustness_is_measured_and_the_model_is_left_alone(family, tmp_path):
