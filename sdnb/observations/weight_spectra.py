@@ -28,6 +28,7 @@ def matrices_of(
     Yields:
         One layer's matrices.
     """
+    layers = [layers] if isinstance(layers, int) else layers
     for number, found in layer_matrices_or_reason(loaded.model, layers):
         if isinstance(found, str):
             refused[number] = found
