@@ -41,7 +41,7 @@ def fine_tuned_spectra(
         tuning_text: "code" or the path of a text.
         kinds: matrix types.
         deciles: which tenth is removed, 1 the smallest values.
-        seeds: of the order of the text.
+        seeds: of the order of the text, none negative.
         unpruned: runs without removal, for the band; their seeds are 0, 1, 2 ...
         steps: optimizer steps of a run.
         learning_rate: of AdamW.
@@ -52,19 +52,21 @@ def fine_tuned_spectra(
         The record of template 17.
 
     Raises:
-        ParameterError: too few unpruned runs for a band, or an unknown matrix type.
+        ParameterError: too few unpruned runs for a band, an unknown matrix type, or a negative seed.
     """
     if unpruned < 2:
         raise ParameterError(f"unpruned is {unpruned}: give at least 2 runs, or there is no band")
     there = {matrix.kind for layer in model_matrices(loaded.model) for matrix in layer}
     if wrong := [kind for kind in kinds if kind not in there]:
         raise ParameterError(f"kinds {wrong}: this model has {', '.join(sorted(there))}")
+    if any(seed < 0 for seed in seeds):
+        raise ParameterError(f"seeds {seeds}: give none below 0")
     train_tokens = steps * BATCH * WINDOW  # what the runs read, so that little is read twice
     text = read_tuning_text(loaded, tuning_text, train_tokens=train_tokens, score_tokens=score_tokens)
     options = {"steps": steps, "learning_rate": learning_rate}
     runs = _Runs(loaded, text, options, results_dir)
     rows, plain = [], []
-    for seed in range(max(unpruned, max(seeds) + 1)):
+    for seed in sorted({*range(unpruned), *seeds}):
         pairs = [(kind, decile) for kind in kinds for decile in deciles] if seed in seeds else []
         found = runs.after(seed, pairs)
         if seed < unpruned:

@@ -39,10 +39,6 @@ def test_random_weights_are_noise_and_a_planted_outlier_is_seen(loaded):
     assert (values.diff() <= 0).all()
 
 
-def test_one_layer_may_be_a_number(loaded):
-    assert {name[:2] for name in weight_spectra(loaded, layers=2).values["matrices"]} == {"02"}
-
-
 def test_matrices_that_read_the_same_tensor_share_its_eigenvectors(loaded, tmp_path, monkeypatch):
     module, calls = import_module("sdnb.observations.singular_vectors"), []
     real = module._eigenvectors
@@ -127,6 +123,22 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(loaded, tmp_path, monke
     plain = [row["score"] for row in whole.values["rows"] if row["order"] == "none"]
     assert low <= min(plain) <= max(plain) <= high
     assert max(plain) < whole.values["score_untuned"], "two steps of tuning already help a random model"
+
+
+def test_only_the_seeds_that_are_asked_for_are_tuned(loaded, tmp_path, monkeypatch):
+    module, tunings = import_module("sdnb.observations.fine_tuned_spectra"), []
+    monkeypatch.setattr(module, "tuned", lambda model, *_, seed, **__: tunings.append(seed) or model)
+    options = {
+        "tuning_text": "code", "kinds": ["up"], "deciles": [1], "unpruned": 2, "steps": 1,
+        "score_tokens": 256, "results_dir": tmp_path,
+    }  # fmt: skip
+    rows = fine_tuned_spectra(loaded, seeds=[5], **options).values["rows"]
+    assert sorted(tunings) == [0, 1, 5, 5], "two for the band; the fifth after and before"
+    assert [(row["order"], row["seed"]) for row in rows] == [
+        ("none", 0), ("none", 1), ("after", 5), ("before", 5)
+    ]  # fmt: skip
+    with pytest.raises(ParameterError, match="none below 0"):
+        fine_tuned_spectra(loaded, seeds=[-1, 0], **options)
 
 
 def test_the_random_matrix_is_below_above_and_lost_where_theory_says():
