@@ -50,17 +50,17 @@ def fine_tuned_spectra(
 
     Returns:
         The record of template 17.
-
-    Raises:
-        ParameterError: too few unpruned runs for a band, an unknown matrix type, or a negative seed.
     """
-    if unpruned < 2:
-        raise ParameterError(f"unpruned is {unpruned}: give at least 2 runs, or there is no band")
     there = {matrix.kind for layer in model_matrices(loaded.model) for matrix in layer}
-    if wrong := [kind for kind in kinds if kind not in there]:
-        raise ParameterError(f"kinds {wrong}: this model has {', '.join(sorted(there))}")
-    if any(seed < 0 for seed in seeds):
-        raise ParameterError(f"seeds {seeds}: give none below 0")
+    _check(
+        unpruned=(unpruned, unpruned >= 2, "at least 2 runs, or there is no band"),
+        kinds=(kinds, kinds and there.issuperset(kinds), f"at least one of {', '.join(sorted(there))}"),
+        deciles=(deciles, deciles and {*deciles} <= {*range(1, PARTS + 1)}, f"at least one of 1 to {PARTS}"),
+        seeds=(seeds, seeds and min(seeds) >= 0, "at least one, and none below 0"),
+        steps=(steps, steps >= 1, "at least 1"),
+        learning_rate=(learning_rate, learning_rate > 0, "a number above 0"),
+        score_tokens=(score_tokens, score_tokens >= 2, "at least 2: the first one is not predicted"),
+    )
     train_tokens = steps * BATCH * WINDOW  # what the runs read, so that little is read twice
     text = read_tuning_text(loaded, tuning_text, train_tokens=train_tokens, score_tokens=score_tokens)
     options = {"steps": steps, "learning_rate": learning_rate}
@@ -88,6 +88,13 @@ def fine_tuned_spectra(
         "tuning_text": text.name,
     }
     return Observation(values, {}, text.text_hash, False)
+
+
+def _check(**parameters: tuple[object, object, str]) -> None:
+    """Refuse what no run could use before the first of them: value, whether it fits, and what would."""
+    for name, (value, fits, allowed) in parameters.items():
+        if not fits:
+            raise ParameterError(f"{name} {value}: give {allowed}")
 
 
 def _row(order: str, kind: str, decile: int, seed: int, found: float) -> dict:

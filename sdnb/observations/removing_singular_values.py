@@ -1,5 +1,6 @@
 """16: perplexity after removing one decile of singular values from all matrices of a type."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from sdnb import text as texts
 from sdnb.activations.perplexity import perplexity, window_length
 from sdnb.anatomy import WeightMatrix, replaced_matrices
-from sdnb.errors import ParameterError
+from sdnb.errors import LayerRefused, ParameterError
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.observations.weight_spectra import matrices_of
@@ -45,24 +46,29 @@ def removing_singular_values(
         The record of template 16, with standard errors over the windows of the text.
 
     Raises:
-        ParameterError: a type that the model does not have.
+        ParameterError: no type, or one that the model does not have.
+        LayerRefused: no layer has matrices that can be told apart.
     """
+    refused: dict[int, str] = {}
+    layers = list(matrices_of(loaded, None, refused))
+    if not layers:
+        number, reason = next(iter(refused.items()))
+        raise LayerRefused(number, "layer", reason)
+    there = list(dict.fromkeys(matrix.kind for layer in layers for matrix in layer))
+    wanted = [*there, ALL] if kinds is None else kinds
+    if not wanted or not {*there, ALL}.issuperset(wanted):
+        raise ParameterError(
+            f"kinds {wanted}: this model has {', '.join(there)}; {ALL!r} takes them together; give some"
+        )
     lines = texts.lines_of(text, max_lines)
     ids = texts.encode(loaded.tokenizer, "\n".join(lines), False)
     own = getattr(loaded.tokenizer, "bos_token_id", None)
     begin = own if add_special_tokens else None
     options = {"window": window_length(loaded.model, window), "begin_token": begin}
-    refused: dict[int, str] = {}
     removers: dict[str, list[tuple[WeightMatrix, BlockRemover]]] = {}
-    for layer in matrices_of(loaded, None, refused):
-        for matrix in layer:
-            if kinds is None or ALL in kinds or matrix.kind in kinds:
-                removers.setdefault(matrix.kind, []).append((matrix, BlockRemover(matrix.read(), parts)))
-    wanted = kinds or [*removers, ALL]
-    if wrong := [kind for kind in wanted if kind not in removers and kind != ALL]:
-        raise ParameterError(
-            f"kinds {wrong}: this model has {', '.join(removers)}; {ALL!r} takes them together"
-        )
+    for matrix in itertools.chain(*layers):
+        if ALL in wanted or matrix.kind in wanted:
+            removers.setdefault(matrix.kind, []).append((matrix, BlockRemover(matrix.read(), parts)))
     intact = perplexity(loaded.model, ids, **options)
     types = {}
     for kind in wanted:

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from sdnb.errors import ParameterError
+from sdnb.errors import LayerRefused, ParameterError
 from sdnb.loading import Loaded
 from sdnb.observations import (
     fine_tuned_spectra,
@@ -100,8 +100,16 @@ def test_removal_restores_the_model_and_costs_most_at_the_planted_value(loaded):
         intact = torch.tensor(result.values["perplexity_intact"]).double().log()
         added = torch.tensor(row["perplexity"]).double().log() - intact
         torch.testing.assert_close(added, torch.tensor(row["loss_added"]).double(), atol=1e-6, rtol=1e-6)
-    with pytest.raises(ParameterError, match="this model has"):
-        removing_singular_values(loaded, text=LINES, max_lines=4, kinds=["qq"])
+
+
+@pytest.mark.parametrize("kinds", [["qq"], []])
+def test_removal_of_no_matrix_is_refused(loaded, kinds, monkeypatch):
+    with pytest.raises(ParameterError, match="this model has q, k, v, o, gate, up, down"):
+        removing_singular_values(loaded, text=LINES, max_lines=4, kinds=kinds)
+    module = import_module("sdnb.observations.weight_spectra")
+    monkeypatch.setattr(module, "layer_matrices_or_reason", lambda *_: [(1, "made up"), (2, "made up")])
+    with pytest.raises(LayerRefused, match=r"layer 1.*made up"):
+        removing_singular_values(loaded, text=LINES, max_lines=4)
 
 
 def test_an_interrupted_fine_tuning_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
@@ -137,8 +145,21 @@ def test_only_the_seeds_that_are_asked_for_are_tuned(loaded, tmp_path, monkeypat
     assert [(row["order"], row["seed"]) for row in rows] == [
         ("none", 0), ("none", 1), ("after", 5), ("before", 5)
     ]  # fmt: skip
-    with pytest.raises(ParameterError, match="none below 0"):
-        fine_tuned_spectra(loaded, seeds=[-1, 0], **options)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"seeds": [-1, 0]}, "none below 0"), ({"seeds": []}, "at least one"), ({"unpruned": 1}, "no band"),
+    ({"kinds": []}, "one of down, gate"), ({"kinds": ["qq"]}, "one of down, gate"),
+    ({"deciles": []}, "1 to 10"), ({"deciles": [1, 11]}, "1 to 10"), ({"steps": 0}, "at least 1"),
+    ({"learning_rate": 0.0}, "above 0"), ({"score_tokens": 0}, "at least 2"),
+])  # fmt: skip
+def test_what_no_run_could_use_is_refused_before_the_first(loaded, tmp_path, monkeypatch, wrong, says):
+    module, tunings = import_module("sdnb.observations.fine_tuned_spectra"), []
+    monkeypatch.setattr(module, "tuned", lambda model, *_, **__: tunings.append(1) or model)
+    options = {"kinds": ["up"], "deciles": [1], "seeds": [0], "unpruned": 2, "steps": 1, "score_tokens": 256}
+    with pytest.raises(ParameterError, match=says):
+        fine_tuned_spectra(loaded, tuning_text="code", **options | wrong, results_dir=tmp_path)
+    assert not tunings
 
 
 def test_the_random_matrix_is_below_above_and_lost_where_theory_says():
