@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sdnb.records.files import atomic_write, locked, sweep
-from sdnb.records.sources import package_fingerprint
+from sdnb.records.sources import package_fingerprint, versions
 
-_NUMERICS = ("anatomy", "linearize", "decompose", "activations", "observations")
+_SHOW = ("figures", "report", "widgets")
+"""Folders that only show what others have computed."""
 
 
 def cached(
@@ -20,8 +21,9 @@ def cached(
 ) -> dict[str, torch.Tensor]:
     """Return arrays that were computed before from the same things, or compute and keep them.
 
-    What they depend on is `parts` and, added here, the sources of the numerics. Of several processes that ask
-    at once one computes and the others wait for it. A damaged file is computed again.
+    What they depend on is `parts` and, added here, the sources of all that computes and the versions of torch
+    and transformers. Of several processes that ask at once one computes and the others wait for it. A damaged
+    file is computed again.
 
     Args:
         results_dir: the folder of all results.
@@ -34,8 +36,9 @@ def cached(
     Returns:
         The tensors on the CPU, as computed (no change of dtype).
     """
-    sources = package_fingerprint(*_NUMERICS)
-    key = json.dumps({"parts": parts, "sources": sources}, sort_keys=True, allow_nan=False)
+    sources, others = package_fingerprint(*_SHOW), versions()
+    whole = {"parts": parts, "sources": sources, "versions": [others["torch"], others["transformers"]]}
+    key = json.dumps(whole, sort_keys=True, allow_nan=False)
     mark = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(results_dir).expanduser() / slug / "cache"
     path = folder / f"{name}-{mark}-{sources}.safetensors"

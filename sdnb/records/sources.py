@@ -10,22 +10,21 @@ _PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "nump
 
 
 @functools.cache
-def package_fingerprint(*parts: str) -> str:
-    """SHA-256 over the package's own sources.
+def package_fingerprint(*left_out: str) -> str:
+    """SHA-256 over the package's own sources, but for the command line, which computes nothing.
 
     Args:
-        parts: subfolders to take, such as "anatomy"; none takes all but the command
-            line, which computes nothing.
+        left_out: further subfolders that do not count, such as "figures".
 
     Returns:
         16 hexadecimal digits.
     """
     root = Path(__file__).resolve().parent.parent
-    folders = [root / part for part in parts] or [root]
     total = hashlib.sha256()
-    paths = {path for folder in folders for path in folder.rglob("*.py")}
-    for path in sorted(paths.difference((root / "cli").rglob("*.py"))):
-        total.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[0] not in ("cli", *left_out):
+            total.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 

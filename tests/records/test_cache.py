@@ -2,11 +2,13 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from sdnb.records import cached
+from sdnb.records.sources import versions
 
 PARTS = {"weights": "f" * 64, "seed": 0, "threshold": None}
 
@@ -57,6 +59,35 @@ def test_a_change_of_the_numerics_computes_anew(tmp_path, monkeypatch):
     cached(tmp_path, "slug", "thing", PARTS, compute)
     assert compute.calls == 3
     assert len(list((tmp_path / "slug" / "cache").glob("*.safetensors"))) == 2  # the old one is gone
+
+
+@pytest.mark.parametrize(("source", "computed"), [
+    ("spectra/removal.py", 2), ("quantize/integers.py", 2), ("text.py", 2), ("loading.py", 2),
+    ("figures/style.py", 1), ("report/spectra.py", 1), ("widgets/live.py", 1), ("cli/main.py", 1),
+])  # fmt: skip
+def test_the_key_holds_the_sources_of_all_that_computes(tmp_path, monkeypatch, source, computed):
+    from sdnb.records import package_fingerprint
+
+    compute, real = Counter(), Path.read_bytes
+    cached(tmp_path, "slug", "thing", PARTS, compute)
+    with monkeypatch.context() as patch:
+        edited = lambda path: real(path) + b"#" * path.as_posix().endswith(f"/sdnb/{source}")  # noqa: E731
+        patch.setattr(Path, "read_bytes", edited)
+        package_fingerprint.cache_clear()
+        cached(tmp_path, "slug", "thing", PARTS, compute)
+    package_fingerprint.cache_clear()
+    assert compute.calls == computed
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_another_version_computes_anew(tmp_path, monkeypatch, package):
+    from sdnb.records import cache
+
+    compute, there = Counter(), versions()
+    cached(tmp_path, "slug", "thing", PARTS, compute)
+    monkeypatch.setattr(cache, "versions", lambda: there | {package: "0.1"}, raising=False)
+    cached(tmp_path, "slug", "thing", PARTS, compute)
+    assert compute.calls == 2
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: b"{" * len(data)])
