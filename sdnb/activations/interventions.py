@@ -132,14 +132,18 @@ def _change_input(hooks: ExitStack, branch: BranchModules, change: Callable[[Ten
 
 @contextmanager
 def set_dimensions(
-    model: nn.Module, values: Mapping[int, Mapping[int, float]], *, above: float | None = None
+    model: nn.Module,
+    values: Mapping[int, Mapping[int, float]],
+    *,
+    above: float | Mapping[int, float] | None = None,
 ) -> Iterator[None]:
     """Set dimensions of layers' outputs to fixed values (Sun et al., arXiv 2402.17762: zero, or their mean).
 
     Args:
         model: a causal language model.
         values: layer number 1..L -> dimension 0..d-1 -> the value it gets.
-        above: only entries with an absolute value above this are set; every token's when None.
+        above: only entries with an absolute value above this are set, one for all layers or layer number ->
+            one for each; every token's when None.
 
     Yields:
         Nothing.
@@ -156,7 +160,8 @@ def set_dimensions(
             raise ParameterError(f"dimensions {wrong} do not exist: hidden states have 0 to {size - 1}")
     with ExitStack() as hooks:
         for number, entries in values.items():
-            hooks.callback(layers[number - 1].register_forward_hook(_setter(entries, above)).remove)
+            limit = above[number] if isinstance(above, Mapping) else above
+            hooks.callback(layers[number - 1].register_forward_hook(_setter(entries, limit)).remove)
         yield
 
 

@@ -143,6 +143,22 @@ def massive_means(
     return dimensions, means
 
 
+def massive_limits(dimensions: list[int], means: dict[int, Tensor]) -> dict[int, float]:
+    """Return from which absolute value on an entry is massive, behind every layer.
+
+    Half the smallest of the massive dimensions' means there: the norm grows in several steps in some models,
+    and what is massive behind the first is small behind the last.
+
+    Args:
+        dimensions: the massive dimensions.
+        means: layer 1..L -> the mean state behind it, (d,); see `massive_means`.
+
+    Returns:
+        Layer 1..L -> the value.
+    """
+    return {layer: mean[dimensions].abs().min().item() / 2 for layer, mean in means.items()}
+
+
 def _held(state: Tensor, dimensions: list[int]) -> float:
     """Share of a state's squared length that some dimensions hold."""
     return (state[dimensions].square().sum() / state.square().sum()).item()
@@ -168,7 +184,7 @@ def _interventions(
         found["direction out, all explosion layers"] = partial(project_out, model, directions)
     if massive is not None:
         dimensions, means = massive
-        above = min(means[layers[0]][i].abs().item() for i in dimensions) / 2
+        above = massive_limits(dimensions, means)
         for name, scale in (("zero", 0.0), ("mean", 1.0)):
             values = {n: {i: scale * means[n][i].item() for i in dimensions} for n in layers}
             found[f"massive dimensions to {name}"] = partial(set_dimensions, model, values, above=above)

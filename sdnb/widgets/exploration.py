@@ -17,7 +17,7 @@ from sdnb.linearize import linear_layer
 from sdnb.loading import Loaded
 from sdnb.observations.common import encode_line, encode_text
 from sdnb.observations.explosion import find_explosion
-from sdnb.observations.interventions import massive_means
+from sdnb.observations.interventions import massive_limits, massive_means
 
 INTERVENTIONS = {
     "direction": "project the direction out",
@@ -252,6 +252,5 @@ class Exploration:
                 "to zero: switch this off."
             )
         dimensions, means = self._massive
-        above = min(means[self.explosion_layers[0]][i].abs().item() for i in dimensions) / 2
         zero = {number: dict.fromkeys(dimensions, 0.0) for number in self.explosion_layers}
-        return partial(set_dimensions, model, zero, above=above)()
+        return partial(set_dimensions, model, zero, above=massive_limits(dimensions, means))()

@@ -134,6 +134,9 @@ def test_dimensions_are_set_in_the_layers_output(model):
         large = hidden_states(model, IDS)[1, ..., 3]
     expected = torch.where(plain[1, ..., 3].abs() > limit, 0.0, plain[1, ..., 3])
     assert torch.equal(large, expected) and (large != 0).any() and (large == 0).any()
+    with set_dimensions(model, {1: {3: 0.0}, 2: {3: 0.0}}, above={1: limit, 2: torch.inf}):
+        each = hidden_states(model, IDS)
+    assert torch.equal(each[1, ..., 3], expected) and (each[2, ..., 3] != 0).all()
 
 
 def everything(model):

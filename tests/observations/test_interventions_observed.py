@@ -77,6 +77,22 @@ def test_massive_dimensions_hold_most_of_the_state(planted):
     assert massive_means(loaded, lines, [layer], torch.full((7,), 1e9), None) is None
 
 
+@torch.no_grad()
+def test_massive_dimensions_are_overwritten_at_a_smaller_step_too(tmp_path):
+    truth = planted_model(tmp_path / "planted", size=300.0, decay_layer=6)
+    loaded = load(str(truth.folder), device="cpu")
+    layer = loaded.model.model.layers[3]
+    for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        matrix.weight[0] = truth.direction / layer.post_attention_layernorm.weight
+    layer.mlp.down_proj.weight[:, 0] = 700 / 64 * truth.direction  # a unit that is given 8 answers 8 * 8
+    found = interventions(loaded, **COMMON)
+    assert found.values["explosion_layers"] == [4, 2]
+    row = list(found.values["interventions"]).index("massive dimensions to zero")
+    norms = found.arrays["first_norms"][:, 2]
+    left = (1 - found.values["massive_share"]) ** 0.5
+    assert left < 0.8 and norms[row] / norms[0] == pytest.approx(left, rel=0.05)
+
+
 def test_the_model_is_untouched(planted):
     _, loaded = planted
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
