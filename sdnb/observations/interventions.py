@@ -13,6 +13,7 @@ from sdnb.activations.interventions import project_out, set_dimensions, zero_att
 from sdnb.activations.sampling import continuation
 from sdnb.anatomy import layer_view
 from sdnb.decompose import leading_triplets
+from sdnb.errors import ParameterError
 from sdnb.linearize import ffn_matrix
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation, encode_line, encode_text
@@ -57,7 +58,7 @@ def interventions(
         add_special_tokens: whether the tokenizer adds its own; a begin token then also starts each window.
         threshold: a norm that replaces the automatic ones.
         explosion_layer: a layer 1..L that replaces the automatic one.
-        massive_dimensions: dimensions 0..d-1 that replace the automatic ones.
+        massive_dimensions: dimensions 0..d-1, one or more, that replace the automatic ones.
         window: tokens in a window of the perplexity; automatic when None.
         max_windows: windows at most.
         prompt: beginning of the sampled text.
@@ -68,7 +69,18 @@ def interventions(
 
     Returns:
         The record of template 09.
+
+    Raises:
+        ParameterError: no massive dimension is given, or one that does not exist.
     """
+    size = loaded.model.config.get_text_config().hidden_size
+    if massive_dimensions is not None and not (
+        massive_dimensions and all(0 <= i < size for i in massive_dimensions)
+    ):
+        raise ParameterError(
+            f"massive_dimensions is {massive_dimensions}: give one or more of 0 to {size - 1}, or null for "
+            "the automatic ones"
+        )
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     place = find_explosion(
         loaded, encoded, explosion_layer=explosion_layer, threshold=threshold, results_dir=results_dir

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdnb.activations import hidden_norms, perplexity
+from sdnb.errors import ParameterError
 from sdnb.loading import load
 from sdnb.observations.interventions import interventions, massive_means
 from tests.tiny import planted_model, tiny_model
@@ -91,6 +92,12 @@ def test_massive_dimensions_are_overwritten_at_a_smaller_step_too(tmp_path):
     norms = found.arrays["first_norms"][:, 2]
     left = (1 - found.values["massive_share"]) ** 0.5
     assert left < 0.8 and norms[row] / norms[0] == pytest.approx(left, rel=0.05)
+
+
+@pytest.mark.parametrize("dimensions", [[], [9999], [3, -1]])
+def test_dimensions_that_do_not_exist_are_refused(planted, dimensions):
+    with pytest.raises(ParameterError, match=r"massive_dimensions.*0 to 63, or null"):
+        interventions(planted[1], **COMMON, massive_dimensions=dimensions)
 
 
 def test_the_model_is_untouched(planted):
