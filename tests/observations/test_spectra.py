@@ -39,6 +39,10 @@ def test_random_weights_are_noise_and_a_planted_outlier_is_seen(loaded):
     assert (values.diff() <= 0).all()
 
 
+def test_one_layer_may_be_a_number(loaded):
+    assert {name[:2] for name in weight_spectra(loaded, layers=2).values["matrices"]} == {"02"}
+
+
 def test_matrices_that_read_the_same_tensor_share_its_eigenvectors(loaded, tmp_path, monkeypatch):
     module, calls = import_module("sdnb.observations.singular_vectors"), []
     real = module._eigenvectors
