@@ -38,23 +38,25 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
     return _times(view.attention_multiplier, M)
 
 
-def attention_intercept(view: LayerView) -> Tensor:
+def attention_intercept(view: LayerView, rho: float | Tensor = 1.0) -> Tensor:
     """Return the constant that attention's branch adds beside A x, from its biases and those of its norms.
 
-    multiplier (g_post (M beta + bias) + beta_post), with M the module's matrix and beta the bias of the norm
-    before it. The divisor of a post-norm is dropped here as in A.
+    multiplier (g_post (M beta + bias) / rho + beta_post), with M the module's matrix and beta the bias of the
+    norm before it.
 
     Args:
         view: the layer.
+        rho: the post-norm's divisor, a number or one for each of n inputs, shape (n, 1); dropped as in A if
+            it is 1.
 
     Returns:
-        the intercept, shape (d,); zero where nothing has a bias.
+        the intercept, shape (d,) or (n, d); zero where nothing has a bias.
     """
     constant, before, after = view.attention_bias.detach(), view.attention_norm, view.attention_post_norm
     if before is not None:
         constant = constant + view.attention_matrix.detach() @ before.bias.to(constant)
     if after is not None:
-        constant = after.gain.to(constant) * constant + after.bias.to(constant)
+        constant = after.gain.to(constant) * constant / rho + after.bias.to(constant)
     return view.attention_multiplier * constant
 
 

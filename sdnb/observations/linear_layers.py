@@ -11,6 +11,7 @@ from sdnb.errors import ParameterError
 from sdnb.linearize import (
     LinearLayer,
     Operator,
+    attention_intercept,
     branch_scales,
     closed_form_fit,
     linear_layer,
@@ -40,7 +41,8 @@ def linearity(
     For an input x the view predicts A x / rho1 (attention), F x' / rho2 (FFN, x' the residual stream in front
     of it) and L_rho x (layer), with x's own divisors rho. Reported: the mean cosine between prediction and
     real output (for attention and FFN the divisors drop out of it), and the relative error |real - predicted|
-    / |real|, root of the ratio of summed squares.
+    / |real|, root of the ratio of summed squares. What attention's biases add is no part of A x: its length
+    over that of all that attention adds stands apart.
 
     Args:
         loaded: the model.
@@ -66,7 +68,7 @@ def linearity(
     inputs = _real_inputs(loaded, encoded.lines, max_states, seed)
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(inputs.shape[1:], generator=generator)
-    columns: dict[str, list] = {}
+    columns: dict[str, list] = {"attention_intercept": []}
     sampled: dict = {
         "sample_layer": sample_layer or (count + 1) // 2,
         "sample_counts": [],
@@ -80,6 +82,7 @@ def linearity(
                 for name, value in _agreement(view, layer, rows).items():
                     key = name.replace("_", f"{'_gain' if scale == 'gain' else ''}{kind}_", 1)
                     columns.setdefault(key, []).append(value)
+        columns["attention_intercept"].append(_intercept(view, inputs[number - 1]))
         if view is not None and number == sampled["sample_layer"]:
             sampled |= _sampled_against_closed(view, sample_counts, seed)
         view = layer = None  # one layer at a time
@@ -123,6 +126,18 @@ def _agreement(view: LayerView | None, layer: LinearLayer | None, x: Tensor) -> 
 def _gaps(*names: str) -> dict[str, None]:
     """The entries of branches that are not there, or add nothing that could be compared."""
     return {f"{name}_{what}": None for name in names for what in ("cosine", "error")}
+
+
+@torch.no_grad()
+def _intercept(view: LayerView | None, x: Tensor) -> float | None:
+    """Length of attention's intercept over that of all it adds to inputs x (n, d), roots of mean squares."""
+    if view is None:
+        return None
+    x = x.to(view.attention_matrix)
+    added, norm, post = view.attention_branch(x), view.attention_norm, view.attention_post_norm
+    rho = 1.0 if post is None else post.scale(view.attention_module(x if norm is None else norm.module(x)))
+    share = attention_intercept(view, rho).expand_as(added).norm() / added.norm()
+    return share.item() if added.any() else None
 
 
 def _beside(S: Operator | None, rho: Tensor) -> Callable[[Tensor], Tensor]:

@@ -83,6 +83,8 @@ ARRAYS_02 = (
 VALUES_03 = (
     *(field for branch in ("attention", "ffn", "layer") for scale in ("paper", "gain")
       for inputs in ("real states", "Gaussian inputs") for field in _agreement(branch, scale, inputs)),
+    Field("attention_intercept", "what biases of attention and its norms add, no part of A x: its length "
+          "over that of all that attention adds, on real states", LAYERS, null=True),
     Field("sample_layer", "layer whose FFN was also fitted by sampling", kind="integer"),
     Field("sample_counts", "numbers of random inputs of the sampled fits", ("k",), "integer"),
     Field("sampled_error", "relative error of the sampled B against the closed form, by count", ("k",)),

@@ -102,6 +102,8 @@ def _linear_layers(v: dict) -> tuple[str, list]:
     ]
     pairs = [(p, g) for p, g in zip(v["ffn_cosine"], v["ffn_gain_cosine"], strict=True) if p is not None]
     better = sum(g > p for p, g in pairs)
+    intercept = "attention's intercept over all it adds, smallest to largest over layers"
+    rows.append((intercept, span("attention_intercept"), ""))
     rows += [("whole layer, cosine on real states", span("layer_cosine"), "")]
     rows += [("whole layer, relative error on real states", span("layer_error"), "")]
     if v["sampled_error"]:

@@ -113,6 +113,15 @@ def test_A_predicts_the_real_branch_once_its_divisors_and_intercept_are_put_back
     assert torch.allclose(predicted, view.attention_multiplier * y, atol=1e-5)
 
 
+def test_the_intercept_behind_a_post_norm_with_its_divisor_put_back():
+    view = make_view(True, False)
+    x = 3 * torch.randn(5, D, generator=torch.Generator().manual_seed(1))
+    rho = view.attention_post_norm.scale(view.attention_module(view.attention_norm.module(x)))
+    rho1, _ = branch_scales(replace(view, parallel=True), x)
+    predicted = x @ attention_matrix(view).T / rho1[:, None] + attention_intercept(view, rho)
+    assert torch.allclose(predicted, view.attention_branch(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("centre", [False, True])
 def test_F_at_the_papers_input_scale(gated, centre):

@@ -48,6 +48,14 @@ def test_singular_directions_in_words():
     assert "gap of F (first over second singular value), at explosion layers | layer 2: 4 |" in text
 
 
+def test_attentions_intercept_in_words():
+    keys = ("attention_cosine", "ffn_cosine", "ffn_gain_cosine", "layer_cosine", "layer_error")
+    values = {key: [0.5, 0.25] for key in keys} | {"sampled_error": []}
+    for entries, span in (([0.25, None, 0.5], "0.25 to 0.5"), ([0.0, 0.0], "0 to 0")):
+        text = findings("03_linear_layers", values | {"attention_intercept": entries}, "m").text
+        assert f"| attention's intercept over all it adds, smallest to largest over layers | {span} |" in text
+
+
 def test_a_missing_phenomenon_in_words():
     nothing = {key: [None] * 3 if "angle" in key else entry for key, entry in SINGULAR.items()}
     text = findings("04_singular_directions", nothing | {"explosion_layers": []}, "m").text
