@@ -22,7 +22,7 @@ from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.fingerprint import first_not_finite, weights_fingerprint
 from sdnb.memory import check_memory, free_memory, offload_budget
-from sdnb.refusal import has_tokenizer, is_encoder, refuse, refuse_codes
+from sdnb.refusal import allowed, has_tokenizer, is_encoder, refuse, refuse_codes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (
@@ -83,8 +83,10 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "offload" (layers that do not fit
             stay on disk and come one at a time, through accelerate).
-        trust_remote_code: run Python code that comes with the model; never done unasked.
-        allow_pickle: read weights in pickle form, which can run code; never done unasked.
+        trust_remote_code: run Python code that comes with the model; never done unasked, here or by
+            `SDNB_TRUST_REMOTE_CODE=1` in the environment.
+        allow_pickle: read weights in pickle form, which can run code; never done unasked, here or by
+            `SDNB_ALLOW_PICKLE=1`.
         encoders: take a BERT-shaped encoder too, without a head; for what needs weights and activations only.
 
     Returns:
@@ -94,6 +96,8 @@ def load(
         ModelError: it cannot be found, is of the wrong kind, damaged or incomplete.
         ParameterError: dtype or device is unknown.
     """
+    trust_remote_code = trust_remote_code or allowed("trust_remote_code")
+    allow_pickle = allow_pickle or allowed("allow_pickle")
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")

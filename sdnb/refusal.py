@@ -1,5 +1,7 @@
 """Which checkpoints are refused before a weight is read, and what to do instead."""
 
+import os
+
 from sdnb.checkpoint import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE, Checkpoint
 from sdnb.errors import ModelError
 
@@ -8,6 +10,40 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )  # fmt: skip
 _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
+
+
+def allowed(option: str) -> bool:
+    """Whether the environment allows what else is refused; so `sdnb run` tells its notebooks.
+
+    Args:
+        option: "trust_remote_code" or "allow_pickle".
+
+    Returns:
+        True if `SDNB_TRUST_REMOTE_CODE`, or `SDNB_ALLOW_PICKLE`, is 1.
+    """
+    return os.environ.get(_variable(option)) == "1"
+
+
+def allow(option: str) -> None:
+    """Allow it for the notebooks that this process runs.
+
+    Args:
+        option: as for `allowed`.
+    """
+    os.environ[_variable(option)] = "1"
+
+
+def _variable(option: str) -> str:
+    return f"SDNB_{option.upper()}"
+
+
+def _how(option: str) -> str:
+    """How to allow it, for the command line, for Python and for a notebook that is run by other means."""
+    switch = f"--{option.replace('_', '-')}"
+    return (
+        f"{switch} on the command line, {option}=True in Python, or {_variable(option)}=1 in a notebook's "
+        "environment"
+    )
 
 
 def refuse(
@@ -124,7 +160,7 @@ def _refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None
     if checkpoint.config.get("auto_map"):
         raise ModelError(
             f"{checkpoint.name} needs Python code that comes with it (model type {kind!r}), and such code "
-            "is never run unasked: read it, then pass trust_remote_code=True."
+            f"is never run unasked: read it, then give {_how('trust_remote_code')}."
         )
     raise ModelError(
         f"{checkpoint.name}: model type {kind!r} is unknown to transformers {__version__}: correct "
@@ -201,7 +237,7 @@ def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
             return
         raise ModelError(
             f"{checkpoint.name} has its weights in pickle form only ({PICKLE_SINGLE}), which can run code "
-            "while it is read. If you trust its author pass allow_pickle=True, or save it once more as "
+            f"while it is read. If you trust its author give {_how('allow_pickle')}; or save it once more as "
             "safetensors."
         )
     found = [

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from sdnb.errors import ParameterError
+
 SHOWN = 12
 
 
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", help="hub id, folder, or zoo/<name>")
     add_loading_arguments(parser)
+    add_text_argument(parser)
     parser.add_argument("--no-special-tokens", action="store_true", help="add no begin token to a line")
     parser.add_argument("--max-lines", type=int, default=64, help="lines of the text (default 64)")
     parser.add_argument("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how a model is loaded and which text it reads.
+    """Declare how a model is loaded.
 
     Args:
         parser: of a subcommand.
@@ -33,10 +36,43 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or offload")
+    add_trust_arguments(parser)
+
+
+def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what is never done unasked.
+
+    Args:
+        parser: of a subcommand.
+    """
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read weights in pickle form, which can run code"
+    )
+
+
+def add_text_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the text.
+
+    Args:
+        parser: of a subcommand.
+    """
     parser.add_argument("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
+
+
+def loading_options(args: argparse.Namespace) -> dict:
+    """The options of `add_loading_arguments` as `sdnb.load` takes them.
+
+    Args:
+        args: what was parsed.
+
+    Returns:
+        Values by name.
+    """
+    names = ("revision", "dtype", "device", "trust_remote_code", "allow_pickle")
+    return {name: getattr(args, name) for name in names}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,15 +83,19 @@ def main(args: argparse.Namespace) -> int:
 
     Returns:
         0, also when the model has no high-norm token: that is a result.
+
+    Raises:
+        ParameterError: an option is out of range.
     """
     from sdnb.loading import load
     from sdnb.observations import detect_defects
     from sdnb.quantize import MIN_TOKEN_RATIO
 
-    loaded = load(
-        args.model, revision=args.revision, dtype=args.dtype, device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    if args.threshold is not None and not args.threshold > 0:
+        raise ParameterError(
+            f"--threshold {args.threshold:g}: give a positive norm, or leave it out for the automatic one."
+        )
+    loaded = load(args.model, **loading_options(args))
     ratio = MIN_TOKEN_RATIO if args.min_ratio is None else args.min_ratio
     values = detect_defects(
         loaded, text=args.text, max_lines=args.max_lines, add_special_tokens=not args.no_special_tokens,

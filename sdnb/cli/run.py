@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from sdnb.cli import parameters, plan, runner
+from sdnb.cli.detect import add_trust_arguments
 from sdnb.errors import ParameterError
+from sdnb.refusal import allow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--force", action="store_true", help="run what is done and unchanged again, too")
     add("--timeout", type=int, metavar="S", help="seconds after which one notebook cell is given up")
+    add_trust_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -73,6 +76,11 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.jobs < 1:
         raise ParameterError(f"--jobs {args.jobs} must be at least 1.")
+    if args.timeout is not None and args.timeout < 1:
+        raise ParameterError(f"--timeout {args.timeout} must be at least 1 (seconds).")
+    for option in ("trust_remote_code", "allow_pickle"):
+        if getattr(args, option):
+            allow(option)
     results = args.results_dir.expanduser()  # as it was given: the notebooks show it
     out = args.out.expanduser() if args.out else results
     cells = plan.matrix(

@@ -23,7 +23,7 @@ from sdnb.checkpoint import locate
 from sdnb.cli.keys import cell_key, content_hash
 from sdnb.cli.plan import Cell
 from sdnb.errors import SdnbError
-from sdnb.refusal import refuse_files
+from sdnb.refusal import allowed, refuse_files
 
 DONE, KEPT, FAILED = "done", "unchanged", "failed"
 _LOST = "a worker process was killed, for want of memory perhaps: run again, with fewer --jobs"
@@ -145,7 +145,7 @@ def run_cell(cell: Cell, options: Options) -> Outcome:
             key = cell_key(cell)
             if not options.force and _unchanged(cell, note, key):
                 return Outcome(cell, KEPT, 0.0)
-            refuse_files(found, allow_pickle=cell.parameters.get("allow_pickle", False))
+            refuse_files(found, allow_pickle=allowed("allow_pickle"))
             for path in (note, cell.notebook):
                 sweep(path)
             note.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import math
 
-from sdnb.cli.detect import add_loading_arguments
+from sdnb.cli.detect import add_loading_arguments, add_text_argument, loading_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="+", metavar="MODEL", help="hub id, folder, zoo/<name>, or a stored signature's path"
     )
     add_loading_arguments(parser)
+    add_text_argument(parser)
     parser.add_argument("--special-tokens", action="store_true", help="let the tokenizer add its begin token")
     parser.add_argument("--max-lines", type=int, default=200, help="lines of the text (default 200)")
     parser.add_argument(
@@ -40,9 +42,8 @@ def main(args: argparse.Namespace) -> int:
 
     values, angles, _ = lineage(
         args.models, results_dir=args.results_dir, chance=CHANCE if args.chance is None else args.chance,
-        text=args.text, max_lines=args.max_lines, add_special_tokens=args.special_tokens,
-        revision=args.revision, dtype=args.dtype, device=args.device,
-        trust_remote_code=args.trust_remote_code, fresh=args.fresh,
+        text=args.text, max_lines=args.max_lines, add_special_tokens=args.special_tokens, fresh=args.fresh,
+        **loading_options(args),
     )  # fmt: skip
     matrix = [[None if angle < 0 else angle for angle in row] for row in angles.tolist()]
     print(
@@ -77,6 +78,15 @@ def _models(values: dict) -> str:
     return "\n".join(lines) if values["names"] else ""
 
 
+def _power(log10: float) -> str:
+    """A chance by its logarithm, with one digit ("4e-135"), also where it is too small for a float."""
+    if log10 == -math.inf:
+        return "0"
+    exponent = math.floor(log10)
+    digit = round(10 ** (log10 - exponent))
+    return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
+
+
 def _pairs(values: dict) -> str:
     """One line a pair, the nearest first."""
     rows = sorted(values["pairs"], key=lambda row: 91 if row["angle_deg"] is None else row["angle_deg"])
@@ -87,7 +97,7 @@ def _pairs(values: dict) -> str:
         angle = (
             "-" if row["angle_deg"] is None else f"{row['angle_deg']:.2f}° ± {row['uncertainty_deg']:.2f}°"
         )
-        chance = "-" if row["chance_log10"] is None else f"1e{row['chance_log10']:.1f}"
+        chance = "-" if row["chance_log10"] is None else _power(row["chance_log10"])
         note = f" ({row['note']})" if row["note"] else ""
         lines.append(f"{angle:>16}  {chance:>9}  {row['verdict']}: {row['first']}, {row['second']}{note}")
     lines.append(

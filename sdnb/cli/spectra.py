@@ -3,6 +3,9 @@
 import argparse
 import json
 
+from sdnb.cli.detect import add_loading_arguments, loading_options
+from sdnb.errors import ParameterError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments.
@@ -11,12 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: of the subcommand.
     """
     parser.add_argument("model", help="hub id, folder, or zoo/<name>; a decoder or an encoder")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or offload")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    add_loading_arguments(parser)
     parser.add_argument("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
     parser.add_argument(
         "--rate",
@@ -35,14 +33,16 @@ def main(args: argparse.Namespace) -> int:
 
     Returns:
         0.
+
+    Raises:
+        ParameterError: an option is out of range.
     """
     from sdnb.loading import load
     from sdnb.observations import weight_spectra
 
-    loaded = load(
-        args.model, revision=args.revision, dtype=args.dtype, device=args.device,
-        trust_remote_code=args.trust_remote_code, encoders=True,
-    )  # fmt: skip
+    if not 0 < args.rate < 1:
+        raise ParameterError(f"--rate {args.rate:g}: give a probability between 0 and 1.")
+    loaded = load(args.model, encoders=True, **loading_options(args))
     values = weight_spectra(loaded, layers=args.layers, false_positive_rate=args.rate).values
     print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(values))
     return 0

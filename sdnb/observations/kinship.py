@@ -39,6 +39,7 @@ def stored_signature(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     seed: int = 0,
     fresh: bool = False,
 ) -> Signature:
@@ -54,6 +55,7 @@ def stored_signature(
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "offload".
         trust_remote_code: run Python code that comes with the model.
+        allow_pickle: read weights in pickle form.
         seed: of the bootstrap.
         fresh: measure again even if a stored signature fits.
 
@@ -74,8 +76,9 @@ def stored_signature(
             return Signature(direction, Facts(**facts))
     with Measure() as cost:
         loaded = load(
-            model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+            model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
         found = signature(
             loaded, text=text, max_lines=max_lines, add_special_tokens=add_special_tokens, seed=seed
         )
@@ -174,9 +177,8 @@ def signatures(
     values, angles, found = lineage(models, results_dir=results_dir, chance=chance, seed=seed, **settings)
     values |= {"base": base, "robustness": []}
     if base is not None:
-        options = {
-            k: v for k, v in settings.items() if k in ("revision", "dtype", "device", "trust_remote_code")
-        }
+        loading = ("revision", "dtype", "device", "trust_remote_code", "allow_pickle")
+        options = {k: v for k, v in settings.items() if k in loading}
         reading = {k: v for k, v in settings.items() if k in ("text", "max_lines", "add_special_tokens")}
         loaded = load(base, **options)
         values["robustness"] = robustness(

@@ -81,6 +81,18 @@ def test_a_model_without_high_norm_tokens_says_so_and_succeeds(tmp_path, text, c
     assert values["explosion_layers"] == [] and values["massive_dimensions"] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["detect", "x", "--threshold", "-3"], "--threshold -3: give a positive norm, or leave it out"),
+        (["spectra", "x", "--rate", "2"], "--rate 2: give a probability between 0 and 1"),
+    ],
+)
+def test_an_option_out_of_range_is_named(words, message, capsys):
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_an_encoder_is_refused_in_one_line(tmp_path, capsys):
     config = BertConfig(
         vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64

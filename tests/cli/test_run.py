@@ -12,9 +12,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from sdnb import load
 from sdnb.cli import plan, runner
 from sdnb.cli.main import main
+from sdnb.errors import ModelError
 from tests.tiny import tiny_model
 
 PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nfail_on: str = ""'
@@ -221,6 +225,36 @@ def test_a_refused_model_starts_no_kernel(templates, tmp_path, counted, capfd):
     assert "\n".join(lines(capfd)).count("no config.json") >= 2
 
 
+def test_pickled_weights_are_allowed_by_an_option(templates, tmp_path, counted, capfd, monkeypatch):
+    monkeypatch.setenv("SDNB_ALLOW_PICKLE", "0")  # to be as it was after the test
+    folder = tiny_model(tmp_path / "org" / "tiny", layers=1)
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    capfd.readouterr()
+    only = (folder, "--notebooks", "01")
+    assert run(templates, *only) == 1
+    assert "--allow-pickle on the command line, allow_pickle=True in Python" in "\n".join(lines(capfd))
+    assert run(templates, *only, "--allow-pickle") == 0 and counted == ["01_works"]
+    assert torch.equal(load(str(folder), device="cpu").model.state_dict()["lm_head.weight"],
+                       state["lm_head.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["detect", "spectra", "signature"])
+def test_commands_take_what_messages_name(command, tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, **options):
+        asked.append(options)
+        raise ModelError("that is all")
+
+    monkeypatch.setattr("sdnb.loading.load", load)
+    monkeypatch.setattr("sdnb.observations.kinship.load", load)
+    folder = tiny_model(tmp_path / "tiny", layers=1)
+    assert main([command, str(folder), "--allow-pickle", "--trust-remote-code"]) == 1
+    assert asked[0]["allow_pickle"] and asked[0]["trust_remote_code"]
+
+
 def test_whatever_a_cell_raises_the_others_and_the_table_come(templates, model, counted, capfd, monkeypatch):
     whole = runner.cell_key
 
@@ -279,6 +313,7 @@ def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model
         (["--help"], 0),
         (["run", "--help"], 0),
         (["run", "x", "--jobs", "0"], 1),
+        (["run", "x", "--timeout", "0"], 1),
     ],
 )
 def test_exit_codes(words, code, capfd):

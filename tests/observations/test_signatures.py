@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sdnb.cli.main import main
+from sdnb.cli.signature import _power
 from sdnb.decompose import angle_deg
 from sdnb.decompose.chance import log10_chance
 from sdnb.errors import ModelError, ParameterError, RecordError
@@ -142,6 +143,14 @@ def test_what_differs_is_said():
     assert compare(base, base)["chance_log10"] is None and "the same weights" in compare(base, base)["note"]
     row = compare(base, made(at(0, 64)))
     assert row["verdict"] == "not comparable" and row["angle_deg"] is None and "128 and 64" in row["note"]
+
+
+@pytest.mark.parametrize(
+    ("log10", "text"),
+    [(-134.4, "4e-135"), (-6.0, "1e-6"), (-5.01, "1e-5"), (0.0, "1e0"), (-math.inf, "0")],
+)
+def test_a_chance_is_written_as_a_number(log10, text):
+    assert _power(log10) == text
 
 
 def test_groups_are_chains_of_related_models():
