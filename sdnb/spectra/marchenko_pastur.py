@@ -26,7 +26,6 @@ ZERO = 1e-6
 """Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
 matrix (1e-8) and of float32 weights (1e-7), not the matrix."""
 
-
 SIMULATED_SIDE = 128
 
 
@@ -164,11 +163,12 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
 
 
 @functools.cache
-def sigma_error(shape: tuple[int, int]) -> float:
+def sigma_error(shape: tuple[int, int], drop_top: float = 0.0) -> float:
     """Relative standard error of `median_sigma` on noise, which matters at the edges of small matrices.
 
     Args:
         shape: (n, m).
+        drop_top: share of the largest values left out; the quantile that is left varies more.
 
     Returns:
         The standard deviation over 200 simulated matrices (seed 0), of the same aspect ratio and at most
@@ -178,7 +178,7 @@ def sigma_error(shape: tuple[int, int]) -> float:
     side = min(shorter, SIMULATED_SIDE)
     small = (side, round(side * longer / shorter))
     generator = torch.Generator().manual_seed(0)
-    found = [median_sigma(noise_spectrum(small, generator=generator), small) for _ in range(200)]
+    found = [median_sigma(noise_spectrum(small, generator=generator), small, drop_top) for _ in range(200)]
     return float(np.std(found)) * side / shorter
 
 
@@ -241,7 +241,7 @@ def fit_spectrum(
     q, longer = aspect(shape)
     sigma = median_sigma(singular_values, shape, drop_top)
     scale = sigma * math.sqrt(longer)
-    error = sigma_error(tuple(sorted(shape)))
+    error = sigma_error(tuple(sorted(shape)), drop_top)
     top = largest_edge(shape, false_positive_rate, error)
     hard = q > HARD_EDGE
     bottom = 0.0 if hard else smallest_edge(shape, false_positive_rate, error)

@@ -72,11 +72,18 @@ def test_noise_drawn_as_a_bidiagonal_matrix_is_noise():
     torch.testing.assert_close(drawn.std(0), full.std(0), rtol=0.25, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (128, 128), (96, 384), (300, 100), (90, 100)])
-def test_noise_shows_outliers_at_the_stated_rate(shape):
+@pytest.mark.parametrize(("shape", "drop_top"), [
+    ((64, 64), 0.0), ((128, 128), 0.0), ((96, 384), 0.0), ((300, 100), 0.0), ((90, 100), 0.0),
+    ((128, 128), 0.5), ((96, 384), 0.3),
+])  # fmt: skip
+def test_noise_shows_outliers_at_the_stated_rate(shape, drop_top):
     generator, draws, rate = torch.Generator().manual_seed(1), 400, 0.05
-    fits = [fit_spectrum(noise_spectrum(shape, generator=generator), shape, false_positive_rate=rate)
-            for _ in range(draws)]  # fmt: skip
+    fits = [
+        fit_spectrum(
+            noise_spectrum(shape, generator=generator), shape, false_positive_rate=rate, drop_top=drop_top
+        )
+        for _ in range(draws)
+    ]
     slack = 4 * math.sqrt(rate * (1 - rate) / draws)
     assert sum(fit.outliers_above > 0 for fit in fits) / draws == pytest.approx(rate, abs=slack)
     if min(shape) / max(shape) > 0.9:
