@@ -64,6 +64,8 @@ class Spike:
 def predicted_spike(strength: float, noise: Noise, q: float) -> Spike:
     """Position and overlaps of the outlier that a rank-one signal makes, in the limit of large matrices.
 
+    No signal in no noise, c = theta = 0, is the limit of weak signals.
+
     Args:
         strength: theta, in units in which the noise' entries have variance t / m.
         noise: covariance of the noise.
@@ -74,16 +76,16 @@ def predicted_spike(strength: float, noise: Noise, q: float) -> Spike:
     """
     moment = noise.along_signal + strength**2
     gaps = [moment - level for level in noise.levels]
-    if moment == 0 or any(abs(gap) < 1e-12 for gap in gaps):
+    if any(abs(gap) < 1e-12 for gap in gaps):
         return Spike(None, 0.0, 0.0, "none")
     terms = list(zip(noise.levels, noise.weights, gaps, strict=True))
-    psi = moment * (1 + q * sum(h * t / gap for t, h, gap in terms))
+    lift = 1 + q * sum(h * t / gap for t, h, gap in terms)  # psi / l
     slope = 1 - q * sum(h * (t / gap) ** 2 for t, h, gap in terms)
-    if slope <= 0 or psi <= 0:
+    if slope <= 0 or lift <= 0:
         return Spike(None, 0.0, 0.0, "none")
     side = "above" if moment > max(noise.levels) else "below" if moment < min(noise.levels) else "between"
-    right = math.sqrt(slope * strength**2 / moment)
-    return Spike(math.sqrt(psi), math.sqrt(moment * slope / psi), right, side)
+    signal = strength**2 / moment if moment else 1.0
+    return Spike(math.sqrt(moment * lift), math.sqrt(slope / lift), math.sqrt(slope * signal), side)
 
 
 def thresholds(noise: Noise, q: float) -> tuple[float | None, float]:

@@ -57,6 +57,15 @@ def test_theory_is_what_simulation_gives(noise, strength):
     assert (difference < error).all(), (series.mean(0), theory)
 
 
+def test_no_signal_in_no_noise_is_the_limit_of_weak_ones():
+    silent = Noise("silent", along_signal=0.0)
+    weak, none = (predicted_spike(strength, silent, 0.25) for strength in (1e-6, 0.0))
+    assert (none.position, none.side) == (0.0, "below") and weak.position == pytest.approx(0, abs=1e-6)
+    assert (none.left, none.right) == (pytest.approx(weak.left), pytest.approx(weak.right))
+    nothing = Noise("nothing", along_signal=0.0, levels=(0.0, 1.0), weights=(0.5, 0.5))
+    assert predicted_spike(0.0, nothing, 0.25).side == "none", "not to be told from the rest"
+
+
 def test_noise_has_the_covariance_that_it_states():
     generator = torch.Generator().manual_seed(1)
     matrix, u, _ = draw_matrix(50, 20_000, [0.0], LEVELS, generator=generator)
