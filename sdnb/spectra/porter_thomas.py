@@ -127,6 +127,9 @@ def spectrum_p_values(
 ) -> tuple[list[slice], Tensor, Tensor]:
     """Test the singular vectors along a spectrum, pooled over neighbours.
 
+    The calibration draws independent vectors. Those of a spectrum are orthogonal, which the distance does not
+    notice, not even where one pool is a whole basis.
+
     Args:
         vectors: singular vectors as columns in the order of the spectrum, shape (N, s).
         width: vectors in a pool.

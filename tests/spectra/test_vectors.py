@@ -55,7 +55,7 @@ def test_porter_thomas_is_the_law_of_a_coordinate():
         )
 
 
-@pytest.mark.parametrize(("shape", "width"), [((96, 96), 1), ((64, 200), 4), ((300, 60), 6)])
+@pytest.mark.parametrize(("shape", "width"), [((96, 96), 1), ((64, 200), 4), ((300, 60), 6), ((64, 64), 64)])
 def test_p_values_of_noise_are_uniform(shape, width):
     generator = torch.Generator().manual_seed(5)
     found = []
