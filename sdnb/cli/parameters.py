@@ -76,22 +76,31 @@ def literal(entry: dict) -> object:
         return None
 
 
-def refuse_unknown(given: dict, everything: set[str], whose: str) -> None:
-    """Refuse parameters that no notebook has.
+def refuse_unknown(given: dict, known: dict[str, set[str]], run: list[str], whose: str) -> None:
+    """Refuse parameters that no notebook has, or none of those that are run.
 
     Args:
         given: values by name.
-        everything: the names that notebooks know.
+        known: the parameters of every notebook, by the notebook's number.
+        run: numbers of the notebooks that count.
         whose: the model that they are for, or "this run".
 
     Raises:
         ParameterError: a name is unknown.
     """
     for name in given:
-        if name not in everything:
+        holders = [number for number, names in known.items() if name in names]
+        if not holders:
+            everything = set().union(*known.values()) - {*OWN}
             near = difflib.get_close_matches(name, everything, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
             raise ParameterError(f"No notebook has a parameter {name!r} (for {whose}): {hint}")
+        if not {*holders} & {*run}:
+            verb = "has" if len(holders) == 1 else "have"
+            raise ParameterError(
+                f"None of the notebooks of {whose} ({', '.join(run)}) has a parameter {name!r}; "
+                f"{', '.join(holders)} {verb}."
+            )
 
 
 def as_declared(template: str, name: str, value: object, entry: dict) -> object:

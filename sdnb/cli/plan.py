@@ -212,11 +212,12 @@ def matrix(
         own = pick(there, model.notebooks) if model.notebooks else wished
         sources.append([path for path in own if asked is None or path in wished])
     known = {path: declared(path) for path in there}
-    run = {path for paths in sources for path in paths}
-    refuse_unknown(given, {name for path in run for name in known[path]}, "this run")
+    names = {_number(path): set(entries) for path, entries in known.items()}
+    run = sorted({_number(path) for paths in sources for path in paths})
+    refuse_unknown(given, names, run, "this run")
     cells = []
     for model, paths in zip(chosen, sources, strict=True):
-        refuse_unknown(model.parameters, {name for names in known.values() for name in names}, model.name)
+        refuse_unknown(model.parameters, names, list(names), model.name)
         cells += [_cell(model, path, given | model.parameters, known[path], results, out) for path in paths]
     if not cells:
         raise ParameterError(
@@ -258,7 +259,12 @@ def _model(entry: object, file: str) -> Model:
 
 def _matches(path: Path, name: str) -> bool:
     name = name.removesuffix(".ipynb")
-    return path.stem == name or path.stem.partition("_")[0] == name.zfill(2)
+    return path.stem == name or _number(path) == name.zfill(2)
+
+
+def _number(path: Path) -> str:
+    """A template's number, or the name of one that has none."""
+    return path.stem.partition("_")[0]
 
 
 def _about(source: Path) -> tuple[str, bool]:

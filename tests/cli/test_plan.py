@@ -113,6 +113,17 @@ def test_null_and_whole_numbers_pass_where_they_fit(folder):
     )
 
 
+def test_a_parameter_of_other_notebooks_is_told_with_them(folder):
+    with pytest.raises(ParameterError, match=r"notebooks of this run \(13\) has .* 'layer'; 01, 04 have\."):
+        cells(folder, given={"layer": 3}, notebooks=["13"])
+    with pytest.raises(ParameterError, match=r"\(13\) has .* 'threshold'; 04 has\."):
+        cells(folder, given={"threshold": 3}, notebooks=["13"])
+    with pytest.raises(ParameterError, match="did you mean threshold"):
+        cells(folder, given={"treshold": 3}, notebooks=["13"])
+    with pytest.raises(ParameterError, match="there are: layer, models, name, scale, t"):
+        cells(folder, given={"result": 3}, notebooks=["13"])
+
+
 @pytest.mark.parametrize(("value", "taken"), [(3, [3]), ("org/a", ["org/a"]), ([1], [1]), (None, None)])
 def test_one_thing_alone_is_a_list_of_one(folder, value, taken):
     assert cells(folder, given={"token_ids": value}, notebooks=["01"])[0].parameters["token_ids"] == taken
