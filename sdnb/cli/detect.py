@@ -167,8 +167,9 @@ def _modules(values: dict, everything: bool) -> str:
     left = len(values["linear_inputs"]) - len(rows)
     note = f"({left} more with smaller ratios; --all shows them)" if left else ""
     legend = (
-        "largest and median |input|, their ratio, the largest over the median token's largest, and the mean "
-        "error of a token's output with int8 weights and inputs, one scale each"
+        f"by token decides, from {values['skip_threshold']:g} on: largest |input| over the median token's "
+        "largest.\n"
+        "int8 error: the mean error of a token's output with int8 weights and inputs, one scale each."
     )
     return "\n".join([*lines, *([note] if note else []), legend])
 

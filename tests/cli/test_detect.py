@@ -54,7 +54,7 @@ def test_table_says_the_same(tmp_path, text, capsys):
     assert f"decay layers       {truth.decay_layer}\n" in out
     assert f"  model.layers.{truth.explosion_layer - 1}.mlp.down_proj\n" in out and "  lm_head\n" in out
     assert token_labels(tiny_tokenizer(), [0])[0] in out
-    assert "30 more" in out
+    assert "30 more" in out and "by token decides, from 32 on" in out
     assert main(["detect", str(truth.folder), "--text", text, "--all"]) == 0
     assert "more with smaller ratios" not in capsys.readouterr().out
 
