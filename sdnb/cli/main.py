@@ -5,6 +5,7 @@ A subcommand is a module with `add_arguments(parser)` and `main(args) -> int`; i
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,7 +24,11 @@ COMMANDS = {
     "coverage": ("sdnb.cli.coverage", "say which model types of transformers the layers' check accepts"),
     "book": ("sdnb.cli.book", "build the book from what was run"),
 }
-FAILED, INTERRUPTED = 1, 130
+PURPOSE = (
+    "Look inside a transformer language model with linear algebra: which tokens carry huge norms, which "
+    "layers make them, what its weight spectra hold, and what follows for quantization and lineage."
+)
+FAILED, INTERRUPTED, UNREAD = 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 when something was refused or failed, 2 for a wrong command line, 130 when
-        interrupted.
+        interrupted, 141 when nobody reads on.
     """
-    parser = argparse.ArgumentParser(prog="sdnb", description=__doc__.partition("\n")[0])
+    try:
+        code = _command(argv)
+        sys.stdout.flush()  # here, where it is noticed that the reader has gone
+        return code
+    except BrokenPipeError:  # `head` has seen enough; the interpreter's own last flush must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    """Find the subcommand and run it; see `main`."""
+    parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

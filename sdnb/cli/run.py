@@ -1,6 +1,7 @@
 """`sdnb run`: the matrix of notebooks and models."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from sdnb.cli import parameters, plan, runner
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the subcommand's parser.
     """
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="hub id, folder, zoo/<name>, or a models.yaml")
+    add("models", nargs="*", metavar="MODEL", help="first: hub id, folder, zoo/<name>, or a models.yaml")
     add("--only", nargs="+", metavar="MODEL", help="of the models, these alone")
     add("--notebooks", nargs="+", metavar="NN", help="numbers or names; default: all that look at one model")
     add(
@@ -69,11 +70,18 @@ def main(args: argparse.Namespace) -> int:
         args: the parsed options.
 
     Returns:
-        0 if every cell is done or unchanged, 1 otherwise.
+        0 if every cell is done or unchanged, 1 otherwise, 2 without a model.
 
     Raises:
         ParameterError: an option is out of range.
     """
+    if not args.models:  # argparse would only say that it is missing
+        print(
+            "sdnb run: there is no MODEL. --notebooks and --only take every word behind them: put MODEL "
+            "first, as in `sdnb run zoo/llama --notebooks 01 04`.",
+            file=sys.stderr,
+        )
+        return 2
     if args.jobs < 1:
         raise ParameterError(f"--jobs {args.jobs} must be at least 1.")
     if args.timeout is not None and args.timeout < 1:
@@ -103,13 +111,11 @@ def main(args: argparse.Namespace) -> int:
 def _line(outcome: runner.Outcome, number: int, total: int) -> str:
     """One line of progress."""
     text = f"[{number}/{total}] {outcome.cell.label}  {outcome.cell.template}  {outcome.status}"
-    if outcome.status != runner.KEPT:
-        text += f"  {outcome.wall_s:.1f} s"
-    return text + (f"  {outcome.reason.splitlines()[0][:200]}" if outcome.reason else "")
+    return text + (f"  {outcome.wall_s:.1f} s" if outcome.status == runner.DONE else "")
 
 
 def _summary(outcomes: list[runner.Outcome]) -> str:
-    """A table, models by notebooks, and the counts."""
+    """A table, models by notebooks, the counts, and why cells failed."""
     models = list(dict.fromkeys(outcome.cell.label for outcome in outcomes))
     names = sorted({outcome.cell.template for outcome in outcomes})
     status = {(outcome.cell.label, outcome.cell.template): outcome.status for outcome in outcomes}

@@ -85,8 +85,9 @@ def test_a_failing_cell_does_not_stop_the_others(templates, model, capfd):
     assert [line.partition("]")[0] + "]" for line in out[:4]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     text = "\n".join(out)
     assert f"{model}  01_works  done" in text
-    assert "02_fails  failed" in text and f"ValueError: broken, for {model} (see " in text
-    assert text.count("no folder") >= 2  # the model that is not there
+    assert f"[2/4] {model}  02_fails  failed" in out  # the reason stands once, below the table
+    assert text.count(f"ValueError: broken, for {model} (see ") == 1
+    assert text.count("no folder") == 2  # the model that is not there, for each notebook
     assert "1 done, 3 failed" in text
     folder = templates.parent / "results" / slug(model)
     assert (folder / "01_works.ipynb").is_file()
@@ -309,6 +310,7 @@ def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model
     [
         ([], 2),
         (["run"], 2),
+        (["run", "--notebooks", "01", "zoo/llama"], 2),
         (["none"], 2),
         (["--help"], 0),
         (["run", "--help"], 0),
@@ -320,6 +322,30 @@ def test_exit_codes(words, code, capfd):
     assert main(words) == code
     err = capfd.readouterr().err
     assert (err == "") == (code == 0) and "Traceback" not in err
+
+
+def test_a_model_behind_the_notebooks_is_told_to_come_first(capfd):
+    main(["run", "--notebooks", "01", "zoo/llama"])
+    assert "put MODEL first" in capfd.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_failure():
+    source = (
+        "import sys, types; from sdnb.cli import main; "
+        "part = types.SimpleNamespace(add_arguments=id, main=lambda args: print('line') or 0); "
+        "main.import_module = lambda name: part; sys.exit(main.main(['spectra']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-c", source]
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_says_what_it_is_for(capfd):
+    main(["--help"])
+    assert "transformer language model" in " ".join(capfd.readouterr().out.split())
 
 
 def is_alive(pid: int) -> bool:
