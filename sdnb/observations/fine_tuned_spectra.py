@@ -52,6 +52,7 @@ def fine_tuned_spectra(
         The record of template 17.
     """
     there = {matrix.kind for layer in model_matrices(loaded.model) for matrix in layer}
+    kinds, deciles, seeds = ([v] if isinstance(v, str | int) else v for v in (kinds, deciles, seeds))
     _check(
         unpruned=(unpruned, unpruned >= 2, "at least 2 runs, or there is no band"),
         kinds=(kinds, kinds and there.issuperset(kinds), f"at least one of {', '.join(sorted(there))}"),

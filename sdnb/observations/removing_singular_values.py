@@ -55,6 +55,7 @@ def removing_singular_values(
         number, reason = next(iter(refused.items()))
         raise LayerRefused(number, "layer", reason)
     there = list(dict.fromkeys(matrix.kind for layer in layers for matrix in layer))
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     wanted = [*there, ALL] if kinds is None else kinds
     if not wanted or not {*there, ALL}.issuperset(wanted):
         raise ParameterError(

@@ -106,7 +106,7 @@ def test_removal_restores_the_model_and_costs_most_at_the_planted_value(loaded):
         torch.testing.assert_close(added, torch.tensor(row["loss_added"]).double(), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kinds", [["qq"], []])
+@pytest.mark.parametrize("kinds", [["qq"], [], "qk"])
 def test_removal_of_no_matrix_is_refused(loaded, kinds, monkeypatch):
     with pytest.raises(ParameterError, match="this model has q, k, v, o, gate, up, down"):
         removing_singular_values(loaded, text=LINES, max_lines=4, kinds=kinds)
@@ -114,6 +114,11 @@ def test_removal_of_no_matrix_is_refused(loaded, kinds, monkeypatch):
     monkeypatch.setattr(module, "layer_matrices_or_reason", lambda *_: [(1, "made up"), (2, "made up")])
     with pytest.raises(LayerRefused, match=r"layer 1.*made up"):
         removing_singular_values(loaded, text=LINES, max_lines=4)
+
+
+def test_one_type_may_be_a_name(loaded):
+    values = removing_singular_values(loaded, text=LINES, max_lines=4, kinds="up").values
+    assert list(values["types"]) == ["up"]
 
 
 def test_an_interrupted_fine_tuning_goes_on_where_it_was(loaded, tmp_path, monkeypatch):
@@ -137,14 +142,15 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(loaded, tmp_path, monke
     assert max(plain) < whole.values["score_untuned"], "two steps of tuning already help a random model"
 
 
-def test_only_the_seeds_that_are_asked_for_are_tuned(loaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kinds", "deciles", "seeds"), [(["up"], [1], [5]), ("up", 1, 5)])
+def test_only_the_seeds_that_are_asked_for_are_tuned(loaded, tmp_path, monkeypatch, kinds, deciles, seeds):
     module, tunings = import_module("sdnb.observations.fine_tuned_spectra"), []
     monkeypatch.setattr(module, "tuned", lambda model, *_, seed, **__: tunings.append(seed) or model)
     options = {
-        "tuning_text": "code", "kinds": ["up"], "deciles": [1], "unpruned": 2, "steps": 1,
+        "tuning_text": "code", "kinds": kinds, "deciles": deciles, "unpruned": 2, "steps": 1,
         "score_tokens": 256, "results_dir": tmp_path,
     }  # fmt: skip
-    rows = fine_tuned_spectra(loaded, seeds=[5], **options).values["rows"]
+    rows = fine_tuned_spectra(loaded, seeds=seeds, **options).values["rows"]
     assert sorted(tunings) == [0, 1, 5, 5], "two for the band; the fifth after and before"
     assert [(row["order"], row["seed"]) for row in rows] == [
         ("none", 0), ("none", 1), ("after", 5), ("before", 5)
