@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Seen
+from sdnb.anatomy.calls import Seen, outermost
 from sdnb.anatomy.norms import Norm, measure_norm
 from sdnb.anatomy.probe import ROWS_AT_ONCE, Behind, LayerProbe
 from sdnb.errors import LayerRefused
@@ -124,6 +124,19 @@ def mixing_modules(probe: LayerProbe) -> list[Seen]:
     return sorted(found, key=lambda seen: seen.name.count("."))
 
 
+def silent_modules(probe: LayerProbe) -> list[str]:
+    """Submodules with matrices whose output is zero, as that of attention before its last matrix is trained.
+
+    Args:
+        probe: the layer.
+
+    Returns:
+        The names of the outermost ones.
+    """
+    seen = [s for s in probe.watch(probe.states()[:, None]) if s.name and not s.returned.any()]
+    return [s.name for s in outermost(seen) if any(p.ndim > 1 for p in s.module.parameters())]
+
+
 def norms_inside(probe: LayerProbe, attention: Seen) -> tuple[Norm, ...]:
     """The norms inside attention's value path.
 
@@ -179,7 +192,10 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
     """
     candidates = mixing_modules(probe)
     if not candidates:
-        raise LayerRefused(probe.number, "layer", "no submodule with hidden states in and out mixes tokens")
+        reason = "no submodule with hidden states in and out mixes tokens"
+        if silent := silent_modules(probe):
+            raise LayerRefused(probe.number, " and ".join(silent), f"writes zero, nothing to watch: {reason}")
+        raise LayerRefused(probe.number, "layer", reason)
     errors = [nonlinearity(probe, seen.module) for seen in candidates]
     for seen, error in zip(candidates, errors, strict=True):
         if error < LINEAR:

@@ -28,9 +28,10 @@ def relative(error: Tensor, of: Tensor) -> float:
         of: the tensor that counts as 1.
 
     Returns:
-        |error| / |of|.
+        |error| / |of|; 0 without an error, even where nothing stands for 1.
     """
-    return (error.norm() / of.norm()).nan_to_num(torch.inf).item()
+    # a branch may write exactly zero, as the last matrix of a new block does before it is trained
+    return (error.norm() / of.norm()).nan_to_num(torch.inf).item() if error.any() else 0.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,17 @@ def coefficients(real: Tensor, base: Tensor) -> float | Tensor:
         base: the same without the multiplier, shape (..., d).
 
     Returns:
-        c = <real, base> / <base, base>, 1 if it is so up to rounding; if they differ, one a coordinate, (d,).
+        c = <real, base> / <base, base>, 1 if it is so up to rounding or the base is zero; if they differ, one
+        a coordinate, (d,).
     """
-    products, squares = (real.double() * base).reshape(-1, base.shape[-1]), base.double().square()
+    products, squares = (
+        part.reshape(-1, base.shape[-1]).sum(0) for part in (real.double() * base, base.double().square())
+    )
+    if not squares.any():
+        return 1.0
     c = (products.sum() / squares.sum()).item()
     if relative(real - c * base, real) > UNIT:
-        return (products.sum(0) / squares.reshape(products.shape).sum(0)).to(real)
+        return torch.where(squares == 0, 1.0, products / squares).to(real)
     return 1.0 if abs(c - 1.0) < UNIT else c
 
 

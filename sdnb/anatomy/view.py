@@ -275,6 +275,9 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
             better = measure(probe, wiring, fitted, ffn)
             if better.attention < errors.attention:
                 affine, errors = fitted, better
+    if not affine.matrix.any():
+        reason = "writes the same whatever it reads in a token alone: there is no matrix to read"
+        raise LayerRefused(number, wiring.attention.name, reason)
     try:
         status = verdict(probe, wiring, errors)
     except LayerRefused:

@@ -8,6 +8,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.anatomy.check import measure, verdict
+from sdnb.anatomy.residual import coefficients
 from sdnb.errors import LayerRefused, ModelError, ParameterError
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
@@ -74,6 +75,56 @@ class TestApproximate:
         assert close(view.layer(x), x + view.attention_branch(x))
         assert not view.ffn_branch(x).any()
         assert close(linear_layer(view).L, torch.eye(HIDDEN) + attention_matrix(view))
+
+
+class TestBranchesThatWriteZero:
+    """As layers begin that are added to a trained model, or whose last matrix is trained from zero."""
+
+    def silenced(self, family, *names):
+        model = build(family)
+        for name in names:
+            for parameter in decoder_layers(model)[1].get_submodule(name).parameters():
+                torch.nn.init.zeros_(parameter)
+        return model
+
+    @pytest.mark.parametrize(
+        ("family", "name"),
+        [("llama", "mlp.down_proj"), ("mistral", "mlp.gate_proj"), ("gpt2", "mlp.c_proj"), ("opt", "fc2"),
+         ("gpt_neox", "mlp.dense_4h_to_h"), ("bloom", "mlp.dense_4h_to_h"), ("gemma2", "mlp.down_proj"),
+         ("granite", "mlp.down_proj"), ("bert", "output.dense")],
+    )  # fmt: skip
+    def test_an_ffn_is_zero(self, family, name):
+        view, intact = layer_view(self.silenced(family, name), 2), layer_view(build(family), 2)
+        assert view.status == "exact" and view.ffn_multiplier == 1.0
+        layer = linear_layer(view)
+        assert not layer.F.any() and layer.A.any()
+        assert torch.equal(layer.A, linear_layer(intact).A) and view.parallel == intact.parallel
+
+    def test_a_branch_behind_a_gain_of_zero(self):
+        view = layer_view(self.silenced("olmo2", "post_feedforward_layernorm"), 2)
+        assert view.status == "sampled" and not linear_layer(view, samples=100).F.any()
+        with pytest.raises(LayerRefused, match=r"layer 2, self_attn: .* no matrix to read"):
+            layer_view(self.silenced("olmo2", "post_attention_layernorm"), 2)
+
+    @pytest.mark.parametrize(
+        ("family", "name", "silent"),
+        [("mistral", "self_attn.o_proj", "self_attn"), ("mistral", "self_attn.v_proj", "self_attn"),
+         ("gemma2", "self_attn.o_proj", "self_attn"), ("gpt_neox", "attention.dense", "attention"),
+         ("bloom", "self_attention.dense", "self_attention.dense")],
+    )  # fmt: skip
+    def test_an_attention_leaves_nothing_to_watch(self, family, name, silent):
+        with pytest.raises(LayerRefused, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"):
+            layer_view(self.silenced(family, name), 2)
+
+    def test_both_are_named(self):
+        with pytest.raises(LayerRefused, match="layer 2, self_attn and mlp: writes zero"):
+            layer_view(self.silenced("mistral", "self_attn.o_proj", "mlp.down_proj"), 2)
+
+    def test_coefficients_of_nothing(self):
+        base = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        base[:, 1] = 0
+        assert coefficients(torch.zeros(4, 3), torch.zeros(4, 3)) == 1.0
+        assert close(coefficients(base * torch.tensor([2.0, 5.0, 3.0]), base), torch.tensor([2.0, 1.0, 3.0]))
 
 
 class TestRefused:

@@ -33,7 +33,11 @@ def without_ffn(layer):
     del layer.mlp, layer.post_attention_layernorm
 
 
-@pytest.fixture(scope="module", params=[without_ffn])
+def with_silent_ffn(layer):
+    layer.mlp.down_proj.weight.zero_()
+
+
+@pytest.fixture(scope="module", params=[without_ffn, with_silent_ffn])
 def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted") / "planted"
     planted_model(folder, d=D, f=64, layers=LAYERS, decay_layer=4)
