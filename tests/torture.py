@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import importlib
 import json
+import multiprocessing.util
 import os
 import random
 import shutil
@@ -99,6 +100,7 @@ class Sweep:
             os.dup2(log, 2)
             folders = ("--templates", str(self.templates), "--results-dir", str(self.results))
             code = main(["run", str(self.model), *folders, *PARAMETERS, "--jobs", str(jobs)])
+            multiprocessing.util._exit_function()  # as every process does that ends by itself
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -193,7 +195,7 @@ def differences(results: Path, reference: dict[str, object]) -> list[str]:
 def leftovers(sweep: Sweep) -> list[str]:
     """What must not outlive a sweep: temporary files, old pairs, held locks, processes."""
     found = [f"process {pid} is still there" for pid in sweep.processes()]
-    found += [f"{path} was left" for path in sweep.temporary.iterdir()]
+    found += [f"{path} was left" for path in sweep.temporary.glob("*/*") if path.name != ".lock"]
     for path in sorted(path for path in sweep.results.rglob("*") if path.is_file()):
         if path.suffix == ".tmp" or ".previous." in path.name or path.name.endswith(".failed.ipynb"):
             found.append(f"{path} was left")
@@ -278,9 +280,7 @@ def command() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
     for name in ("papermill", "sdnb.cli.execute", "sdnb.records.store"):
-        importlib.import_module(
-            name
-        )  # for the forks; workers of a pool, which are not, import this file again
+        importlib.import_module(name)  # for the forks; workers of a pool import this file again
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         sweep = Sweep(Path(folder))
         try:

@@ -2,14 +2,14 @@
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sdnb.cli import kernels
 from sdnb.cli.plan import Cell
+from sdnb.cli.workshop import workshop
 from sdnb.errors import SdnbError
 from sdnb.records.files import atomic_write
 
@@ -47,7 +47,7 @@ def execute(cell: Cell, timeout_s: int | None) -> dict:
         CellFailed: the template raised, or its kernel died or hung.
     """
     failed = cell.notebook.with_name(f"{cell.template}.failed.ipynb")
-    with _workshop() as folder:
+    with _kernel_folder() as folder:
         running = folder / f"{cell.template}.ipynb"
         problem = _attempt(cell, running, folder, timeout_s)
         content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
@@ -101,56 +101,31 @@ def _last_words(log: Path) -> str:
 
 
 @contextmanager
-def _workshop() -> Iterator[Path]:
+def _kernel_folder() -> Iterator[Path]:
     """A temporary folder with a kernel of this interpreter, for sockets and the running notebook."""
-    _sweep_workshops()
-    folder = Path(tempfile.mkdtemp(prefix=f"sdnb-{os.getpid()}-"))
-    kernel = folder / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": "Python 3", "language": "python"}
-    (kernel / "kernel.json").write_text(json.dumps(spec))
-    settings = _QUIET | {
-        # before every other place, so that a kernel of the same name installed elsewhere is not taken
-        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])),
-        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
-        "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files would change the pages
-        "TMPDIR": str(folder),  # what a killed kernel leaves is swept with the rest
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield folder
-    finally:
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-        for name in [name for name, value in before.items() if value is None]:
-            del os.environ[name]
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep_workshops() -> None:
-    """Remove the temporary folders of runs that were killed."""
-    if os.name == "nt":
-        return  # there, signal 0 would not only ask
-    for left in Path(tempfile.gettempdir()).glob("sdnb-*-*"):
-        owner = left.name.split("-")[1]
-        if owner.isdigit() and not _runs(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is there, and not only its entry (a zombie that nobody has waited for)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # another user's
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):
-        return not Path("/proc").is_dir()  # gone meanwhile; or a system without /proc, where kill has told
+    with workshop() as folder:
+        kernel = folder / "kernels" / "python3"
+        kernel.mkdir(parents=True)
+        command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
+        spec = {"argv": command, "display_name": "Python 3", "language": "python"}
+        if kernels.forks():
+            spec["metadata"] = {"kernel_provisioner": {"provisioner_name": kernels.NAME}}
+        (kernel / "kernel.json").write_text(json.dumps(spec))
+        settings = _QUIET | {
+            # before every other place, so that a kernel of the same name installed elsewhere is not taken
+            "JUPYTER_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")])),
+            "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+            "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files would change the pages
+            "TMPDIR": str(folder),  # what a killed kernel leaves is swept with the rest
+        }
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            yield folder
+        finally:
+            os.environ.update({name: value for name, value in before.items() if value is not None})
+            for name in [name for name, value in before.items() if value is None]:
+                del os.environ[name]
 
 
 def _transport(folder: Path):

@@ -101,17 +101,21 @@ def _outcome(future: Future, cell: Cell) -> Outcome:
 
 def _prepare_worker(jobs: int, gpus) -> None:
     """Give a worker its share of the threads, a GPU of its own if there are any, and its parent's fate."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     gpu = gpus.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
-def _end_with_parent() -> None:
-    """Without its parent, a worker of the pool would wait for work for ever."""
-    parent_process().join()
-    os._exit(1)
+def end_with_parent() -> None:
+    """End this process when the one ends that wanted it; it would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _gpu(worker: int) -> str | None:

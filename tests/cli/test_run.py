@@ -296,8 +296,10 @@ def test_cells_run_side_by_side(templates, model, capfd):
 
 
 def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model, capfd):
-    fatal = "import os, signal; os.kill(os.getppid(), signal.SIGKILL) if value == 1 else None"
-    make(templates / "01_works.ipynb", [fatal])
+    # a forked kernel's parent is the fork server
+    parent = "import multiprocessing, os, signal; parent = multiprocessing.parent_process()"
+    fatal = "os.kill(parent.pid if parent else os.getppid(), signal.SIGKILL) if value == 1 else None"
+    make(templates / "01_works.ipynb", [parent, fatal])
     make(templates / "02_fails.ipynb", ["import time; time.sleep(0 if value == 2 else 600)"])
     assert run(templates, model, "--jobs", "2") == 1
     text = "\n".join(lines(capfd))
@@ -394,7 +396,7 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(templates, 
     wait_until(lambda: not any(is_alive(pid) for pid in kernels_and_workers - {process.pid}))
     assert not list((results / slug(model)).glob("*.ipynb"))
     assert len(list(temporary.glob("*/*/kernel.log"))) == jobs
-    assert subprocess.run([*program[:-2], "-p", "value", "0"], check=False).returncode == 0
+    assert subprocess.run([*program[:-1], "0"], check=False).returncode == 0
     names = sorted(path.name for path in (results / slug(model)).glob("*.ipynb"))
     assert names == ["01_works.ipynb", "02_fails.ipynb"]
     [shelf] = temporary.iterdir()

@@ -1,0 +1,47 @@
+"""Temporary folders that do not outlive their process: what a killed one leaves, the next one removes."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdnb.records.files import fcntl, locked
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """Make a temporary folder, locked for as long as it is in use, and remove it at the end.
+
+    All stand in one folder of this user's, so that nothing else can be taken for one. A process that is
+    killed loses its lock, and so the next to come knows which folders to remove.
+
+    Yields:
+        The folder; its name is short, since there are sockets in it.
+    """
+    shelf = Path(tempfile.gettempdir()) / f"sdnb-{os.getuid() if hasattr(os, 'getuid') else 'runs'}"
+    with locked(shelf / ".lock"):
+        _sweep(shelf)
+        folder = Path(tempfile.mkdtemp(prefix="", dir=shelf))
+        mark = (folder / ".lock").open("ab")
+        if fcntl is not None:
+            fcntl.flock(mark, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        mark.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(shelf: Path) -> None:
+    """Remove the folders that nobody has locked."""
+    if fcntl is None:
+        return
+    for mark in shelf.glob("*/.lock"):
+        with mark.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            shutil.rmtree(mark.parent, ignore_errors=True)
