@@ -3,8 +3,8 @@
 The integrand is an activation at `s z + b` under a Gaussian weight. Where `s` is large the activation is a
 kink on the scale of the weight, where it is small a line: no single rule in z serves both. So the line is cut
 into panels at both structures, the activation's (in g = s z + b) and the weight's (in z), and every panel
-gets one Gauss-Legendre rule. Without biases the moments are smooth functions of the scale alone: those of many
-units are read off a polynomial through those of a few.
+gets one Gauss-Legendre rule. Without biases the moments are smooth functions of the scale alone: those of
+many units are read off a polynomial through those of a few.
 """
 
 import math
@@ -108,7 +108,7 @@ def _chebyshev_points(degree: int, like: Tensor) -> Tensor:
 
 
 def _polynomial(values: Tensor, x: Tensor) -> Tensor:
-    """Return polynomials at x, (k, n), given their values at the Chebyshev points of [-1, 1], (k, degree + 1).
+    """Return polynomials at x, (k, n), given their values at the Chebyshev points, (k, degree + 1).
 
     Barycentric formula: p(x) = sum_j w_j p_j / (x - x_j) / sum_j w_j / (x - x_j).
     """
