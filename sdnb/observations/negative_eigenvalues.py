@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdnb.activations import hidden_states, ledger, token_batches
 from sdnb.decompose import expected_nearest_angle, nearest_eigenpair
+from sdnb.errors import LayerRefused
 from sdnb.linearize import branch_scales, linear_layer, stream_scales
 from sdnb.loading import Loaded
 from sdnb.observations.common import Direction, Observation, empirical_direction, encode_text, layer_views
@@ -127,13 +128,16 @@ def _high_norm_prefixes(loaded: Loaded, lines: list[Tensor], limits: Tensor) -> 
 
 
 def _ledger(loaded: Loaded, lines: list[Tensor], direction: Direction) -> dict:
-    """Mean contributions along the direction over high-norm and over other tokens, per layer."""
+    """Mean contributions along the direction over high-norm and over other tokens, per layer; all or none."""
     names = ("ledger_attention", "ledger_ffn", "ledger_ordinary_attention", "ledger_ordinary_ffn")
     if not direction.found:
         return dict.fromkeys((*names, "ledger_start", "ledger_end"))
     columns: dict[str, list[Tensor]] = {name: [] for name in (*names, "ledger_start", "ledger_end")}
     for ids, real, _ in token_batches(lines):
-        book = ledger(loaded.model, ids, direction.vector)
+        try:
+            book = ledger(loaded.model, ids, direction.vector)
+        except LayerRefused:  # its entry, and so the sum, would be missing; `refused` names the layer
+            return dict.fromkeys(columns)
         high = (book.norms[1:] > direction.limits[1:, None, None]).any(dim=0) & real
         parts = (book.attention[:, high], book.ffn[:, high])
         parts += (book.attention[:, real & ~high], book.ffn[:, real & ~high])

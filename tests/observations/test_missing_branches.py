@@ -53,6 +53,19 @@ def checked(template, found):
     return check_values(SCHEMAS[template], found.values, sizes)
 
 
+def test_05_has_no_ledger_where_a_layer_is_refused(tmp_path):
+    planted_model(tmp_path / "planted", d=D, f=64, layers=LAYERS, decay_layer=4)
+    loaded = load(str(tmp_path / "planted"), device="cpu")
+    decoder_layers(loaded.model)[GAP].self_attn.o_proj.weight.zero_()
+    found = observations.negative_eigenvalues(loaded, **COMMON, results_dir=tmp_path)
+    values = checked("05_negative_eigenvalues", found)
+    assert list(values["refused"]) == [str(GAP + 1)] and holds_a_gap(values, "eigenvalue")
+    assert values["ledger_attention"] is None and values["ledger_end"] is None
+    figures.eigenpairs(values)
+    plt.close("all")
+    assert "ledger" not in findings("05_negative_eigenvalues", values, "m").text
+
+
 def holds_a_gap(values, key):
     return [entry is None for entry in values[key]] == [layer == GAP for layer in range(LAYERS)]
 
