@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdnb.cli import kernels
 from sdnb.cli.plan import Cell
+from sdnb.cli.runner import Options
 from sdnb.cli.workshop import workshop
 from sdnb.errors import SdnbError
 from sdnb.records.files import atomic_write
@@ -30,7 +31,7 @@ class CellFailed(SdnbError):
     """A template stopped with an error; the message is that error's."""
 
 
-def execute(cell: Cell, timeout_s: int | None) -> dict:
+def execute(cell: Cell, options: Options) -> dict:
     """Run a template and put the executed notebook in place, without papermill's own notes in it.
 
     A notebook that failed is left beside it as `<template>.failed.ipynb`, with its traceback; an older good
@@ -38,7 +39,7 @@ def execute(cell: Cell, timeout_s: int | None) -> dict:
 
     Args:
         cell: what to run.
-        timeout_s: seconds for one notebook cell, None for no limit.
+        options: its time limit, and how kernels are started.
 
     Returns:
         Papermill's notes: start, end, duration.
@@ -47,9 +48,9 @@ def execute(cell: Cell, timeout_s: int | None) -> dict:
         CellFailed: the template raised, or its kernel died or hung.
     """
     failed = cell.notebook.with_name(f"{cell.template}.failed.ipynb")
-    with _kernel_folder() as folder:
+    with _kernel_folder(options.forked) as folder:
         running = folder / f"{cell.template}.ipynb"
-        problem = _attempt(cell, running, folder, timeout_s)
+        problem = _attempt(cell, running, folder, options.timeout_s)
         content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
         timing = _without_notes(content) if content else {}
         if content:
@@ -101,14 +102,14 @@ def _last_words(log: Path) -> str:
 
 
 @contextmanager
-def _kernel_folder() -> Iterator[Path]:
+def _kernel_folder(forked: bool) -> Iterator[Path]:
     """A temporary folder with a kernel of this interpreter, for sockets and the running notebook."""
     with workshop() as folder:
         kernel = folder / "kernels" / "python3"
         kernel.mkdir(parents=True)
         command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
         spec = {"argv": command, "display_name": "Python 3", "language": "python"}
-        if kernels.forks():
+        if forked and kernels.forks():
             spec["metadata"] = {"kernel_provisioner": {"provisioner_name": kernels.NAME}}
         (kernel / "kernel.json").write_text(json.dumps(spec))
         settings = _QUIET | {

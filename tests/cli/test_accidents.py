@@ -41,7 +41,7 @@ def cell(model, tmp_path, monkeypatch):
     return new
 
 
-def execute(cell, timeout_s) -> dict:
+def execute(cell, options) -> dict:
     files.atomic_write(cell.notebook, str(cell.parameters["value"]).encode())
     return {}
 

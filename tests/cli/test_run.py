@@ -126,7 +126,7 @@ def counted(monkeypatch):
     """Replaces papermill by a count, for tests of what is run again."""
     runs = []
 
-    def execute(cell, timeout_s):
+    def execute(cell, options):
         runs.append(cell.template)
         cell.notebook.parent.mkdir(parents=True, exist_ok=True)
         cell.notebook.write_text(f"run {len(runs)}")
@@ -376,13 +376,16 @@ def temporary(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(templates, model, temporary, jobs):
+@pytest.mark.parametrize(("jobs", "count"), [(1, 2), (2, 2), (1, runner.MANY)])  # the last one's are forks
+def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
+    templates, model, temporary, jobs, count
+):
     sources = [
         "import os, tempfile, time; tempfile.mkstemp()",
         "open(f'{results_dir}/{os.getpid()} {os.getppid()}', 'w'); time.sleep(value)",
     ]
-    for name in ("01_works", "02_fails"):
+    names = [f"{number:02d}_{'works' if number == 1 else 'fails'}" for number in range(1, count + 1)]
+    for name in names:
         make(templates / f"{name}.ipynb", sources)
     results = templates.parent / "results"
     results.mkdir()
@@ -397,8 +400,7 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(templates, 
     assert not list((results / slug(model)).glob("*.ipynb"))
     assert len(list(temporary.glob("*/*/kernel.log"))) == jobs
     assert subprocess.run([*program[:-1], "0"], check=False).returncode == 0
-    names = sorted(path.name for path in (results / slug(model)).glob("*.ipynb"))
-    assert names == ["01_works.ipynb", "02_fails.ipynb"]
+    assert sorted(path.stem for path in (results / slug(model)).glob("*.ipynb")) == names
     [shelf] = temporary.iterdir()
     assert [path.name for path in shelf.iterdir()] == [".lock"]
 
