@@ -199,6 +199,11 @@ def ratio(rows: list[dict], index: int, gpu: bool) -> float:
     return rows[index][key] / max(rows[0][key], 1e-9)
 
 
+def times(factor: float) -> str:
+    """A ratio with three digits, a large one as a whole number."""
+    return f"{factor:,.0f}" if factor >= 1000 else f"{factor:.3g}"
+
+
 def table(record: dict) -> str:
     """The Markdown table of a record; its first row is ours, to which the ratios refer.
 
@@ -211,7 +216,7 @@ def table(record: dict) -> str:
     gpu, rows = record["machine"]["gpu"] is not None, record["rows"]
     lines = ["| " + " | ".join(HEAD) + " |", "|---|---:|---:|---:|---:|---|---|"]
     for index, row in enumerate(rows):
-        numbers = f"{row['wall_s']:.3g} | {row['cpu_s']:.3g} | {ratio(rows, index, gpu):.3g}"
+        numbers = f"{row['wall_s']:.3g} | {row['cpu_s']:.3g} | {times(ratio(rows, index, gpu))}"
         words = (row[key].replace("|", r"\|") for key in ("difference", "note"))
         rest = " | ".join((f"{row['peak_gib']:.2f}", *words))
         lines.append(f"| {row['what']} | {numbers} | {rest} |")

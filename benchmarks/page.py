@@ -7,7 +7,7 @@ import itertools
 import json
 from pathlib import Path
 
-from common import RESULTS, table
+from common import RESULTS, table, times
 
 PAGE = Path(__file__).parents[1] / "book" / "performance.md"
 ABOUT = {
@@ -160,10 +160,10 @@ def summary(there: list[dict]) -> str:
                 or ": " not in ours["what"]
             )
             if same and "ours" in ours["what"] and "ours" not in other["what"]:
-                times = f"{other[key] / ours[key]:.3g}"
+                factor = times(other[key] / ours[key])
                 name = ours["what"].replace(" (ours)", "").removeprefix("ours, ")
                 start = (record["benchmark"], record["shape"], record["device"])
-                lines.append("| " + " | ".join((*start, name, other["what"], times)) + " |")
+                lines.append("| " + " | ".join((*start, name, other["what"], factor)) + " |")
     return "\n".join(lines) + "\n"
 
 
