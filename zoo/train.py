@@ -6,13 +6,16 @@ out of git.
 """
 
 import argparse
+import copy
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +24,7 @@ if __name__ == "__main__":  # make the package importable from any working direc
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from zoo.export import export, training_record
+from zoo.graphs import GraphedStep
 from zoo.recipe import Recipe, read_recipe
 from zoo.run import Data, claim, differences, prepare_data, save_checkpoint, save_weights
 from zoo.tokens import BEGIN_ID, END_ID, draw_batch, held_out_windows
@@ -59,17 +63,21 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW
     """AdamW with weight decay on matrices only.
 
     Args:
-        model: the model.
+        model: the model, on its device.
         recipe: learning rate, weight decay and betas.
 
     Returns:
-        The optimizer, its two groups the matrices and the vectors.
+        The optimizer, its two groups the matrices and the vectors. On a GPU the learning rate is a tensor
+        there, because a recorded step reads it anew at each replay.
     """
     parameters = list(model.parameters())
+    device = parameters[0].device
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    for group in groups if device.type == "cuda" else ():
+        group |= {"lr": torch.tensor(recipe.learning_rate, device=device), "capturable": True}
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.betas), fused=True)
 
 
@@ -91,8 +99,10 @@ class Trainer:
         self.model = build_model(recipe, base).to(device)
         self.optimizer = build_optimizer(self.model, recipe)
         # A twin computes attention weights, which the fast attention of the trained model does not return.
-        self.twin = AutoModelForCausalLM.from_config(self.model.config, attn_implementation="eager")
+        config = copy.deepcopy(self.model.config)  # the choice of attention is noted there
+        self.twin = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         self.twin = self.twin.to(device).eval()
+        self.take = GraphedStep(self.descend) if device.startswith("cuda") else self.descend
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.step, self.seconds, self.log = 0, 0.0, []
         self.probes = held_out_windows(data.held_out, PROBE_LENGTH)[0][:PROBE_WINDOWS]
@@ -116,27 +126,44 @@ class Trainer:
         """Go back to the run's last saved state."""
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # this device's, not those of where it was saved
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.generator.set_state(state["generator"].cpu())
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
-    def update(self) -> float:
+    def descend(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Move the weights along the gradient of one batch.
+
+        Args:
+            inputs: token ids (batch, T), on the model's device.
+            targets: token ids (batch, T), on the model's device.
+
+        Returns:
+            The batch's mean cross-entropy, in nats; a tensor, so that a GPU need not be waited for.
+        """
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def update(self) -> Tensor:
         """Take one optimizer step.
 
         Returns:
             The batch's mean cross-entropy, in nats.
         """
+        rate = self.recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate_at(self.step)
-        inputs, targets = draw_batch(self.data.stream, self.recipe, self.step, self.generator)
-        logits = self.model(input_ids=inputs.to(self.device), use_cache=False).logits
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        batch = draw_batch(self.data.stream, self.recipe, self.step, self.generator)
         self.step += 1
-        return loss.item()
+        return self.take(*batch)
 
     def measure(self, loss: float) -> dict[str, Any]:
         """Measure the model as it is now.
@@ -187,12 +214,14 @@ def train(trainer: Trainer, until: int, every: int = 250) -> None:
         while trainer.step < until:
             start = time.monotonic()
             losses.append(trainer.update())
+            report = trainer.step % every == 0 or trainer.step == until
+            loss = torch.stack(losses).mean().item() if report else math.nan  # waits for a GPU
             trainer.seconds += time.monotonic() - start
             bar.update()
             if trainer.step in keep:
                 save_weights(trainer.folder / "steps" / f"{trainer.step:06d}.safetensors", trainer.model)
-            if trainer.step % every == 0 or trainer.step == until:
-                trainer.log.append(trainer.measure(sum(losses) / len(losses)))
+            if report:
+                trainer.log.append(trainer.measure(loss))
                 losses.clear()
                 tqdm.write(f"{progress_line(trainer.log[-1])}  {trainer.seconds / trainer.step:.2f} s/step")
                 sys.stdout.flush()
