@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sdnb.linearize import Operator
 
 _SPARE = 1  # columns of the block beyond the k wanted, so that values that coincide are all found
+_WIDE = 16  # columns of the block at least on a GPU, where a product costs the same for one and for several
 _FEW = 256  # up to this size the dense decomposition is faster
 _SHARE = 4  # the basis may grow to d / 4 columns before the dense decomposition is cheaper
 _LEAST = 96  # but not to fewer than this
@@ -47,10 +48,10 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
     """Return the k leading singular triplets of a matrix.
 
     Block Krylov: an orthonormal basis Q of span{X, M^T M X, (M^T M)^2 X, ...}, fully reorthogonalised, from a
-    seeded random block X; the triplets are those of M Q, found from its QR decomposition so that nothing is
-    squared. It stops when every residual is below tol (or below what rounding leaves of it, 8 eps s_1 / s_i),
-    and turns to the dense decomposition when the basis has grown past d / 4 columns: then the gap is too
-    small to be worth it.
+    seeded random block X; the triplets are those of M Q. It stops when every residual is below tol (or below
+    what rounding leaves of it, 8 eps s_1 / s_i), and turns to the dense decomposition when the basis has
+    grown past d / 4 columns: then the gap is too small to be worth it. On a GPU a value below 1e-8 s_1
+    counts as 0.
 
     Signs: in every u the entry largest in absolute value (the first of equals) is positive.
 
@@ -76,7 +77,7 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
     if isinstance(M, Tensor):
         M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
     found = _krylov(M, k, seed, tol) if d > _FEW else None
-    U, S, V, method = (*found, "krylov") if found else (*_dense(M), "dense")
+    U, S, V, method = (*found, "krylov") if found else (*_dense(M, min(k + 1, d)), "dense")
     flip = torch.where(U.gather(0, U[:, :k].abs().argmax(0)[None])[0] < 0, -1.0, 1.0).to(S)
     U, V = U[:, :k] * flip, V[:, :k] * flip
     return Triplets(U, S[:k], V, _residual(M, U, S[:k], V), _gap(S, k), method)
@@ -85,6 +86,9 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
 def _krylov(M: Tensor | Operator, k: int, seed: int, tol: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return U, S, V of k + 1 leading triplets, or None if the basis outgrew its budget."""
     d, block = M.shape[0], k + _SPARE
+    more = 1.25  # how far the basis grows between two looks at it, which cost more on a GPU than products
+    if M.device.type != "cpu":
+        block, more = max(block, _WIDE), 2.0
     start = torch.randn(d, block, generator=torch.Generator().manual_seed(seed))
     Q = torch.linalg.qr(start.to(M.device, M.dtype)).Q
     MQ = times(M, Q)
@@ -98,26 +102,36 @@ def _krylov(M: Tensor | Operator, k: int, seed: int, tol: float) -> tuple[Tensor
             limit[k:] = limit[k:].clamp(min=_LOOSE)
             if (_residual(M, U, S, V) <= limit).all():
                 return U, S, V
-            check_at = int(1.25 * Q.shape[1])
+            check_at = int(more * Q.shape[1])
     return None
 
 
 def _ritz(Q: Tensor, MQ: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V of the k leading triplets of M within the span of Q, shapes (d, k), (k,), (d, k)."""
-    left, R = torch.linalg.qr(MQ)
-    if not torch.isfinite(R).all():
-        raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
-    inner, S, VT = torch.linalg.svd(R)
-    return left @ inner[:, :k], S[:k], Q @ VT[:k].T
+    U, S, V = _decomposed(MQ, k)
+    return U, S, Q @ V
 
 
-def _dense(M: Tensor | Operator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S, V of the full decomposition."""
-    full = M if isinstance(M, Tensor) else M.dense()
-    if not torch.isfinite(full).all():
+def _dense(M: Tensor | Operator, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V of the k leading triplets from the full decomposition."""
+    return _decomposed(M if isinstance(M, Tensor) else M.dense(), k)
+
+
+def _decomposed(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V of the k leading triplets of a tall or square matrix, shapes (d, k), (k,), (n, k)."""
+    if not torch.isfinite(M).all():
         raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
-    U, S, VT = torch.linalg.svd(full)
-    return U, S, VT.T
+    if M.device.type == "cpu":
+        left, R = torch.linalg.qr(M)
+        inner, S, VT = torch.linalg.svd(R)
+        return left @ inner[:, :k], S[:k], VT[:k].T
+    # A GPU's float32 decomposition is off by 3e-4 of a value (benchmarks/spectra.py). The eigenvectors of the
+    # Gram matrix in float64 are exact for float32 weights, and faster.
+    wide = M.double()
+    V = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :k]
+    U, R = torch.linalg.qr(wide @ V)  # the columns are orthogonal: R is diagonal
+    sizes = R.diagonal()
+    return (U * torch.where(sizes < 0, -1.0, 1.0)).to(M), sizes.abs().to(M), V.to(M)
 
 
 def _residual(M: Tensor | Operator, U: Tensor, S: Tensor, V: Tensor) -> Tensor:

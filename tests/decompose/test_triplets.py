@@ -1,13 +1,17 @@
 """Leading triplets against the full float64 decomposition."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from sdnb.decompose import angle_deg, leading_triplets
 from sdnb.errors import ParameterError
 from sdnb.linearize import Operator
+from tests.pretended import PretendedGPU, put
 
 D = 400
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def matrix(values, seed=0, d=D, dtype=torch.float64):
@@ -51,6 +55,19 @@ def test_the_krylov_triplets_are_those_of_the_full_decomposition(values, dtype):
             assert angle_deg(found.V[:, i], VT[i]) < 60 * 2e-5 / gap
     if values[0] > 1.1:
         assert found.method == "krylov"
+
+
+@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@pytest.mark.parametrize("values", [[20.0, 2.0], [1.5, 1.49], [1.001], [1.0]], ids=str)
+@pytest.mark.parametrize("d", [40, D])
+def test_a_gpu_is_as_exact(device, values, d):
+    M = matrix(values, d=d, dtype=torch.float32)
+    if device == "cuda":
+        found = leading_triplets(M.cuda(), 2)
+    else:
+        with PretendedGPU():
+            found = leading_triplets(put(M.clone()), 2)
+    check(M, dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), V=found.V.cpu()), 2)
 
 
 def test_float64_reaches_a_smaller_tolerance():
