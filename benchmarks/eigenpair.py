@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdnb.decompose import angle_deg, nearest_eigenpair
 
-SEED, VALUE, ANGLE = 0, -5.0, 20.0
+SEED, VALUE, ANGLE, CALLS = 0, -5.0, 20.0, 3
 
 
 def tilted(x: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
@@ -42,7 +42,9 @@ def inside(values: Tensor, X: Tensor) -> Tensor:
 
 def ours(R: Tensor, direction: Tensor, values: Tensor, X: Tensor, device: str) -> tuple[Watch, str]:
     """What the fast method took, and how far its pair lies from the dense one nearest to the direction."""
-    pair, watch = timed(lambda: nearest_eigenpair(R, direction, method="shifted"), device)
+    # memory that was never touched before is slow: a model's layers pay for it once
+    calls = [timed(lambda: nearest_eigenpair(R, direction, method="shifted"), device) for _ in range(CALLS)]
+    pair, watch = sorted(calls, key=lambda call: call[1].cpu_s)[CALLS // 2]
     if pair is None:
         return watch, "none found"
     nearest = angle_deg(X.real.T, direction).argmin()
@@ -63,9 +65,17 @@ def main() -> None:
     rows: list[Row] = []
     for where, x in (("planted outside the bulk", q), ("inside the bulk", inside(values, X))):
         watch, difference = ours(R, tilted(x, ANGLE, generator), values, X, device)
-        # 30 products; inside the bulk the products and at least one factorisation
-        operations = 60 * d**2 + (2 / 3 * d**3 if rows else 0)
-        rows.append(watch.row(f"ours, {where}", operations=operations, bytes=4 * d**2, difference=difference))
+        # 12 products; inside the bulk the products and at least one factorisation
+        operations = 24 * d**2 + (2 / 3 * d**3 if rows else 0)
+        rows.append(
+            watch.row(
+                f"ours, {where}",
+                operations=operations,
+                bytes=4 * d**2,
+                difference=difference,
+                note=f"median of {CALLS} calls",
+            )
+        )
     rows.append(dense.row("dense: all eigenvectors", operations=25 * d**3, bytes=4 * d**2))
     store("eigenpair", options, rates, rows, d=d, seed=SEED)
 
