@@ -38,8 +38,8 @@ ABOUT = {
         "layer, the two leading triplets of L and F. Against it the paper's least squares and three full "
         "decompositions a layer. The aims for the Llama-2-7B shape on one H200 are 5 s and 500 times. The "
         "second supposed that a full decomposition takes minutes; cuSOLVER's takes one second there, and its "
-        "values are off by 2e-4 (table above). 500 times would leave 15 ms a layer, and the float32 products "
-        "that read A off the attention module alone take 12.",
+        "values are off by 2e-4 (table above). 500 times would leave 15 ms a layer, and the float32 "
+        "products that read A off the attention module take 20 at the rate measured.",
     ),
     "offload": (
         "A model larger than the memory",

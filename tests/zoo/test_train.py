@@ -236,7 +236,7 @@ def test_bad_recipes_are_refused(tmp_path: Path, small_recipe: Recipe, change: d
 
 
 def test_committed_recipes_are_valid():
-    recipes = sorted((ROOT / "zoo" / "recipes").glob("*.yaml"))
+    recipes = sorted((ROOT / "zoo" / "recipes").rglob("*.yaml"))
     assert recipes
     for path in recipes:
         assert read_recipe(path).name == path.stem
