@@ -112,6 +112,18 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, finished: train.Trainer, d
     assert second.log == finished.log
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_recorded_step_trains_as_a_plain_one(tmp_path: Path, small_recipe: Recipe, data: run.Data):
+    recorded, plain = (
+        train.Trainer(small_recipe, tmp_path / name, data, "cuda") for name in ("recorded", "plain")
+    )
+    plain.take = lambda inputs, targets: plain.descend(inputs.cuda(), targets.cuda())
+    losses = [[float(trainer.update()) for _ in range(8)] for trainer in (recorded, plain)]
+    assert recorded.take.recorded
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_resuming_without_the_generator_would_be_noticed(
     tmp_path: Path, finished: train.Trainer, data: run.Data
 ):
