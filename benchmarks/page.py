@@ -37,9 +37,9 @@ ABOUT = {
         "What notebook 04 does with the weights, for all layers: watching and checking a layer, the linear "
         "layer, the two leading triplets of L and F. Against it the paper's least squares and three full "
         "decompositions a layer. The aims for the Llama-2-7B shape on one H200 are 5 s and 500 times. The "
-        "second supposed that a full decomposition takes minutes; cuSOLVER's takes one second there, and its "
-        "values are off by 2e-4 (table above). 500 times would leave 15 ms a layer, and the float32 "
-        "products that read A off the attention module take 20 at the rate measured.",
+        "second supposed that a full decomposition takes minutes; cuSOLVER's takes about a second (above), "
+        "with values that are off. 500 times would be less than ours takes at the limit (below): the float32 "
+        "products that read A off the attention module.",
     ),
     "offload": (
         "A model larger than the memory",

@@ -8,7 +8,6 @@ out of git.
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -215,7 +214,8 @@ def train(trainer: Trainer, until: int, every: int = 250) -> None:
             start = time.monotonic()
             losses.append(trainer.update())
             report = trainer.step % every == 0 or trainer.step == until
-            loss = torch.stack(losses).mean().item() if report else math.nan  # waits for a GPU
+            if report:
+                loss = torch.stack(losses).mean().item()  # waits for a GPU
             trainer.seconds += time.monotonic() - start
             bar.update()
             if trainer.step in keep:

@@ -15,9 +15,7 @@ _DENSE = 1024  # up to this size all eigenvectors are computed
 _SMALL = 100  # up to this size always: the fast method's basis would fill the space
 _WITHIN = 45.0  # degrees from the direction within which the fast method answers
 _HOPELESS = 60.0  # degrees: a candidate that has drifted this far does not come back
-_INVARIANT = (
-    0.8  # R moves a random direction out of its line by |R|_F / sqrt(d), one near an eigenvector by less
-)
+_INVARIANT = 0.8  # of |R|_F / sqrt(d), by which R moves a random direction; one near an eigenvector less
 _KRYLOV = 12  # products with R before the first factorisation
 _ROUNDS = 5  # shifts, with one factorisation each
 _STEPS = 6  # solves between two looks at the search space
@@ -262,14 +260,16 @@ def _inverse(R: Tensor, shift: Tensor, scale: float) -> Callable[..., Tensor]:
     dtype = R.dtype if shift.imag == 0 else torch.promote_types(R.dtype, torch.complex64)
     shift = (shift.real if shift.imag == 0 else shift).to(R.device, dtype)
     # A hair off the Ritz value, which may be an eigenvalue to the last digit; more, where that is too little.
-    hair, singular = 4 * torch.finfo(R.dtype).eps * scale, True
-    while singular:
-        shift, hair = shift + hair, 16 * hair
+    hair = 4 * torch.finfo(R.dtype).eps * scale
+    for power in range(5):
+        shift = shift + 16**power * hair
         shifted = R.T.to(dtype, copy=True)  # transposed: LAPACK reads columns, and R lies in rows
         shifted.diagonal().sub_(shift.conj())
         pivots = torch.empty(0, dtype=torch.int32, device=R.device)
         places = shifted, pivots, torch.empty_like(pivots)  # the factors lie where the matrix lay
         *factors, singular = torch.linalg.lu_factor_ex(shifted, out=places)
+        if not singular:
+            break
 
     def solve(B: Tensor, *, refined: bool = False) -> Tensor:
         B = B.to(dtype)

@@ -45,8 +45,7 @@ RUNS = {
     "16": lambda loaded, _: observations.removing_singular_values(loaded, **COMMON, parts=2),
 }
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-# An item's order among equals, a p-value far out, the seconds it took.
-APART = {"top_token_ids", "top_tokens", "top_norms"}
+APART = {"top_token_ids", "top_tokens"}  # items of nearly the same norm may change places
 
 
 @pytest.fixture(scope="module")
