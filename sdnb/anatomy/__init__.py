@@ -5,8 +5,9 @@ from sdnb.anatomy.contributions import branch_contributions
 from sdnb.anatomy.ffn import FFNFormula
 from sdnb.anatomy.matrices import WeightMatrix, layer_matrices, model_matrices, replaced_matrices
 from sdnb.anatomy.norms import Norm
+from sdnb.anatomy.reading import layer_view
 from sdnb.anatomy.trace import decoder_layers
-from sdnb.anatomy.view import LayerView, layer_view
+from sdnb.anatomy.view import LayerView
 
 __all__ = [
     "AttentionMatrix",

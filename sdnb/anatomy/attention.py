@@ -1,6 +1,6 @@
 """Attention, found by what it does: it moves the last token's output when an earlier token is changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from sdnb.anatomy.calls import Seen, outermost
 from sdnb.anatomy.norms import Norm, measure_norm
-from sdnb.anatomy.probe import ROWS_AT_ONCE, Behind, LayerProbe
+from sdnb.anatomy.parts import Branch, module_output
+from sdnb.anatomy.probe import ROWS_AT_ONCE, LayerProbe
+from sdnb.anatomy.rows import random_rows
+from sdnb.anatomy.value_path import ValuePath, value_path_matrix
 from sdnb.errors import LayerRefused
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
@@ -75,7 +78,7 @@ def trial_rows(d: int, device: torch.device, seed: int = 0) -> Tensor:
     Returns:
         Shape (24, d).
     """
-    rows = torch.randn(8, d, generator=torch.Generator().manual_seed(seed)).to(device)
+    rows = random_rows(d, device, seed)
     return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])
 
 
@@ -150,7 +153,7 @@ def norms_inside(probe: LayerProbe, attention: Seen) -> tuple[Norm, ...]:
     """
     seen = [s for s in probe.watch(probe.states()[:, None]) if s.inside(attention)]
     small = [s for s in seen if all(p.ndim < 2 for p in s.module.parameters())]
-    norms = (measure_norm(s) for s in small if s.given.shape == s.returned.shape)
+    norms = (measure_norm(s.name, s.module, s.given) for s in small if s.given.shape == s.returned.shape)
     rows = trial_rows(probe.hidden_size, probe.device)
     plain = probe.feed([attention.module], attention.module, rows)
     found = []
@@ -210,45 +213,39 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
 
 @torch.no_grad()
 def read_attention(
-    probe: LayerProbe,
-    entries: Sequence[nn.Module | Behind],
-    exit: nn.Module,
-    inner_norms: tuple[Norm, ...] = (),
+    probe: LayerProbe, branch: Branch, inner_norms: tuple[Norm, ...] = (), path: ValuePath | None = None
 ) -> AttentionMatrix:
-    """Reads attention's matrix off the real module: its answers to the basis, less its answer to zero.
+    """Reads attention's matrix: off the weights on the way of the values, or off the real module.
+
+    The module's answers to the basis, less its answer to zero, cost a pass of d rows.
 
     Args:
         probe: the layer.
-        entries: the attention module of its copy.
-        exit: the module whose output is attention's: the same one, or a linear map behind it.
+        branch: attention's.
         inner_norms: norms inside that are taken by their gains.
+        path: the way of the values, if it is known.
 
     Returns:
         The matrix and the bias.
     """
-    eye = torch.eye(probe.hidden_size, device=probe.device)
+    zero = torch.zeros(1, probe.hidden_size, device=probe.device)
     with probe.altered(linearised(inner_norms)):
-        bias = probe.feed(entries, exit, torch.zeros_like(eye[:1]))[0]
-        matrix = (probe.feed(entries, exit, eye) - bias).T.contiguous()
-    return AttentionMatrix(matrix, bias, inner_norms)
+        bias = module_output(probe, branch, zero)[0]
+        if path is not None:
+            return AttentionMatrix(value_path_matrix(probe, path), bias, inner_norms)
+        answers = module_output(probe, branch, torch.eye(probe.hidden_size, device=probe.device))
+    return AttentionMatrix((answers - bias).T.contiguous(), bias, inner_norms)
 
 
 @torch.no_grad()
-def fit_attention(
-    probe: LayerProbe,
-    entries: Sequence[nn.Module | Behind],
-    exit: nn.Module,
-    rows: int = FIT_ROWS,
-    seed: int = 6,
-) -> AttentionMatrix:
+def fit_attention(probe: LayerProbe, branch: Branch, rows: int = FIT_ROWS, seed: int = 6) -> AttentionMatrix:
     """Fits the matrix of an attention that is none (gates, sinks, clips): least squares on Gaussian rows.
 
     min E |attention(u) - matrix u - bias|^2 over u ~ N(0, I), which is how the paper fits an FFN.
 
     Args:
         probe: the layer.
-        entries: the attention module of its copy.
-        exit: the module whose output is attention's.
+        branch: attention's.
         rows: for each column of the matrix.
         seed: of the rows.
 
@@ -260,7 +257,7 @@ def fit_attention(
     moments, products, square, count = 0.0, 0.0, 0.0, rows * d
     for start in range(0, count, ROWS_AT_ONCE):
         u = torch.randn(min(ROWS_AT_ONCE, count - start), d, generator=generator).to(probe.device)
-        real = probe.feed(entries, exit, u).double()
+        real = module_output(probe, branch, u).double()
         given = torch.cat([u, torch.ones_like(u[:, :1])], dim=1).double()
         moments, products = moments + given.T @ given, products + given.T @ real
         square += real.square().sum()

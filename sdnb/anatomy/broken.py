@@ -86,7 +86,7 @@ def permuted_heads(view: LayerView, heads: int) -> AttentionMatrix | None:
     wrongs = (torch.cat([parts[-1], *parts[1:-1], parts[0]], dim=1), right.roll(1, dims=1))
     for wrong in wrongs:
         projection.weight.copy_(wrong.T if transposed else wrong)
-        affine = read_attention(view.probe, branch.entries, branch.exit, view.wiring.inner_norms)
+        affine = read_attention(view.probe, branch, view.wiring.inner_norms)
         projection.weight.copy_(kept)
         if not torch.allclose(affine.matrix, view.attention_matrix, rtol=1e-3, atol=1e-5):
             return affine

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
-from sdnb.anatomy.ffn import FFNFormula, ffn_error
-from sdnb.anatomy.parts import Branch, Wiring, additions, module_output
+from sdnb.anatomy.ffn import FFNFormula, ffn_trials, formula_error
+from sdnb.anatomy.parts import Branch, Wiring, additions, module_output, module_outputs
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import relative
+from sdnb.anatomy.rows import zero_and_basis_rows
 from sdnb.errors import LayerRefused
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
@@ -50,91 +51,75 @@ def normed(branch: Branch, x: Tensor) -> Tensor:
     return x if branch.norm is None else branch.norm(x)
 
 
-def composed(probe: LayerProbe, branch: Branch, x: Tensor) -> Tensor:
-    """What a branch adds, put together from the measured norms and multiplier around the real module.
+def added(branch: Branch, answers: Tensor) -> Tensor:
+    """What a branch adds, by its measured post-norm and multiplier, given what its real module answered.
 
     Args:
-        probe: the layer.
         branch: the branch.
-        x: hidden states, shape (n, d).
+        answers: the module's, shape (n, d).
 
     Returns:
-        multiplier * post_norm(module(norm(x))), shape (n, d).
+        multiplier * post_norm(answers), shape (n, d).
     """
-    out = module_output(probe, branch, normed(branch, x))
-    return branch.multiplier * (out if branch.post_norm is None else branch.post_norm(out))
+    return branch.multiplier * (answers if branch.post_norm is None else branch.post_norm(answers))
 
 
-def reading_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
-    """How far attention's matrix and bias are from the real module where they were read.
-
-    Where they were fitted, new rows must leave no more than the fit left.
+def reading_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
+    """How far attention's matrix and bias are from the real module where even a gate or a sink agrees.
 
     Args:
-        probe: the layer.
-        wiring: its wiring.
         affine: the matrix and the bias.
+        rows: from `zero_and_basis_rows`, shape (9, d).
+        real: the module's answers, with its inner norms taken by their gains, shape (9, d).
 
     Returns:
-        The larger of the two errors, relative to the module's answers; 0 for a fit that holds.
+        The larger of the errors at zero and on the basis, relative to the module's answers.
     """
-    d = probe.hidden_size
-    if affine.residual is not None:
-        rows = torch.randn(8 * d, d, generator=torch.Generator().manual_seed(7)).to(probe.device)
-        real = module_output(probe, wiring.attention, rows)
-        left = relative(affine(rows) - real, real)
-        return 0.0 if left < FIT_HOLDS * affine.residual else left
-    some = torch.randperm(d, generator=torch.Generator().manual_seed(5))[:8].to(probe.device)
-    rows = torch.cat([torch.zeros(1, d, device=probe.device), torch.eye(d, device=probe.device)[some]])
-    with probe.altered(linearised(affine.inner_norms)):
-        real = module_output(probe, wiring.attention, rows)
     error = affine(rows) - real
     return max(relative(error[:1], real), relative(error[1:], real))
 
 
-def affine_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, rows: Tensor) -> float:
+def fit_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
+    """Whether rows that a fit has not seen leave no more than it left.
+
+    Args:
+        probe: the layer.
+        wiring: its wiring.
+        affine: the fitted matrix and bias.
+
+    Returns:
+        0 for a fit that holds, else what is left, relative to the module's answers.
+    """
+    d = probe.hidden_size
+    rows = torch.randn(8 * d, d, generator=torch.Generator().manual_seed(7)).to(probe.device)
+    real = module_output(probe, wiring.attention, rows)
+    left = relative(affine(rows) - real, real)
+    return 0.0 if left < FIT_HOLDS * affine.residual else left
+
+
+def affine_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
     """How far attention's matrix and bias are from the real module on rows of any length.
 
     The divisors of norms inside the value path, which the matrix leaves out, are put back row by row.
 
     Args:
-        probe: the layer.
-        wiring: its wiring.
         affine: the matrix and the bias.
         rows: normed rows, shape (n, d).
+        real: the real module's answers, shape (n, d).
 
     Returns:
         The relative error.
     """
-    real = module_output(probe, wiring.attention, rows)
     ours = (affine(rows) - affine.bias) / affine.inner_scale(rows, real) + affine.bias
     return relative(ours - real, real - affine.bias)  # a large bias must not hide a wrong matrix
-
-
-def layer_error(probe: LayerProbe, wiring: Wiring) -> float:
-    """How far the composed branches, each alone and both added up, are from the real layer.
-
-    Args:
-        probe: the layer.
-        wiring: its wiring.
-
-    Returns:
-        The largest of the three relative errors.
-    """
-    x = probe.states()
-    real_a, real_f, real_y = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
-    a, f = composed(probe, wiring.attention, x), composed(probe, wiring.ffn, real_y)
-    y = x if wiring.parallel else wiring.attention.beside(x, real=False) + a
-    out, real = wiring.summed(x, a, y, composed(probe, wiring.ffn, y), real=False), probe.rows(x)
-    zero = torch.zeros_like(x)
-    stream = wiring.summed(x, zero, wiring.attention.beside(x, real=False), zero, real=False)
-    pairs = [(a, real_a), (out - stream, real - stream)] + [(f, real_f)] * bool(wiring.ffn.entries)
-    return max(relative(ours - real, real) for ours, real in pairs)
 
 
 @torch.no_grad()
 def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFNFormula | None) -> Errors:
     """Measures what was read off a layer against the real layer.
+
+    The layer's error is the largest of three: attention's addition and the FFN's, each composed from the
+    measured norms and multipliers around the real module, and the sum of all, composed throughout.
 
     Args:
         probe: the layer.
@@ -145,14 +130,35 @@ def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFN
     Returns:
         The errors.
     """
-    fed, rows = normed(wiring.attention, probe.states()), normed(wiring.ffn, probe.states())
-    others = [fed + fed.roll(1, 0), *trial_rows(probe.hidden_size, probe.device).chunk(3)]
+    first, second, x = wiring.attention, wiring.ffn, probe.states()
+    real_a, real_f, real_y, real = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
+    fed = normed(first, x)
+    basis = zero_and_basis_rows(probe.hidden_size, probe.device)
+    groups = [fed, fed + fed.roll(1, 0), *trial_rows(probe.hidden_size, probe.device).chunk(3)]
+    on_basis, *answers = module_outputs(probe, first, [basis, *groups])
+    attention = [affine_error(affine, *pair) for pair in zip(groups, answers, strict=True)]
+    if affine.inner_norms:
+        with probe.altered(linearised(affine.inner_norms)):
+            on_basis = module_output(probe, first, basis)
+    fitted = affine.residual is not None
+    reading = fit_error(probe, wiring, affine) if fitted else reading_error(affine, basis, on_basis)
+
+    a = added(first, answers[0])
+    y = x if wiring.parallel else first.beside(x, real=False) + a
+    trials = ffn_trials(normed(second, x))
+    groups = [normed(second, real_y), normed(second, y), trials]
+    on_stream, on_sum, tried = module_outputs(probe, second, groups, wiring.stand_in)
+    out = wiring.summed(x, a, y, added(second, on_sum), real=False)
+    zero = torch.zeros_like(x)
+    stream = wiring.summed(x, zero, first.beside(x, real=False), zero, real=False)
+    pairs = [(a, real_a), (out - stream, real - stream)]
+    pairs += [(added(second, on_stream), real_f)] * bool(second.entries)
     return Errors(
-        reading_error(probe, wiring, affine),
-        affine_error(probe, wiring, affine, fed),
-        max(affine_error(probe, wiring, affine, group) for group in others),
-        None if ffn is None else ffn_error(probe, wiring, ffn, rows),
-        layer_error(probe, wiring),
+        reading,
+        attention[0],
+        max(attention[1:]),
+        None if ffn is None else formula_error(ffn, trials, tried) if second.entries else 0.0,
+        max(relative(ours - theirs, theirs) for ours, theirs in pairs),
     )
 
 

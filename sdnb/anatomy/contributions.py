@@ -31,7 +31,7 @@ def branch_contributions(
     wiring = find_wiring(probe)
     x = states.to(probe.device, torch.float32)
     total = probe.output(x, ids) - x
-    attention, ffn, _ = additions(probe, wiring, x, ids)
+    attention, ffn, *_ = additions(probe, wiring, x, ids)
     if wiring.plain:
         return attention, total - attention, torch.zeros_like(total)
     return attention, ffn, total - attention - ffn

@@ -4,9 +4,10 @@ from collections import Counter
 
 from sdnb.anatomy.broken import broken_views, caught
 from sdnb.anatomy.overrides import NO_SPECIAL_CASE, OUT_OF_SCOPE
+from sdnb.anatomy.reading import layer_view
 from sdnb.anatomy.small_configs import FORMS, HEADS, small_model
 from sdnb.anatomy.trace import decoder_layers
-from sdnb.anatomy.view import LayerView, layer_view
+from sdnb.anatomy.view import LayerView
 from sdnb.errors import ModelError, SdnbError
 
 WORST_FIRST = ("sampled", "approximate", "exact")

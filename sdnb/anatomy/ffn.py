@@ -14,6 +14,7 @@ from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
 from sdnb.anatomy.parts import Wiring, module_output
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import relative
+from sdnb.anatomy.rows import random_rows
 from sdnb.anatomy.weights import is_linear, linear_weight
 
 RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
@@ -75,6 +76,23 @@ class FFNFormula:
             down inner(x) + down_bias, shape (n, d).
         """
         return nn.functional.linear(self.inner(x), self.down, self.down_bias)
+
+
+@dataclass(frozen=True)
+class FFNParts:
+    """Where a formula's parts are in a layer, by name.
+
+    Args:
+        inner: the linear maps that read the network's input; none where there is no network.
+        arrangement: which of their `pairings` makes the inner units.
+        down: the linear map behind the units.
+        activation: phi, or the name of the submodule that is.
+    """
+
+    inner: tuple[str, ...]
+    arrangement: int
+    down: str
+    activation: Activation | str
 
 
 def activations(probe: LayerProbe, wiring: Wiring, seen: list[Seen]) -> Iterator[Activation]:
@@ -183,7 +201,7 @@ def tried(activation: Activation, g: Tensor, u: Tensor | float, target: Tensor) 
 
 
 @torch.no_grad()
-def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
+def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNParts | None:
     """Finds the formula of the feed-forward network, by trying what its linear maps and activations can make.
 
     Args:
@@ -191,11 +209,10 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
         wiring: its wiring.
 
     Returns:
-        The formula; None if no candidate reproduces the real module.
+        Where the formula's parts are; None if no candidate reproduces the real module.
     """
-    if not wiring.ffn.entries:  # a layer that is attention only: one dead unit
-        none = torch.zeros(1, probe.hidden_size, device=probe.device)
-        return FFNFormula(none, None, None, None, nn.functional.relu, none.T, None)
+    if not wiring.ffn.entries:
+        return FFNParts((), 0, "", nn.functional.relu)
     seen = probe.watch(probe.states(seed=3)[:, None])
     parts = linear_parts(wiring, seen)
     if parts is None:
@@ -203,37 +220,67 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNFormula | None:
     inner, down = parts
     target = down.given.reshape(-1, down.given.shape[-1])
     rows = next(s.given for s in seen if s.module is inner[0]).reshape(len(target), -1)
-    found: list[tuple[float, FFNFormula]] = []
-    for (w, b), gate in pairings(inner, target.shape[-1]):
+    found: list[tuple[float, FFNParts]] = []
+    for arrangement, ((w, b), gate) in enumerate(pairings(inner, target.shape[-1])):
         v, c = gate or (None, None)
         g = nn.functional.linear(rows, w, b)
         u = 1.0 if v is None else nn.functional.linear(rows, v, c)
         tests = [(tried(phi, g, u, target), phi) for phi in activations(probe, wiring, seen)]
         error, phi = min(tests, key=lambda test: test[0])
-        found.append(
-            (error, FFNFormula(w, b, v, c, double_safe(phi), linear_weight(down.module), down.module.bias))
-        )
+        names = tuple(probe.names[module] for module in inner)
+        found.append((error, FFNParts(names, arrangement, down.name, probe.names.get(phi, phi))))
     error, best = min(found, key=lambda item: item[0], default=(math.inf, None))
-    recognised = error < RECOGNISED and ffn_error(probe, wiring, best, rows) < RECOGNISED
-    return best if recognised else None
+    if not error < RECOGNISED:
+        return None
+    trials = ffn_trials(rows)
+    real = module_output(probe, wiring.ffn, trials, wiring.stand_in)
+    return best if formula_error(ffn_formula(probe, best), trials, real) < RECOGNISED else None
 
 
-def ffn_error(probe: LayerProbe, wiring: Wiring, formula: FFNFormula, rows: Tensor) -> float:
-    """How far the formula is from the real module, on random rows, on the rows given and on multiples.
+def ffn_formula(probe: LayerProbe, parts: FFNParts) -> FFNFormula:
+    """The formula that a layer's linear maps and activation make.
 
     Args:
         probe: the layer.
-        wiring: its wiring.
-        formula: the FFN's formula.
+        parts: where they are, found in this layer or in another one of the same build.
+
+    Returns:
+        The formula; without inner maps that of a layer that is attention only, one dead unit.
+    """
+    if not parts.inner:
+        none = torch.zeros(1, probe.hidden_size, device=probe.device)
+        return FFNFormula(none, None, None, None, nn.functional.relu, none.T, None)
+    inner = [probe.layer.get_submodule(name) for name in parts.inner]
+    down = probe.layer.get_submodule(parts.down)
+    weight, phi = linear_weight(down), parts.activation
+    (w, b), gate = list(pairings(inner, weight.shape[1]))[parts.arrangement]
+    v, c = gate or (None, None)
+    activation = double_safe(probe.layer.get_submodule(phi) if isinstance(phi, str) else phi)
+    return FFNFormula(w, b, v, c, activation, weight, down.bias)
+
+
+def ffn_trials(rows: Tensor) -> Tensor:
+    """Rows to try a formula on: random ones, those given, and their multiples.
+
+    Args:
         rows: normed rows, shape (n, d).
 
     Returns:
-        The largest relative error.
+        Shape (3 n, d).
     """
-    if not wiring.ffn.entries:
-        return 0.0
-    random = torch.randn(rows.shape, generator=torch.Generator().manual_seed(4)).to(rows.device)
-    u = torch.cat([random, rows, 8 * rows])
-    real = module_output(probe, wiring.ffn, u, wiring.stand_in)
-    errors = (formula(u) - real).chunk(3)
+    return torch.cat([random_rows(rows.shape[1], rows.device, 4, len(rows)), rows, 8 * rows])
+
+
+def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> float:
+    """How far a formula is from the real module on each kind of rows.
+
+    Args:
+        formula: the FFN's formula.
+        trials: from `ffn_trials`, shape (3 n, d).
+        real: the module's answers, shape (3 n, d).
+
+    Returns:
+        The largest of the three relative errors.
+    """
+    errors = (formula(trials) - real).chunk(3)
     return max(relative(error, part) for error, part in zip(errors, real.chunk(3), strict=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
+from sdnb.anatomy.rows import random_rows
 
 LARGE = 1e3  # entries at which an epsilon does not matter
 SMALL = 1e-3  # entries at which it does
@@ -81,43 +82,46 @@ class Norm:
 
 
 @torch.no_grad()
-def measure_norm(seen: Seen) -> Norm | None:
+def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     """Measures a norm by feeding it rows, and checks the formula on others.
 
     Args:
-        seen: a call of the module in question.
+        name: the module's name in the layer.
+        module: the module in question.
+        like: a tensor of the device and of the last dimension d that it reads.
 
     Returns:
         The norm; None if the module does not follow the formula, or does not take rows at all.
     """
     try:
-        return _measured(seen)
+        return _measured(name, module, like)
     except RUN_ERRORS:
         return None
 
 
-def _measured(seen: Seen) -> Norm | None:
-    """The measurement itself; modules that are no norms may raise anything when they are fed rows."""
-    module, d = seen.module, seen.given.shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, d, generator=generator).to(seen.given.device)
-    if seen.returned.shape[-1] != d:
-        return None
-    bias = (module(LARGE * x) + module(-LARGE * x)).mean(0) / 2
-    shifted = (module(LARGE * (x + 1)) - module(LARGE * x)).norm() / (module(LARGE * x) - bias).norm()
-    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, module, seen.name)
+def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
+    """The measurement itself, in one call; modules that are no norms may raise anything when fed rows."""
+    d = like.shape[-1]
+    x = random_rows(d, like.device, 0)
     signs = torch.where(torch.arange(d, device=x.device) % 2 == 0, 1.0, -1.0)[None]
-    gain = ((module(LARGE * signs) - bias) / rough(LARGE * signs))[0]
+    trials = torch.cat([x, 0.1 * x, 30 * x + 3])
+    parts = (LARGE * x, -LARGE * x, LARGE * (x + 1), LARGE * signs, SMALL * signs, trials)
+    answers = module(torch.cat(parts))
+    if answers.shape[1:] != (d,):
+        return None
+    up, down, moved, large, small, real = answers.split([len(part) for part in parts])
+    bias = (up + down).mean(0) / 2
+    shifted = (moved - up).norm() / (up - bias).norm()
+    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, module, name)
+    gain = ((large - bias) / rough(LARGE * signs))[0]
     # at entries of size t the answer shrinks by t / sqrt(t^2 + epsilon)
-    shrunk = ((module(SMALL * signs) - bias).norm() / (gain * rough(SMALL * signs)).norm()).double()
+    shrunk = ((small - bias).norm() / (gain * rough(SMALL * signs)).norm()).double()
     size = rough.scale(SMALL * signs).double().square()
     epsilon = (size * (shrunk**-2 - 1)).clamp(min=0).item()
-    norm = Norm(gain, bias, rough.centred, epsilon, module, seen.name)
-    for rows in (x, 0.1 * x, 30 * x + 3):
-        real = module(rows)
-        if not (norm(rows) - real).norm() <= TOLERANCE * real.norm():
-            return None
-    return norm
+    norm = Norm(gain, bias, rough.centred, epsilon, module, name)
+    errors = [(got - want).norm() / want.norm() for got, want in
+              zip(norm(trials).chunk(3), real.chunk(3), strict=True)]  # fmt: skip
+    return norm if (torch.stack(errors) <= TOLERANCE).all() else None
 
 
 def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
@@ -130,7 +134,9 @@ def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
     Returns:
         Each such call with its norm, in the order given.
     """
-    measured = [(s, measure_norm(s)) for s in calls if s.given.shape == s.returned.shape]
+    measured = [
+        (s, measure_norm(s.name, s.module, s.given)) for s in calls if s.given.shape == s.returned.shape
+    ]
     return [(s, norm) for s, norm in measured if norm is not None and len(norm.gain) == d]
 
 

@@ -1,5 +1,6 @@
 """The parts of a layer: two branches, the stream that they are added to, and how all of it is run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +122,24 @@ def module_output(probe: LayerProbe, branch: Branch, rows: Tensor, stand_in: See
     return probe.feed(branch.entries, branch.exit, rows, stand_in)
 
 
+def module_outputs(
+    probe: LayerProbe, branch: Branch, groups: Sequence[Tensor], stand_in: Seen | None = None
+) -> list[Tensor]:
+    """What a branch's real module does to several groups of normed rows, in one run.
+
+    Args:
+        probe: the layer.
+        branch: the branch.
+        groups: normed rows, shapes (n_i, d).
+        stand_in: an expensive module to be left out of the run.
+
+    Returns:
+        The module's outputs before post-norm and multiplier, shapes (n_i, d).
+    """
+    together = module_output(probe, branch, torch.cat(list(groups)), stand_in)
+    return list(together.split([len(rows) for rows in groups]))
+
+
 def branch_output(probe: LayerProbe, branch: Branch, x: Tensor, stand_in: Seen | None = None) -> Tensor:
     """What a branch adds to hidden states, on the real modules.
 
@@ -141,7 +160,7 @@ def branch_output(probe: LayerProbe, branch: Branch, x: Tensor, stand_in: Seen |
 @torch.no_grad()
 def additions(
     probe: LayerProbe, wiring: Wiring, x: Tensor, ids: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What each branch adds to the residual stream in a real pass, where it is added.
 
     Args:
@@ -151,11 +170,12 @@ def additions(
         ids: token ids, shape (n, T), where the layer's arguments depend on them.
 
     Returns:
-        What attention adds, what the FFN adds, and the stream that the FFN reads, each of shape (n, T, d).
+        What attention adds, what the FFN adds, the stream that the FFN reads, and the layer's output, each of
+        shape (n, T, d).
     """
     places = Places(wiring.middle, wiring.closing, wiring.parallel)
-    middle, end = streams(probe, x, places, (), ids)
+    middle, end, out = streams(probe, x, places, (), ids)
     if wiring.parallel:
-        _, quiet = streams(probe, x, places, (wiring.ffn.silenced,), ids)
-        return quiet - wiring.ffn.beside(x), end - quiet, x
-    return middle - wiring.attention.beside(x), end - wiring.ffn.beside(middle), middle
+        _, quiet, _ = streams(probe, x, places, (wiring.ffn.silenced,), ids)
+        return quiet - wiring.ffn.beside(x), end - quiet, x, out
+    return middle - wiring.attention.beside(x), end - wiring.ffn.beside(middle), middle, out

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.anatomy.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, replaced_forward, rewrap, unwrap
+from sdnb.anatomy.rows import FEW, random_rows
 from sdnb.anatomy.trace import Decoder, SeenEnough, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerRefused, ParameterError
 
+FILLED = 64  # rows to which smaller batches are filled up, by repeating the last one
 ROWS_AT_ONCE = 1024  # one-token sequences in a batch where a whole basis is fed
 CALLS_KEPT = 8  # recorded arguments, by shape
 
@@ -119,7 +121,7 @@ class LayerProbe:
         Returns:
             Shape (8, d).
         """
-        rows = torch.randn(8, self.hidden_size, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        rows = random_rows(self.hidden_size, self.device, seed)
         if self._size is None:
             with torch.no_grad():
                 ratio = (self.rows(rows) - rows).norm() / rows.norm()
@@ -244,7 +246,10 @@ class LayerProbe:
         """
         if len(rows) > ROWS_AT_ONCE:
             return torch.cat([self.feed(entries, exit, part, stand_in) for part in rows.split(ROWS_AT_ONCE)])
-        got: list[Tensor] = []
+        count, got = len(rows), []
+        if count < FILLED:  # few sizes, so that few calls have to be recorded
+            more = (FEW if count <= FEW else FILLED) - count
+            rows = torch.cat([rows, rows[-1:].expand(more, -1)])
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             call = Call.of(args, kwargs)
@@ -268,7 +273,7 @@ class LayerProbe:
             try:
                 self.output(torch.zeros_like(rows)[:, None])
             except SeenEnough:
-                return got[0]
+                return got[0][:count]
         raise LayerRefused(self.number, self.names[exit], "is not reached in a pass of the layer")
 
 

@@ -51,8 +51,8 @@ class Places:
 
 def streams(
     probe: LayerProbe, x: Tensor, places: Places, muted: Sequence[nn.Module] = (), ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The stream in the middle and at the end of a layer, before any norm that closes it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stream in the middle and at the end of a layer, before and behind a norm that closes it.
 
     Args:
         probe: the layer.
@@ -62,12 +62,13 @@ def streams(
         ids: token ids, shape (n, T), where the layer's arguments depend on them.
 
     Returns:
-        What the FFN (or its norm) is given, and the sum at the end, each of shape (n, T, d).
+        What the FFN (or its norm) is given, the sum at the end, and the layer's output (the sum itself
+        without a closing norm), each of shape (n, T, d).
     """
     modules = [places.middle] + ([] if places.closing is None else [places.closing.module])
     with probe.muted(*muted):
         out, given = probe.inputs(x, modules, ids)
-    return given[0], out if places.closing is None else given[1]
+    return given[0], out if places.closing is None else given[1], out
 
 
 def coefficients(real: Tensor, base: Tensor) -> float | Tensor:
@@ -149,8 +150,8 @@ def find_passages(
         The two passages; a parallel layer has its own in the second.
     """
     x = x[:, None]
-    middle, end = streams(probe, x, places)
-    quiet_middle, quiet_end = streams(probe, x, places, silenced)
+    middle, end, _ = streams(probe, x, places)
+    quiet_middle, quiet_end, _ = streams(probe, x, places, silenced)
     if places.parallel:
         return Passage(False, 1.0, 0.0), find_passage(None, x, quiet_end, end - quiet_end)
     first = find_passage(norms[0], x, quiet_middle, middle - quiet_middle)

@@ -3,19 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdnb.anatomy.attention import FIRST_LOOK, HOPELESS, AttentionMatrix, fit_attention, read_attention
-from sdnb.anatomy.check import EXACT, Errors, measure, verdict
+from sdnb.anatomy.attention import AttentionMatrix
+from sdnb.anatomy.check import Errors
 from sdnb.anatomy.experts import find_expert
-from sdnb.anatomy.ffn import FFNFormula, recognise_ffn
+from sdnb.anatomy.ffn import FFNFormula
 from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.parts import Wiring, branch_output, module_output
 from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.wiring import find_wiring
-from sdnb.errors import LayerRefused
 
 
 @dataclass(frozen=True)
@@ -245,43 +241,3 @@ class LayerView:
             The layer's output, shape (n, d).
         """
         return self.probe.rows(x)
-
-
-@torch.no_grad()
-def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerView:
-    """Takes one decoder layer apart by watching a float32 copy of it, and checks the parts against the layer.
-
-    Args:
-        model: a causal language model of transformers, on any device, in any dtype, offloaded or not.
-        number: the layer, 1..L.
-        check: raise if the errors are too large; otherwise the status is "refused" and the errors tell why.
-            What is not recognised at all is refused either way.
-
-    Returns:
-        The layer's view.
-
-    Raises:
-        LayerRefused: the layer is not recognised, or does not pass the check.
-    """
-    probe = LayerProbe(find_decoder(model), number)
-    wiring = find_wiring(probe)
-    affine = read_attention(probe, wiring.attention.entries, wiring.attention.exit, wiring.inner_norms)
-    ffn = recognise_ffn(probe, wiring)
-    errors = measure(probe, wiring, affine, ffn)
-    if not max(errors.attention, errors.linearity) < EXACT:
-        places = (probe, wiring.attention.entries, wiring.attention.exit)
-        if fit_attention(*places, rows=FIRST_LOOK).residual < HOPELESS:
-            fitted = fit_attention(*places)
-            better = measure(probe, wiring, fitted, ffn)
-            if better.attention < errors.attention:
-                affine, errors = fitted, better
-    if not affine.matrix.any():
-        reason = "writes the same whatever it reads in a token alone: there is no matrix to read"
-        raise LayerRefused(number, wiring.attention.name, reason)
-    try:
-        status = verdict(probe, wiring, errors)
-    except LayerRefused:
-        if check:
-            raise
-        status = "refused"
-    return LayerView(probe, wiring, affine, ffn, errors, status)

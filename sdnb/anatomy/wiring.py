@@ -32,7 +32,7 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
     """
     if seen is None:
         return None
-    norm = measure_norm(seen)
+    norm = measure_norm(seen.name, seen.module, seen.given)
     if norm is None or len(norm.gain) != probe.hidden_size:
         reason = (
             "stands where a norm of the hidden state is expected and is neither an RMS norm nor a LayerNorm"
@@ -147,7 +147,7 @@ def _norm_inside(calls: list[Seen], seen: Seen, d: int) -> Seen | None:
 def _behind(calls: list[Seen], exit: Seen) -> tuple[Seen, Seen | None]:
     """The end of a branch and the norm behind it; what is no norm (a convolution) is in it."""
     post = after(calls, exit.returned)
-    while post is not None and measure_norm(post) is None:
+    while post is not None and measure_norm(post.name, post.module, post.given) is None:
         exit, post = post, after(calls, post.returned)
     return exit, post
 
@@ -175,7 +175,7 @@ def _alone(
 
 def _with_multipliers(probe: LayerProbe, wiring: Wiring, x: Tensor) -> Wiring:
     """The wiring with the coefficient of each branch fitted to what it really adds."""
-    a, f, y = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
+    a, f, y, _ = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
     fitted = [
         replace(branch, multiplier=coefficients(real, branch_output(probe, branch, given)))
         if branch.entries
