@@ -3,8 +3,8 @@
     python benchmarks/model.py                                    # one layer of a 1B shape, times 16
     python benchmarks/model.py --shape llama-2-7b --device cuda   # all 32 layers, the paper's way on two
 
-Ours is what notebook 04 needs: watch a layer, check it, read A, fit F in closed form, take the two leading
-triplets of L and F without forming what is not needed. The paper's way: 100,000 random inputs, a
+Ours: watch a layer, check it, read A, fit F in closed form, take the two leading triplets of A, F and L. On a
+CPU F and L are not formed. The paper's way: 100,000 random inputs, a
 least-squares problem, and three full decompositions a layer (A, F, L). It is run on `--paper-layers` layers
 with `--samples` inputs; its times are multiplied by layers and, for the least squares, by operations. The
 weights are random, with one direction planted in every F; L has no gap, which is the slow case.
@@ -51,11 +51,12 @@ def build(shape: Shape, layers: int, device: str) -> nn.Module:
 
 def ours(model: nn.Module) -> list[Tensor]:
     """The leading left singular vector of L of every layer."""
-    found = []
+    found, form = [], model.device.type == "cuda"
     for number in range(1, model.config.num_hidden_layers + 1):
-        layer = linear_layer(layer_view(model, number), form=False)
-        leading_triplets(layer.F)
-        found.append(leading_triplets(layer.operator).U[:, 0])
+        layer = linear_layer(layer_view(model, number), form=form)
+        whole = layer.L if form else layer.operator
+        _, _, triplets = (leading_triplets(M) for M in (layer.A, layer.F, whole))
+        found.append(triplets.U[:, 0])
     return found
 
 

@@ -6,8 +6,9 @@ short as soon as it has shown what was asked for, so the logits are never comput
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,22 @@ class SeenEnough(Exception):
     """Raised by a hook or a replaced `forward` to end a pass that has shown what was asked for."""
 
 
+# Where the layers of a model were found, by the stack's name; looked up anew if they are others now.
+_stacks: WeakKeyDictionary[nn.Module, tuple[str, "Decoder"]] = WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model seen as a stack of decoder layers.
 
     Args:
-        model: the model as it was given.
+        model: the model as it was given; None only where decoders are remembered.
         layers: its decoder layers, in order.
         hidden_size: d.
         width: how many items a layer returns; None where it returns a bare tensor.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     layers: list[nn.Module]
     hidden_size: int
     width: int | None
@@ -68,20 +73,21 @@ def run_until(model: nn.Module, ids: Tensor, forwards: dict[nn.Module, Callable]
         model.base_model(input_ids=ids.to(device), use_cache=False)
 
 
-def stacks(model: nn.Module) -> list[nn.ModuleList]:
+def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost module lists of the base model, those with most parameters first.
 
     Args:
         model: the model.
 
     Returns:
-        Candidates for the stack of decoder layers.
+        Name in the base model -> candidate for the stack of decoder layers.
     """
     found = {
         name: m for name, m in model.base_model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
     }
-    outer = [m for name, m in found.items() if not any(name.startswith(other + ".") for other in found)]
-    return sorted(outer, key=lambda stack: -sum(p.numel() for p in stack.parameters()))
+    outer = [name for name in found if not any(name.startswith(other + ".") for other in found)]
+    sizes = {name: sum(p.numel() for p in found[name].parameters()) for name in outer}
+    return {name: found[name] for name in sorted(outer, key=lambda name: -sizes[name])}
 
 
 def first_call(model: nn.Module, layer: nn.Module, ids: Tensor) -> tuple[Call, object] | None:
@@ -141,8 +147,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     reason = named_refusal(model)
     if reason is not None and model.config.get_text_config().model_type not in LAYERS_ONLY:
         raise ModelError(f"{type(model).__name__} is refused: {reason}")
+    if model in _stacks:
+        name, known = _stacks[model]
+        if list(model.base_model.get_submodule(name)) == known.layers:
+            return replace(known, model=model)
     ids = torch.full((1, 3), plain_token(model))
-    for stack in stacks(model):
+    for name, stack in stacks(model).items():
         try:
             seen = first_call(model, stack[0], ids)
         except torch.OutOfMemoryError:
@@ -160,7 +170,9 @@ def find_decoder(model: nn.Module) -> Decoder:
                 f"three tokens, not one hidden state a token into one: that residual stream is not supported"
             )
         width = len(result) if isinstance(result, (tuple, list)) else None
-        return Decoder(model, list(stack), given.shape[-1], width)
+        decoder = Decoder(model, list(stack), given.shape[-1], width)
+        _stacks[model] = name, replace(decoder, model=None)
+        return decoder
     raise ModelError(f"{type(model).__name__} runs no list of modules: its decoder layers are not found")
 
 

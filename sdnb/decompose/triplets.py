@@ -1,24 +1,22 @@
-"""The leading singular triplets of a matrix, by block Krylov iteration on its products."""
+"""The leading singular triplets of a matrix, by iterations on its products."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sdnb.decompose.filtered import MOST_TRIPLETS, filtered_triplets
 from sdnb.decompose.krylov import extend, times
 from sdnb.errors import ParameterError
-
-if TYPE_CHECKING:
-    from sdnb.linearize import Operator
+from sdnb.linearize.operator import Operator, dense
 
 _SPARE = 1  # columns of the block beyond the k wanted, so that values that coincide are all found
-_WIDE = 16  # columns of the block at least on a GPU, where a product costs the same for one and for several
 _FEW = 256  # up to this size the dense decomposition is faster
 _SHARE = 4  # the basis may grow to d / 4 columns before the dense decomposition is cheaper
 _LEAST = 96  # but not to fewer than this
+_GROWTH = 1.25  # of the basis between two looks at it
 _LOOSE = 0.05  # residual of the triplet after the k-th, of which only the value is used, for the gap
 
 
@@ -33,7 +31,8 @@ class Triplets:
         residual: larger of |M v - s u| and |M^T u - s v| over s, shape (k,); 0 where s is 0.
         gap: distance of s to the nearest other singular value over s, shape (k,); a direction without a gap
             means nothing. 0 where s is 0.
-        method: "krylov", or "dense" where the size or a small gap asked for the full decomposition.
+        method: "krylov" (on a GPU "filtered"), or "dense" where the size or a small gap asked for the full
+            decomposition.
     """
 
     U: Tensor
@@ -50,8 +49,8 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
     Block Krylov: an orthonormal basis Q of span{X, M^T M X, (M^T M)^2 X, ...}, fully reorthogonalised, from a
     seeded random block X; the triplets are those of M Q. It stops when every residual is below tol (or below
     what rounding leaves of it, 8 eps s_1 / s_i), and turns to the dense decomposition when the basis has
-    grown past d / 4 columns: then the gap is too small to be worth it. On a GPU a value below 1e-8 s_1
-    counts as 0.
+    grown past d / 4 columns: then the gap is too small to be worth it. On a GPU an operator is formed, and
+    `filtered_triplets` takes the place of the Krylov basis; a value below 1e-8 s_1 counts as 0.
 
     Signs: in every u the entry largest in absolute value (the first of equals) is positive.
 
@@ -76,21 +75,26 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
         )
     if isinstance(M, Tensor):
         M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
-    found = _krylov(M, k, seed, tol) if d > _FEW else None
-    U, S, V, method = (*found, "krylov") if found else (*_dense(M, min(k + 1, d)), "dense")
+    gpu = M.device.type != "cpu"
+    M = dense(M) if gpu else M
+    limits = torch.tensor([tol] * k + [max(tol, _LOOSE)], dtype=M.dtype, device=M.device)
+    found = None
+    if d > _FEW and not gpu:
+        found = _krylov(M, k, seed, limits)
+    elif d > _FEW and k < MOST_TRIPLETS:
+        found = filtered_triplets(M, k + 1, limits, seed)
+    method = "dense" if found is None else "filtered" if gpu else "krylov"
+    U, S, V = _decomposed(dense(M), min(k + 1, d)) if found is None else found
     flip = torch.where(U.gather(0, U[:, :k].abs().argmax(0)[None])[0] < 0, -1.0, 1.0).to(S)
     U, V = U[:, :k] * flip, V[:, :k] * flip
     return Triplets(U, S[:k], V, _residual(M, U, S[:k], V), _gap(S, k), method)
 
 
-def _krylov(M: Tensor | Operator, k: int, seed: int, tol: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _krylov(M: Tensor | Operator, k: int, seed: int, limits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return U, S, V of k + 1 leading triplets, or None if the basis outgrew its budget."""
     d, block = M.shape[0], k + _SPARE
-    more = 1.25  # how far the basis grows between two looks at it, which cost more on a GPU than products
-    if M.device.type != "cpu":
-        block, more = max(block, _WIDE), 2.0
     start = torch.randn(d, block, generator=torch.Generator().manual_seed(seed))
-    Q = torch.linalg.qr(start.to(M.device, M.dtype)).Q
+    Q = torch.linalg.qr(start.to(M.dtype)).Q
     MQ = times(M, Q)
     check_at, budget = 3 * block, max(_LEAST, d // _SHARE)
     while Q.shape[1] + block <= budget:
@@ -98,11 +102,10 @@ def _krylov(M: Tensor | Operator, k: int, seed: int, tol: float) -> tuple[Tensor
         MQ = torch.cat([MQ, times(M, Q[:, -block:])], dim=1)
         if Q.shape[1] >= check_at or Q.shape[1] + block > budget:
             U, S, V = _ritz(Q, MQ, k + 1)
-            limit = (8 * torch.finfo(S.dtype).eps * S[0] / S).clamp(min=tol).nan_to_num()
-            limit[k:] = limit[k:].clamp(min=_LOOSE)
-            if (_residual(M, U, S, V) <= limit).all():
+            rounding = (8 * torch.finfo(S.dtype).eps * S[0] / S).nan_to_num()
+            if (_residual(M, U, S, V) <= torch.maximum(limits, rounding)).all():
                 return U, S, V
-            check_at = int(more * Q.shape[1])
+            check_at = int(_GROWTH * Q.shape[1])
     return None
 
 
@@ -110,11 +113,6 @@ def _ritz(Q: Tensor, MQ: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V of the k leading triplets of M within the span of Q, shapes (d, k), (k,), (d, k)."""
     U, S, V = _decomposed(MQ, k)
     return U, S, Q @ V
-
-
-def _dense(M: Tensor | Operator, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S, V of the k leading triplets from the full decomposition."""
-    return _decomposed(M if isinstance(M, Tensor) else M.dense(), k)
 
 
 def _decomposed(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ gets one Gauss-Legendre rule. Without biases the moments are smooth functions of
 many units are read off a polynomial through those of a few.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -83,22 +84,20 @@ def _interpolated(activation: Callable[[Tensor], Tensor], s: Tensor) -> Tensor |
     Degrees are doubled until a polynomial foretells all values that the next one is made of. A dead unit, too
     few units, or scales too far apart leave no such polynomial.
     """
-    if len(s) < 2 * _DEGREES[0] or s.min() == 0 or s.min() == s.max():
+    degrees = [degree for degree in _DEGREES if 2 * degree <= len(s)]
+    if len(degrees) < 2 or s.min() == 0 or s.min() == s.max():
         return None
     ends = s.aminmax()
     middle, half = (ends.max * ends.min).log() / 2, (ends.max / ends.min).log() / 2
-    before = None
-    for degree in _DEGREES:
-        if 2 * degree > len(s):
-            return None
-        x = _chebyshev_points(degree, s)
-        values = _integrated(activation, torch.exp(middle + half * x), torch.zeros_like(x))
-        if before is not None:
-            # a moment that vanishes by symmetry is rounding noise of the others
-            allowed = _AGREES * values.abs() + 1e-15 * values.abs().sum(0)
-            if ((_polynomial(before, x) - values).abs() <= allowed).all():
-                return _polynomial(values, (s.log() - middle) / half)
-        before = values
+    x = _chebyshev_points(degrees[-1], s)
+    values = _integrated(activation, torch.exp(middle + half * x), torch.zeros_like(x))
+    # a moment that vanishes by symmetry is rounding noise of the others
+    allowed = _AGREES * values.abs() + 1e-15 * values.abs().sum(0)
+    for low, high in itertools.pairwise(degrees):  # the points of a degree are every second one of its double
+        few, more = (slice(None, None, degrees[-1] // degree) for degree in (low, high))
+        foretold = _polynomial(values[:, few], x[more])
+        if ((foretold - values[:, more]).abs() <= allowed[:, more]).all():
+            return _polynomial(values[:, more], (s.log() - middle) / half)
     return None
 
 

@@ -104,3 +104,11 @@ def test_what_is_known_of_a_model_holds_no_weights():
     del model
     gc.collect()
     assert kept() is None
+
+
+def test_layers_that_were_exchanged_are_found_anew():
+    model, other = build("llama"), build("llama", seed=1)
+    first = layer_view(model, 1).attention_matrix
+    model.model.layers[0] = other.model.layers[0]
+    assert decoder_layers(model)[0] is other.model.layers[0]
+    assert not torch.equal(layer_view(model, 1).attention_matrix, first)

@@ -36,6 +36,16 @@ def check(M, found, k, tol=1e-5):
     assert (U.gather(0, U.abs().argmax(0)[None]) > 0).all()
 
 
+def on_device(M, device, k):
+    """Its triplets as found on a GPU, or on one that is pretended."""
+    if device == "cuda":
+        found = leading_triplets(M.cuda(), k)
+    else:
+        with PretendedGPU():
+            found = leading_triplets(put(M.clone()), k)
+    return dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), V=found.V.cpu())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("values", [
     [20.0, 2.0], [5000.0, 30.0, 2.0], [1.5, 1.49], [3.0, 3.0 - 1e-6, 3.0 - 2e-6], [2.0, 2.0], [1.001],
@@ -58,16 +68,27 @@ def test_the_krylov_triplets_are_those_of_the_full_decomposition(values, dtype):
 
 
 @pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-@pytest.mark.parametrize("values", [[20.0, 2.0], [1.5, 1.49], [1.001], [1.0]], ids=str)
+@pytest.mark.parametrize("values", [
+    [20.0, 2.0], [1.5, 1.49], [1.001], [1.0], [5000.0, 30.0, 2.0], [2.0, 2.0], [3.0, 3.0 - 1e-6, 3.0 - 2e-6],
+    [300.0, 299.0, 298.0, 2.0],
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("d", [40, D])
-def test_a_gpu_is_as_exact(device, values, d):
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_gpu_is_as_exact(device, values, d, k):
     M = matrix(values, d=d, dtype=torch.float32)
-    if device == "cuda":
-        found = leading_triplets(M.cuda(), 2)
-    else:
-        with PretendedGPU():
-            found = leading_triplets(put(M.clone()), 2)
-    check(M, dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), V=found.V.cpu()), 2)
+    found = on_device(M, device, k)
+    check(M, found, k)
+    assert found.method == ("filtered" if d == D else "dense")
+
+
+@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@pytest.mark.parametrize("rank", [0, 1, 3, 31])
+def test_a_gpu_sees_a_low_rank(device, rank):
+    generator = torch.Generator().manual_seed(rank)
+    M = torch.randn(D, rank, generator=generator) @ torch.randn(rank, D, generator=generator)
+    found = on_device(M, device, 2)
+    check(M, found, 2)
+    assert found.method == "dense" and torch.isfinite(found.gap).all()
 
 
 def test_float64_reaches_a_smaller_tolerance():
