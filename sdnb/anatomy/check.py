@@ -9,7 +9,7 @@ from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
 from sdnb.anatomy.ffn import FFNFormula, ffn_trials, formula_error
 from sdnb.anatomy.parts import Branch, Wiring, additions, module_output, module_outputs
 from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import relative
+from sdnb.anatomy.residual import ratio
 from sdnb.anatomy.rows import zero_and_basis_rows
 from sdnb.errors import LayerRefused
 
@@ -64,7 +64,7 @@ def added(branch: Branch, answers: Tensor) -> Tensor:
     return branch.multiplier * (answers if branch.post_norm is None else branch.post_norm(answers))
 
 
-def reading_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
+def reading_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> Tensor:
     """How far attention's matrix and bias are from the real module where even a gate or a sink agrees.
 
     Args:
@@ -73,13 +73,13 @@ def reading_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
         real: the module's answers, with its inner norms taken by their gains, shape (9, d).
 
     Returns:
-        The larger of the errors at zero and on the basis, relative to the module's answers.
+        The larger of the errors at zero and on the basis, relative to the module's answers, shape ().
     """
     error = affine(rows) - real
-    return max(relative(error[:1], real), relative(error[1:], real))
+    return torch.maximum(ratio(error[:1], real), ratio(error[1:], real))
 
 
-def fit_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> float:
+def fit_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> Tensor:
     """Whether rows that a fit has not seen leave no more than it left.
 
     Args:
@@ -88,16 +88,16 @@ def fit_error(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix) -> flo
         affine: the fitted matrix and bias.
 
     Returns:
-        0 for a fit that holds, else what is left, relative to the module's answers.
+        0 for a fit that holds, else what is left, relative to the module's answers, shape ().
     """
     d = probe.hidden_size
     rows = torch.randn(8 * d, d, generator=torch.Generator().manual_seed(7)).to(probe.device)
     real = module_output(probe, wiring.attention, rows)
-    left = relative(affine(rows) - real, real)
-    return 0.0 if left < FIT_HOLDS * affine.residual else left
+    left = ratio(affine(rows) - real, real)
+    return torch.where(left < FIT_HOLDS * affine.residual, 0.0, left)
 
 
-def affine_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
+def affine_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> Tensor:
     """How far attention's matrix and bias are from the real module on rows of any length.
 
     The divisors of norms inside the value path, which the matrix leaves out, are put back row by row.
@@ -108,10 +108,10 @@ def affine_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> float:
         real: the real module's answers, shape (n, d).
 
     Returns:
-        The relative error.
+        The relative error, shape ().
     """
     ours = (affine(rows) - affine.bias) / affine.inner_scale(rows, real) + affine.bias
-    return relative(ours - real, real - affine.bias)  # a large bias must not hide a wrong matrix
+    return ratio(ours - real, real - affine.bias)  # a large bias must not hide a wrong matrix
 
 
 @torch.no_grad()
@@ -153,13 +153,13 @@ def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFN
     stream = wiring.summed(x, zero, first.beside(x, real=False), zero, real=False)
     pairs = [(a, real_a), (out - stream, real - stream)]
     pairs += [(added(second, on_stream), real_f)] * bool(second.entries)
-    return Errors(
-        reading,
-        attention[0],
-        max(attention[1:]),
-        None if ffn is None else formula_error(ffn, trials, tried) if second.entries else 0.0,
-        max(relative(ours - theirs, theirs) for ours, theirs in pairs),
-    )
+    formula = torch.zeros_like(reading)
+    if ffn is not None and second.entries:
+        formula = formula_error(ffn, trials, tried)
+    layer = torch.stack([ratio(ours - theirs, theirs) for ours, theirs in pairs]).max()
+    found = [reading, attention[0], torch.stack(attention[1:]).max(), formula, layer]
+    *most, formula, layer = torch.stack(found).tolist()
+    return Errors(*most, None if ffn is None else formula, layer)
 
 
 def verdict(probe: LayerProbe, wiring: Wiring, errors: Errors) -> str:

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
 from sdnb.anatomy.parts import Wiring, module_output
 from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import relative
+from sdnb.anatomy.residual import ratio, relative
 from sdnb.anatomy.rows import random_rows
 from sdnb.anatomy.weights import is_linear, linear_weight
 
@@ -271,7 +271,7 @@ def ffn_trials(rows: Tensor) -> Tensor:
     return torch.cat([random_rows(rows.shape[1], rows.device, 4, len(rows)), rows, 8 * rows])
 
 
-def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> float:
+def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> Tensor:
     """How far a formula is from the real module on each kind of rows.
 
     Args:
@@ -280,7 +280,7 @@ def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> float:
         real: the module's answers, shape (3 n, d).
 
     Returns:
-        The largest of the three relative errors.
+        The largest of the three relative errors, shape ().
     """
     errors = (formula(trials) - real).chunk(3)
-    return max(relative(error, part) for error, part in zip(errors, real.chunk(3), strict=True))
+    return torch.stack([ratio(*pair) for pair in zip(errors, real.chunk(3), strict=True)]).max()

@@ -4,6 +4,7 @@ Nothing is read from attributes, so Gemma's 1 + w, LayerNorms without parameters
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +103,12 @@ def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
 def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     """The measurement itself, in one call; modules that are no norms may raise anything when fed rows."""
     d = like.shape[-1]
-    x = random_rows(d, like.device, 0)
-    signs = torch.where(torch.arange(d, device=x.device) % 2 == 0, 1.0, -1.0)[None]
-    trials = torch.cat([x, 0.1 * x, 30 * x + 3])
-    parts = (LARGE * x, -LARGE * x, LARGE * (x + 1), LARGE * signs, SMALL * signs, trials)
-    answers = module(torch.cat(parts))
+    rows = _trial_rows(d, like.device)
+    answers = module(rows.clone())  # a module may write into its input
     if answers.shape[1:] != (d,):
         return None
-    up, down, moved, large, small, real = answers.split([len(part) for part in parts])
+    up, down, moved, large, small, real = answers.split((8, 8, 8, 1, 1, 24))
+    signs, trials = rows[24:25] / LARGE, rows[-24:]
     bias = (up + down).mean(0) / 2
     shifted = (moved - up).norm() / (up - bias).norm()
     rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, module, name)
@@ -124,6 +123,15 @@ def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     return norm if (torch.stack(errors) <= TOLERANCE).all() else None
 
 
+@lru_cache(maxsize=8)
+def _trial_rows(d: int, device: torch.device) -> Tensor:
+    """What norms are fed: large rows, their negatives, the same shifted, +-1 large and small, and others."""
+    x = random_rows(d, device, 0)
+    signs = torch.where(torch.arange(d, device=device) % 2 == 0, 1.0, -1.0)[None]
+    large, alternating = (LARGE * x, -LARGE * x, LARGE * (x + 1)), (LARGE * signs, SMALL * signs)
+    return torch.cat([*large, *alternating, x, 0.1 * x, 30 * x + 3])
+
+
 def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
     """Those of some calls that are norms of hidden states.
 
@@ -134,9 +142,8 @@ def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
     Returns:
         Each such call with its norm, in the order given.
     """
-    measured = [
-        (s, measure_norm(s.name, s.module, s.given)) for s in calls if s.given.shape == s.returned.shape
-    ]
+    kept = [s for s in calls if s.given.shape == s.returned.shape]
+    measured = [(s, measure_norm(s.name, s.module, s.given)) for s in kept]
     return [(s, norm) for s, norm in measured if norm is not None and len(norm.gain) == d]
 
 

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # of the branches, for identities that hold exactly up to roun
 UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
 
 
-def relative(error: Tensor, of: Tensor) -> float:
+def ratio(error: Tensor, of: Tensor) -> Tensor:
     """The size of an error relative to what it is an error of; infinite if either is not finite.
 
     Args:
@@ -28,10 +28,24 @@ def relative(error: Tensor, of: Tensor) -> float:
         of: the tensor that counts as 1.
 
     Returns:
-        |error| / |of|; 0 without an error, even where nothing stands for 1.
+        |error| / |of|, shape (); 0 without an error, even where nothing stands for 1.
     """
     # a branch may write exactly zero, as the last matrix of a new block does before it is trained
-    return (error.norm() / of.norm()).nan_to_num(torch.inf).item() if error.any() else 0.0
+    size = error.norm()
+    return torch.where(size == 0, 0.0, (size / of.norm()).nan_to_num(torch.inf))
+
+
+def relative(error: Tensor, of: Tensor) -> float:
+    """The `ratio` as a number, for which a GPU has to be waited for.
+
+    Args:
+        error: the difference of two tensors.
+        of: the tensor that counts as 1.
+
+    Returns:
+        |error| / |of|.
+    """
+    return ratio(error, of).item()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _LOOSE = 0.05  # residual of the triplet after the k-th, of which only the value
 
 @dataclass(frozen=True)
 class Triplets:
-    """The k leading singular triplets, M V = U diag(S), largest first.
+    """The k leading singular triplets, M V = U diag(S), largest first; of several matrices with n in front.
 
     Args:
         U: left singular vectors as columns, shape (d, k).
@@ -32,7 +32,7 @@ class Triplets:
         gap: distance of s to the nearest other singular value over s, shape (k,); a direction without a gap
             means nothing. 0 where s is 0.
         method: "krylov" (on a GPU "filtered"), or "dense" where the size or a small gap asked for the full
-            decomposition.
+            decomposition (of several matrices, of any).
     """
 
     U: Tensor
@@ -44,18 +44,20 @@ class Triplets:
 
 
 def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: float = 1e-5) -> Triplets:
-    """Return the k leading singular triplets of a matrix.
+    """Return the k leading singular triplets of a matrix, or of several.
 
     Block Krylov: an orthonormal basis Q of span{X, M^T M X, (M^T M)^2 X, ...}, fully reorthogonalised, from a
     seeded random block X; the triplets are those of M Q. It stops when every residual is below tol (or below
     what rounding leaves of it, 8 eps s_1 / s_i), and turns to the dense decomposition when the basis has
     grown past d / 4 columns: then the gap is too small to be worth it. On a GPU an operator is formed, and
-    `filtered_triplets` takes the place of the Krylov basis; a value below 1e-8 s_1 counts as 0.
+    `filtered_triplets` takes the place of the Krylov basis, for all matrices at once; a value below 1e-8 s_1
+    counts as 0.
 
     Signs: in every u the entry largest in absolute value (the first of equals) is positive.
 
     Args:
-        M: matrix, shape (d, d), or an operator with its products; float64 stays, all else becomes float32.
+        M: matrix, shape (d, d), or matrices, shape (n, d, d), or an operator; float64 stays, all else becomes
+            float32.
         k: number of triplets, 1..d.
         seed: of the starting block, drawn on the CPU: the same on every device.
         tol: relative residual to reach.
@@ -68,26 +70,44 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
 
     Source: paper A (arXiv 2502.07004), layer-wise singular direction: the first column of U for L = I + R.
     """
-    d = M.shape[0]
-    if len(M.shape) != 2 or M.shape[1] != d or not 1 <= k <= d:
+    d, gpu = M.shape[-1], M.device.type != "cpu"
+    if len(M.shape) not in (2, 3) or M.shape[-2] != d or not 1 <= k <= d:
         raise ParameterError(
-            f"leading_triplets needs a square matrix and 1 <= k <= {d}, not {tuple(M.shape)}, k={k}"
+            f"leading_triplets needs square matrices and 1 <= k <= {d}, not {tuple(M.shape)}, k={k}"
         )
     if isinstance(M, Tensor):
         M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
-    gpu = M.device.type != "cpu"
-    M = dense(M) if gpu else M
+    if gpu:
+        M = _finite(dense(M))
     limits = torch.tensor([tol] * k + [max(tol, _LOOSE)], dtype=M.dtype, device=M.device)
-    found = None
-    if d > _FEW and not gpu:
-        found = _krylov(M, k, seed, limits)
-    elif d > _FEW and k < MOST_TRIPLETS:
+    found, method = None, "filtered" if gpu else "krylov"
+    if gpu and d > _FEW and k < MOST_TRIPLETS:
         found = filtered_triplets(M, k + 1, limits, seed)
-    method = "dense" if found is None else "filtered" if gpu else "krylov"
-    U, S, V = _decomposed(dense(M), min(k + 1, d)) if found is None else found
-    flip = torch.where(U.gather(0, U[:, :k].abs().argmax(0)[None])[0] < 0, -1.0, 1.0).to(S)
-    U, V = U[:, :k] * flip, V[:, :k] * flip
-    return Triplets(U, S[:k], V, _residual(M, U, S[:k], V), _gap(S, k), method)
+    if found is None and len(M.shape) == 3:
+        return _stacked([leading_triplets(matrix, k, seed=seed, tol=tol) for matrix in M])
+    if not gpu and d > _FEW:
+        found = _krylov(M, k, seed, limits)
+    if found is None:
+        found, method = _decomposed(dense(M), min(k + 1, d)), "dense"
+    U, S, V = found[0][..., :k], found[1], found[2][..., :k]
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    flip = torch.where(largest < 0, -1.0, 1.0).to(S)
+    U, V = U * flip, V * flip
+    return Triplets(U, S[..., :k], V, _residual(M, U, S[..., :k], V), _gap(S, k), method)
+
+
+def _stacked(found: list[Triplets]) -> Triplets:
+    """Return the triplets of several matrices as one."""
+    names = ("U", "S", "V", "residual", "gap")
+    arrays = (torch.stack([getattr(one, name) for one in found]) for name in names)
+    return Triplets(*arrays, min(one.method for one in found))  # "dense" is the first in the alphabet
+
+
+def _finite(M: Tensor) -> Tensor:
+    """Return M."""
+    if not torch.isfinite(M).all():
+        raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
+    return M
 
 
 def _krylov(M: Tensor | Operator, k: int, seed: int, limits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -98,7 +118,7 @@ def _krylov(M: Tensor | Operator, k: int, seed: int, limits: Tensor) -> tuple[Te
     MQ = times(M, Q)
     check_at, budget = 3 * block, max(_LEAST, d // _SHARE)
     while Q.shape[1] + block <= budget:
-        Q = extend(Q, times(M.T, MQ[:, -block:]))
+        Q = extend(Q, times(M.mT, MQ[:, -block:]))
         MQ = torch.cat([MQ, times(M, Q[:, -block:])], dim=1)
         if Q.shape[1] >= check_at or Q.shape[1] + block > budget:
             U, S, V = _ritz(Q, MQ, k + 1)
@@ -117,10 +137,8 @@ def _ritz(Q: Tensor, MQ: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _decomposed(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V of the k leading triplets of a tall or square matrix, shapes (d, k), (k,), (n, k)."""
-    if not torch.isfinite(M).all():
-        raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
     if M.device.type == "cpu":
-        left, R = torch.linalg.qr(M)
+        left, R = torch.linalg.qr(_finite(M))
         inner, S, VT = torch.linalg.svd(R)
         return left @ inner[:, :k], S[:k], VT[:k].T
     # A GPU's float32 decomposition is off by 3e-4 of a value (benchmarks/spectra.py). The eigenvectors of the
@@ -133,13 +151,15 @@ def _decomposed(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _residual(M: Tensor | Operator, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Return the relative residual of each triplet, shape (k,)."""
-    error = torch.maximum((times(M, V) - U * S).norm(dim=0), (times(M.T, U) - V * S).norm(dim=0))
+    """Return the relative residual of each triplet, shape (..., k)."""
+    right, left = times(M, V) - U * S[..., None, :], times(M.mT, U) - V * S[..., None, :]
+    error = torch.maximum(right.norm(dim=-2), left.norm(dim=-2))
     return torch.where(S > 0, error / S, 0.0)
 
 
 def _gap(S: Tensor, k: int) -> Tensor:
-    """Return the distance of each of k values to its nearest other value, relative to it, shape (k,)."""
-    below = S[:k] - torch.cat([S[1:], S.new_zeros(1)])[:k] if len(S) == k else S[:k] - S[1 : k + 1]
-    above = torch.cat([S.new_full((1,), torch.inf), S[: k - 1] - S[1:k]])
-    return torch.where(S[:k] > 0, torch.minimum(below, above) / S[:k], 0.0)
+    """Return the distance of each of k values to its nearest other value, relative to it, shape (..., k)."""
+    padded = torch.nn.functional.pad(S, (0, 1))  # where all d values are known, the last one's neighbour is 0
+    steps = padded[..., :k] - padded[..., 1 : k + 1]
+    above = torch.nn.functional.pad(steps[..., :-1], (1, 0), value=torch.inf)
+    return torch.where(S[..., :k] > 0, torch.minimum(steps, above) / S[..., :k], 0.0)

@@ -10,6 +10,7 @@ many units are read off a polynomial through those of a few.
 import itertools
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -163,6 +164,7 @@ def _panel_nodes(edges: Tensor) -> tuple[Tensor, Tensor]:
     return (outwards * z).flatten(1), weight.flatten(1)
 
 
+@lru_cache(maxsize=1)
 def _unit_rule() -> tuple[np.ndarray, np.ndarray]:
     """Return the Gauss-Legendre nodes and weights on [0, 1]."""
     x, omega = np.polynomial.legendre.leggauss(_NODES)

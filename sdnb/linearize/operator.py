@@ -11,8 +11,8 @@ from torch import Tensor
 class Operator:
     """A d x d matrix M given by X -> M X and X -> M^T X.
 
-    It answers to `M @ X`, `M.T`, `M.shape`, `M.dtype`, `M.device` as a tensor does, and that is all that
-    `leading_triplets` asks of a matrix.
+    It answers to `M @ X`, `M.T`, `M.mT`, `M.shape`, `M.dtype` and `M.device` as a tensor does, and no more is
+    asked of a matrix by `leading_triplets`.
 
     Args:
         apply: maps X of shape (d, k) to M X.
@@ -43,6 +43,8 @@ class Operator:
         """The transposed operator."""
         form = None if self._form is None else lambda: self._form().T
         return Operator(self._apply_transposed, self._apply, like=self._like, size=self.shape[0], form=form)
+
+    mT = T
 
     def dense(self) -> Tensor:
         """Return M as a tensor, shape (d, d), formed at each call."""

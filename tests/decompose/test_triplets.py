@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from sdnb.decompose import angle_deg, leading_triplets
+from sdnb.decompose import Triplets, angle_deg, leading_triplets
 from sdnb.errors import ParameterError
 from sdnb.linearize import Operator
 from tests.pretended import PretendedGPU, put
@@ -37,13 +37,14 @@ def check(M, found, k, tol=1e-5):
 
 
 def on_device(M, device, k):
-    """Its triplets as found on a GPU, or on one that is pretended."""
-    if device == "cuda":
-        found = leading_triplets(M.cuda(), k)
+    """Its triplets as found on a device, or on a GPU that is pretended."""
+    if device != "pretended":
+        found = leading_triplets(M.to(device), k)
     else:
         with PretendedGPU():
             found = leading_triplets(put(M.clone()), k)
-    return dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), V=found.V.cpu())
+    names = ("U", "S", "V", "residual", "gap")
+    return dataclasses.replace(found, **{name: getattr(found, name).cpu() for name in names})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,6 +90,24 @@ def test_a_gpu_sees_a_low_rank(device, rank):
     found = on_device(M, device, 2)
     check(M, found, 2)
     assert found.method == "dense" and torch.isfinite(found.gap).all()
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+)
+@pytest.mark.parametrize("third", [matrix([1.001], 3), torch.ones(D, D)], ids=["bulk", "rank 1"])
+def test_several_matrices_at_once(device, third):
+    """Easy ones beside hard ones; one of low rank sends all to other ways."""
+    M = torch.stack([matrix([50.0, 20.0], 1), matrix([1.5, 1.49, 1.48], 2), third.double()]).float()
+    found = on_device(M, device, 2)
+    assert found.U.shape == found.V.shape == (3, D, 2) and found.gap.shape == (3, 2)
+    for i, one in enumerate(M):
+        fields = (getattr(found, name)[i] for name in ("U", "S", "V", "residual", "gap"))
+        check(one, Triplets(*fields, found.method), 2)
+        alone = leading_triplets(one, 2)
+        assert torch.allclose(found.S[i], alone.S, rtol=1e-5, atol=1e-4)
+        clear = alone.S / alone.S[0] > 1e-4  # below, values and their gaps are rounding
+        assert torch.allclose(found.gap[i][clear], alone.gap[clear], rtol=0.05, atol=1e-4)
 
 
 def test_float64_reaches_a_smaller_tolerance():
@@ -166,6 +185,14 @@ def test_bad_input_is_refused():
     M = matrix([3.0])
     broken = M.clone()
     broken[3, 5] = torch.nan
-    for arguments in ((M[:5], 1), (M, 0), (M, D + 1), (broken, 2), (broken[:9, :9], 2), (M[0], 1)):
+    for arguments in (
+        (M[:5], 1),
+        (M, 0),
+        (M, D + 1),
+        (broken, 2),
+        (broken[:9, :9], 2),
+        (M[0], 1),
+        (M[None, None], 1),
+    ):
         with pytest.raises(ParameterError):
             leading_triplets(*arguments)
