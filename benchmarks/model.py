@@ -3,8 +3,8 @@
     python benchmarks/model.py                                    # one layer of a 1B shape, times 16
     python benchmarks/model.py --shape llama-2-7b --device cuda   # all 32 layers, the paper's way on two
 
-Ours: watch a layer, check it, read A, fit F in closed form, take the two leading triplets of A, F and L: on a
-GPU those of all layers at once, on a CPU layer by layer and without forming F and L. The paper's way: 100,000
+Ours: watch a layer, check it, read A, fit F in closed form, form L, take the two leading triplets of A, F and
+L, on a GPU those of all layers at once. The paper's way: 100,000
 random inputs, a least-squares problem, and three full decompositions a layer (A, F, L). It is run on
 `--paper-layers` layers with `--samples` inputs; its times are multiplied by layers and, for the least
 squares, by operations. The weights are random, with one direction planted in every F; A and L have no gap,
@@ -53,20 +53,15 @@ def build(shape: Shape, layers: int, device: str) -> nn.Module:
 def ours(model: nn.Module) -> list[Tensor]:
     """The leading left singular vector of L of every layer."""
     count, d = model.config.num_hidden_layers, model.config.hidden_size
-    gpu = model.device.type == "cuda"
-    stacks = torch.empty(3, count, d, d, device=model.device) if gpu else None
-    found = []
+    at_once = count if model.device.type == "cuda" else 1
+    matrices, found = torch.empty(3, at_once, d, d, device=model.device), []
     for number in range(1, count + 1):
-        layer = linear_layer(layer_view(model, number), form=gpu)
-        if gpu:
-            for stack, M in zip(stacks, (layer.A, layer.F, layer.L), strict=True):
-                stack[number - 1] = M
-        else:
-            *_, whole = (leading_triplets(M) for M in (layer.A, layer.F, layer.operator))
-            found.append(whole.U[:, 0])
-    if gpu:
-        *_, whole = (leading_triplets(stack) for stack in stacks)
-        found = list(whole.U[..., 0])
+        layer = linear_layer(layer_view(model, number))
+        for stack, M in zip(matrices, (layer.A, layer.F, layer.L), strict=True):
+            stack[(number - 1) % at_once] = M
+        if number % at_once == 0:
+            *_, whole = (leading_triplets(stack) for stack in matrices)
+            found += whole.U[..., 0]
     return found
 
 
@@ -132,10 +127,8 @@ def main() -> None:
     rates = limits(options.device)
     directions, watch = timed(lambda: ours(model), options.device)
     d, f = shape.d, shape.f
-    # A as a product of two weights, the check's rows; on a GPU also F, F A, and the triplets' products with
-    # blocks of 32 columns, about 25 pairs for each of three matrices
-    formed = 2 * d * d * (f + d) + 3 * 25 * 4 * 32 * d * d if gpu else 0
-    work = layers * (2 * d * d * (d * shape.kv_heads // shape.heads) + 64 * 8 * d * (d + f) + formed)
+    # A as a product of two weights, F and F A; the check's rows and the triplets' products are far less
+    work = layers * 2 * d * d * (d * shape.kv_heads // shape.heads + f + d)
     size = 2 * sum(p.numel() for p in model.model.layers.parameters())
     times = shape.layers / layers
     note = "" if times == 1 else f"{layers} of {shape.layers} layers, multiplied"

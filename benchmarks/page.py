@@ -21,9 +21,10 @@ ABOUT = {
     ),
     "decompose": (
         "Leading singular triplets",
-        "Two leading triplets of a d x d matrix with two planted ones, against all of them. The iterative "
-        "way needs products with single vectors, each of which reads the matrix: bytes are those of one "
-        "reading, so the limit is out of its reach.",
+        "Two leading triplets of a d x d matrix with two planted ones, against all of them: block Krylov on "
+        "a CPU, filtered subspace iteration on a GPU. The iterative ways take products with few vectors, "
+        "each of which reads the matrix: bytes are those of one reading, so the limit is out of their reach. "
+        "Where values differ on a GPU, it is cuSOLVER's float32 ones that are off (see the last section).",
     ),
     "eigenpair": (
         "The nearest eigenpair",
@@ -34,12 +35,11 @@ ABOUT = {
     ),
     "model": (
         "A whole model",
-        "What notebook 04 does with the weights, for all layers: watching and checking a layer, the linear "
-        "layer, the two leading triplets of L and F. Against it the paper's least squares and three full "
-        "decompositions a layer. The aims for the Llama-2-7B shape on one H200 are 5 s and 500 times. The "
-        "second supposed that a full decomposition takes minutes; cuSOLVER's takes about a second (above), "
-        "with values that are off. 500 times would be less than ours takes at the limit (below): the float32 "
-        "products that read A off the attention module.",
+        "All layers: watching and checking each, A, F in closed form, L, and the two leading triplets of all "
+        "three. Against it the paper's least squares and three full decompositions a layer. The aims for the "
+        "Llama-2-7B shape on one H200 are 5 s and 500 times. The second supposed that a full decomposition "
+        "takes minutes; cuSOLVER's takes about a second (above), with values that are off. At 500 times the "
+        "float32 products A, F and F A alone would take most of the time, even at the limit (below).",
     ),
     "offload": (
         "A model larger than the memory",

@@ -117,8 +117,8 @@ def linear_layer(
         centre: put a LayerNorm's mean subtraction beside its gain; the paper leaves it out.
         samples: number of inputs of the sampled fit.
         seed: its seed.
-        form: form F; if False a closed-form F stays an operator, which is cheaper where only products are
-            needed.
+        form: form F; if False a closed-form F stays an operator, which saves its memory, and time if only
+            some tens of products are taken.
 
     Returns:
         A, F and what they make.

@@ -165,10 +165,9 @@ class Exploration:
             view = layer_view(self.loaded.model, number)
         except LayerRefused as problem:
             return LayerFacts(number, {}, {}, None, [], str(problem))
-        small = view.hidden_size <= _DENSE
-        linear = linear_layer(view, form=small, seed=self.seed)
-        parts = {"L": linear.L if small else linear.operator, "F": linear.F}
-        count = min(_MANY if small else _FEW, view.hidden_size)
+        linear = linear_layer(view, seed=self.seed)
+        parts = {"L": linear.L, "F": linear.F}
+        count = min(_MANY if view.hidden_size <= _DENSE else _FEW, view.hidden_size)
         found = {name: leading_triplets(part, k=count, seed=self.seed) for name, part in parts.items()}
         left = {name: triplets.U[:, 0].float().cpu() for name, triplets in found.items()}
         direction = self.direction
