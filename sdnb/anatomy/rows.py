@@ -21,7 +21,8 @@ def random_rows(d: int, device: torch.device, seed: int, n: int = FEW) -> Tensor
     Returns:
         Shape (n, d).
     """
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float32).to(device)
 
 
 @lru_cache(maxsize=4)
@@ -36,6 +37,6 @@ def zero_and_basis_rows(d: int, device: torch.device) -> Tensor:
         Shape (9, d), of fewer dimensions than 8 fewer.
     """
     some = torch.randperm(d, generator=torch.Generator().manual_seed(5))[:FEW]
-    rows = torch.zeros(len(some) + 1, d)
+    rows = torch.zeros(len(some) + 1, d, dtype=torch.float32)
     rows[torch.arange(len(some)) + 1, some] = 1
     return rows.to(device)

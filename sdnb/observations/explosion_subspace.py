@@ -8,6 +8,7 @@ from torch import Tensor
 from sdnb.activations.sweep import Coefficients, ffn_input_coefficients, item_trajectories, vocabulary_size
 from sdnb.anatomy import LayerView, layer_view
 from sdnb.decompose import angle_deg
+from sdnb.errors import LayerRefused
 from sdnb.labels import token_labels
 from sdnb.linearize import ffn_matrix
 from sdnb.loading import Loaded
@@ -57,6 +58,9 @@ def explosion_subspace(
 
     Returns:
         The record of template 08.
+
+    Raises:
+        LayerRefused: the layer has no FFN, or one that writes nothing.
     """
     encoded = encode_text(loaded, text, max_lines, add_special_tokens)
     place = find_explosion(
@@ -65,6 +69,9 @@ def explosion_subspace(
     direction = empirical_direction(loaded, encoded, threshold=threshold, results_dir=results_dir)
     view = layer_view(loaded.model, place.layer)
     F = ffn_matrix(view, method, input_scale, centre, samples, seed)
+    if not F.any():
+        reason = "writes nothing, so it has no explosion subspace: name another layer with `explosion_layer`"
+        raise LayerRefused(place.layer, "FFN", reason)
     _, S, Vh = torch.linalg.svd(F.float())
     norms, signed, outputs = signed_responses(view, Vh)
     lead = int(norms.argmax())

@@ -13,7 +13,7 @@ from sdnb.anatomy import WeightMatrix
 from sdnb.errors import TextError
 from sdnb.loading import Loaded
 from sdnb.observations.common import EncodedText, Observation, empirical_direction, encode_text
-from sdnb.observations.weight_spectra import matrices_of
+from sdnb.observations.weight_spectra import matrices_of, require_some
 from sdnb.spectra import (
     NoBulk,
     chance_band,
@@ -86,6 +86,7 @@ def singular_vectors(
                 left_out[matrix.name] = str(problem)
                 continue
             arrays |= {f"{name}/{matrix.name}": series for name, series in found.items()}
+    require_some(rows, refused, left_out)
     values = {
         "matrices": rows,
         "pool": pool,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdnb.anatomy import decoder_layers
 from sdnb.anatomy.matrices import WeightMatrix, layer_matrices_or_reason, parameters_left_out
+from sdnb.errors import ModelError
 from sdnb.loading import Loaded
 from sdnb.observations.common import Observation
 from sdnb.spectra import NoBulk, SpectrumFit, fit_spectrum, noise_distances, singular_values
@@ -34,6 +35,26 @@ def matrices_of(
             refused[number] = found
         else:
             yield found
+
+
+def require_some(rows: dict, refused: dict[int, str], left_out: dict[str, str]) -> None:
+    """Refuse a record that would be about no matrix at all.
+
+    Args:
+        rows: what was found, by matrix.
+        refused: the reason of every layer that was left out.
+        left_out: the reason of every matrix that was.
+
+    Raises:
+        ModelError: if nothing was found.
+    """
+    if not rows:
+        where, why = next(iter((refused | left_out).items()), ("the model", "has no weight matrix"))
+        where = f"layer {where}" if isinstance(where, int) else where
+        raise ModelError(
+            f"no weight matrix of the layers asked for can be looked at ({where}: {why}): choose other "
+            f"`layers` or another model"
+        )
 
 
 def weight_spectra(
@@ -71,6 +92,7 @@ def weight_spectra(
                 continue
             matrices[matrix.name] = _row(matrix, fit, values, seed)
             arrays[f"singular_values/{matrix.name}"] = values.flip(0)
+    require_some(matrices, refused, left_out)
     values = {
         "matrices": matrices,
         "false_positive_rate": false_positive_rate,

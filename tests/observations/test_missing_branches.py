@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 
 from sdnb import figures, observations
 from sdnb.anatomy import decoder_layers
+from sdnb.errors import LayerRefused, ModelError
 from sdnb.loading import load
 from sdnb.records import SCHEMAS
 from sdnb.records.schema import check_arrays, check_values
@@ -68,6 +69,23 @@ def test_05_has_no_ledger_where_a_layer_is_refused(tmp_path):
 
 def holds_a_gap(values, key):
     return [entry is None for entry in values[key]] == [layer == GAP for layer in range(LAYERS)]
+
+
+def test_08_refuses_a_layer_without_an_ffn(loaded, tmp_path):
+    with pytest.raises(LayerRefused, match="writes nothing, so it has no explosion subspace"):
+        observations.explosion_subspace(loaded, **COMMON, explosion_layer=GAP + 1, results_dir=tmp_path)
+
+
+def test_14_and_15_refuse_a_record_about_no_matrix(tmp_path):
+    planted_model(tmp_path / "planted", d=D, f=64, layers=LAYERS, decay_layer=4)
+    loaded = load(str(tmp_path / "planted"), device="cpu")
+    for parameter in decoder_layers(loaded.model)[GAP].parameters():
+        if parameter.ndim == 2:
+            parameter.data[1:] = 0  # what is left has one singular value, and no bulk
+    with pytest.raises(ModelError, match="choose other `layers`"):
+        observations.weight_spectra(loaded, layers=[GAP + 1])
+    with pytest.raises(ModelError, match="choose other `layers`"):
+        observations.singular_vectors(loaded, **COMMON, layers=[GAP + 1], results_dir=tmp_path)
 
 
 def test_03_has_gaps_where_there_is_no_ffn(loaded):
