@@ -5,6 +5,7 @@ python benchmarks/page.py            # writes book/performance.md
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 from common import RESULTS, table, times
@@ -152,17 +153,24 @@ def open_rows(there: list[dict]) -> str:
     return f"\n## Open\n\n{why}\n\n" + "\n".join(lines) + "\n"
 
 
+def comparable(ours: str, other: str) -> bool:
+    """Whether two rows are about the same thing: what stands before a colon, and the number of items."""
+    items = [re.findall(r"[\d,]+ items", what) for what in (ours, other)]
+    about = [what.partition(": ")[0] for what in (ours, other)]
+    return items[0] == items[1] and (": " not in ours or about[0] == about[1])
+
+
 def summary(there: list[dict]) -> str:
     """One line a record: how many times longer the straightforward ways take."""
     lines = ["\n| benchmark | shape | device | ours | against | times |", "|---|---|---|---|---|---:|"]
     for record in there:
         key, rows = ("wall_s" if record["machine"]["gpu"] else "cpu_s"), record["rows"]
         for ours, other in itertools.product(rows, rows):
-            same = (
-                ours["what"].partition(": ")[0] == other["what"].partition(": ")[0]
-                or ": " not in ours["what"]
-            )
-            if same and "ours" in ours["what"] and "ours" not in other["what"]:
+            if (
+                comparable(ours["what"], other["what"])
+                and "ours" in ours["what"]
+                and "ours" not in other["what"]
+            ):
                 factor = times(other[key] / ours[key])
                 name = ours["what"].replace(" (ours)", "").removeprefix("ours, ")
                 start = (record["benchmark"], record["shape"], record["device"])
