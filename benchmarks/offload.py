@@ -96,9 +96,10 @@ def decompositions(folder: Path, device: str) -> list[tuple[torch.Tensor, comple
 
 def one_layer(model: torch.nn.Module, number: int) -> tuple[torch.Tensor, complex | None]:
     """The two leading singular values and the eigenvalue of a layer; nothing else of it is kept."""
-    layer = linear_layer(layer_view(model, number), form=False)
-    triplets = leading_triplets(layer.operator)
-    pair = nearest_eigenpair(layer.R, triplets.U[:, 0], method="shifted")
+    R = linear_layer(layer_view(model, number)).R  # from here on nothing holds the layer's weights
+    L = R + torch.eye(len(R)).to(R)
+    triplets = leading_triplets(L)
+    pair = nearest_eigenpair(R, triplets.U[:, 0], method="shifted")
     return triplets.S.cpu(), None if pair is None else pair.value
 
 
@@ -124,8 +125,8 @@ def compare(folder: Path, shape: Shape, layers: int, options: argparse.Namespace
     rates, allowed, held = limits(options.device), 3 * layer_bytes(shape) + 2 * GIB, anonymous_bytes()
     answers, watch = timed(lambda: decompositions(folder, "offload"), "cpu", allowed)
     peak = watch.peak
-    # attention read off d one-token sequences (Q, K, V, O), A F once, the eigenpair's factorisation at most
-    work = layers * (10 * shape.d**3 + 2 * shape.d**3 + 2 * shape.d**2 * shape.f)
+    kv = shape.d // shape.heads * shape.kv_heads
+    work = layers * 2 * shape.d**2 * (kv + shape.f + shape.d)  # the products A, F and F A
     cost = {"operations": work, "bytes": layers * layer_bytes(shape)}
     others = None
     if not options.alone:

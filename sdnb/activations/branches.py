@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sdnb.anatomy.form import build_of
 from sdnb.anatomy.parts import Branch, Wiring
 from sdnb.anatomy.probe import Behind, LayerProbe
 from sdnb.anatomy.trace import find_decoder
@@ -54,8 +55,8 @@ class LayerModules:
 def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerModules]:
     """Find the branches of decoder layers in the real model.
 
-    A layer is watched once for each make: layers of one class with submodules of the same names and classes
-    are wired alike.
+    A layer is watched once for each build: layers of one class with submodules of the same names, classes and
+    shapes count as wired alike, which is not checked here.
 
     Args:
         model: a causal language model.
@@ -69,18 +70,18 @@ def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> lis
     """
     decoder = find_decoder(model)
     numbers = range(1, len(decoder.layers) + 1) if numbers is None else list(numbers)
-    makes: dict[tuple, tuple[Wiring, dict[nn.Module, str]]] = {}
+    wired: dict[tuple, tuple[Wiring, dict[nn.Module, str]]] = {}
     found = []
     for number in numbers:
         if not 1 <= number <= len(decoder.layers):
             count = len(decoder.layers)
             raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {count}")
         layer = decoder.layers[number - 1]
-        make = (type(layer), *((name, type(module)) for name, module in layer.named_modules()))
-        if make not in makes:
+        build = build_of(layer)
+        if build not in wired:
             probe = LayerProbe(decoder, number)
-            makes[make] = find_wiring(probe), probe.names
-        wiring, names = makes[make]
+            wired[build] = find_wiring(probe), probe.names
+        wiring, names = wired[build]
         branches = (_in_model(branch, names, layer, number) for branch in (wiring.attention, wiring.ffn))
         found.append(LayerModules(number, layer, *branches, wiring.parallel))
     return found

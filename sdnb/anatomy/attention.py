@@ -28,8 +28,8 @@ class AttentionMatrix:
             gain, without the divisor that depends on the data, as norms before branches are in the paper.
         bias: the answer to zero, shape (d,).
         inner_norms: the norms inside attention that were taken by their gains; none as a rule.
-        residual: None where the matrix was read off the module; where it was fitted, what the fit leaves,
-            relative to the module's answers.
+        residual: None where the matrix was read off the module or its weights; where it was fitted, what the
+            fit leaves, relative to the module's answers.
     """
 
     matrix: Tensor

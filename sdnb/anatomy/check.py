@@ -116,10 +116,7 @@ def affine_error(affine: AttentionMatrix, rows: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFNFormula | None) -> Errors:
-    """Measures what was read off a layer against the real layer.
-
-    The layer's error is the largest of three: attention's addition and the FFN's, each composed from the
-    measured norms and multipliers around the real module, and the sum of all, composed throughout.
+    """Measures what was read off a layer against the real layer, in one run of each of its parts.
 
     Args:
         probe: the layer.
@@ -130,36 +127,51 @@ def measure(probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, ffn: FFN
     Returns:
         The errors.
     """
-    first, second, x = wiring.attention, wiring.ffn, probe.states()
-    real_a, real_f, real_y, real = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
-    fed = normed(first, x)
+    x = probe.states()
+    *of_attention, answers = _attention_errors(probe, wiring, affine, x)
+    of_ffn, of_layer = _ffn_and_layer_errors(probe, wiring, ffn, x, added(wiring.attention, answers))
+    reading, attention, linearity, formula, layer = torch.stack([*of_attention, of_ffn, of_layer]).tolist()
+    return Errors(reading, attention, linearity, None if ffn is None else formula, layer)
+
+
+def _attention_errors(
+    probe: LayerProbe, wiring: Wiring, affine: AttentionMatrix, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The errors `reading`, `attention` and `linearity`, and what the real module makes of the states."""
+    branch, fed = wiring.attention, normed(wiring.attention, x)
     basis = zero_and_basis_rows(probe.hidden_size, probe.device)
     groups = [fed, fed + fed.roll(1, 0), *trial_rows(probe.hidden_size, probe.device).chunk(3)]
-    on_basis, *answers = module_outputs(probe, first, [basis, *groups])
-    attention = [affine_error(affine, *pair) for pair in zip(groups, answers, strict=True)]
+    on_basis, *answers = module_outputs(probe, branch, [basis, *groups])
     if affine.inner_norms:
         with probe.altered(linearised(affine.inner_norms)):
-            on_basis = module_output(probe, first, basis)
+            on_basis = module_output(probe, branch, basis)
     fitted = affine.residual is not None
     reading = fit_error(probe, wiring, affine) if fitted else reading_error(affine, basis, on_basis)
+    errors = [affine_error(affine, *pair) for pair in zip(groups, answers, strict=True)]
+    return reading, errors[0], torch.stack(errors[1:]).max(), answers[0]
 
-    a = added(first, answers[0])
-    y = x if wiring.parallel else first.beside(x, real=False) + a
-    trials = ffn_trials(normed(second, x))
-    groups = [normed(second, real_y), normed(second, y), trials]
-    on_stream, on_sum, tried = module_outputs(probe, second, groups, wiring.stand_in)
-    out = wiring.summed(x, a, y, added(second, on_sum), real=False)
+
+def _ffn_and_layer_errors(
+    probe: LayerProbe, wiring: Wiring, ffn: FFNFormula | None, x: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The errors `ffn` (0 without a formula) and `layer`, given what attention adds by what was measured."""
+    # the layer's error is the largest of three: attention's addition and the FFN's, each composed from the
+    # measured norms and multipliers around the real module, and the sum of all, composed throughout
+    attention, branch = wiring.attention, wiring.ffn
+    real_a, real_f, real_y, real = (part[:, 0] for part in additions(probe, wiring, x[:, None]))
+    y = x if wiring.parallel else attention.beside(x, real=False) + a
+    trials = ffn_trials(normed(branch, x))
+    groups = [normed(branch, real_y), normed(branch, y), trials]
+    on_stream, on_sum, on_trials = module_outputs(probe, branch, groups, wiring.stand_in)
+    out = wiring.summed(x, a, y, added(branch, on_sum), real=False)
     zero = torch.zeros_like(x)
-    stream = wiring.summed(x, zero, first.beside(x, real=False), zero, real=False)
-    pairs = [(a, real_a), (out - stream, real - stream)]
-    pairs += [(added(second, on_stream), real_f)] * bool(second.entries)
-    formula = torch.zeros_like(reading)
-    if ffn is not None and second.entries:
-        formula = formula_error(ffn, trials, tried)
-    layer = torch.stack([ratio(ours - theirs, theirs) for ours, theirs in pairs]).max()
-    found = [reading, attention[0], torch.stack(attention[1:]).max(), formula, layer]
-    *most, formula, layer = torch.stack(found).tolist()
-    return Errors(*most, None if ffn is None else formula, layer)
+    stream = wiring.summed(x, zero, attention.beside(x, real=False), zero, real=False)
+    errors = [ratio(a - real_a, real_a), ratio(out - real, real - stream)]
+    formula = torch.zeros_like(errors[0])
+    if branch.entries:
+        errors.append(ratio(added(branch, on_stream) - real_f, real_f))
+        formula = formula if ffn is None else formula_error(ffn, trials, on_trials)
+    return formula, torch.stack(errors).max()
 
 
 def verdict(probe: LayerProbe, wiring: Wiring, errors: Errors) -> str:

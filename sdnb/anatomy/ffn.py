@@ -228,7 +228,8 @@ def recognise_ffn(probe: LayerProbe, wiring: Wiring) -> FFNParts | None:
         tests = [(tried(phi, g, u, target), phi) for phi in activations(probe, wiring, seen)]
         error, phi = min(tests, key=lambda test: test[0])
         names = tuple(probe.names[module] for module in inner)
-        found.append((error, FFNParts(names, arrangement, down.name, probe.names.get(phi, phi))))
+        phi = probe.names.get(phi, phi) if isinstance(phi, nn.Module) else phi
+        found.append((error, FFNParts(names, arrangement, down.name, phi)))
     error, best = min(found, key=lambda item: item[0], default=(math.inf, None))
     if not error < RECOGNISED:
         return None

@@ -1,16 +1,17 @@
 """What layers of one build have in common, so that watching one tells where the parts of the next ones are.
 
-A form holds names, no weights. What it says of another layer is taken only if that layer passes the same
-check with it; else the layer is watched like the first.
+A form holds names and attention's call on eight rows, no weights. What it says of another layer is taken only
+if that layer passes the check with it up to rounding; else the layer is watched like the first.
 """
 
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import nn
 
 from sdnb.anatomy.calls import Seen
-from sdnb.anatomy.ffn import FFNParts
+from sdnb.anatomy.ffn import Activation, FFNParts
 from sdnb.anatomy.norms import Norm, measure_norm
 from sdnb.anatomy.parts import Branch, Wiring
 from sdnb.anatomy.probe import Behind, LayerProbe
@@ -93,8 +94,7 @@ def form_of(
     """
     branches = (wiring.attention, wiring.ffn)
     plain = wiring.plain and not any(torch.is_tensor(b.multiplier) or b.multiplier != 1.0 for b in branches)
-    bound = parts is not None and hasattr(parts.activation, "__self__")  # a method of this layer's module
-    if not plain or path is None or parts is None or bound:
+    if not plain or path is None or parts is None or not _shareable(parts.activation):
         return None
     try:
         first, second = (_branch_form(probe, branch) for branch in branches)
@@ -105,6 +105,15 @@ def form_of(
     return LayerForm(first, second, wiring.parallel, stand_in, middle, path, parts)
 
 
+def _shareable(activation: Activation | str) -> bool:
+    """Whether an activation holds nothing of the layer that it is from: no method, closure or partial."""
+    if isinstance(activation, (str, nn.Module)):
+        return True
+    plain = isinstance(activation, (FunctionType, BuiltinFunctionType))
+    owner = getattr(activation, "__self__", None)
+    return plain and not getattr(activation, "__closure__", None) and not isinstance(owner, nn.Module)
+
+
 def _branch_form(probe: LayerProbe, branch: Branch) -> BranchForm:
     """The names of a branch's submodules."""
     names = probe.names
@@ -112,7 +121,7 @@ def _branch_form(probe: LayerProbe, branch: Branch) -> BranchForm:
         (names[entry.module], True) if isinstance(entry, Behind) else (names[entry], False)
         for entry in branch.entries
     )
-    norms = [None if norm is None else names[norm.module] for norm in (branch.norm, branch.post_norm)]
+    norms = [None if norm is None else norm.name for norm in (branch.norm, branch.post_norm)]
     return BranchForm(branch.name, entries, names[branch.exit], names[branch.silenced], *norms)
 
 
@@ -129,7 +138,9 @@ def wiring_by_form(probe: LayerProbe, form: LayerForm) -> Wiring | None:
     branches = [_branch_by_form(probe, branch) for branch in (form.attention, form.ffn)]
     if None in branches:
         return None
-    stand_in = replace(form.stand_in, module=probe.layer.get_submodule(form.stand_in.name))
+    given, returned = (t.to(probe.device) for t in (form.stand_in.given, form.stand_in.returned))
+    attention = probe.layer.get_submodule(form.stand_in.name)
+    stand_in = replace(form.stand_in, module=attention, given=given, returned=returned)
     return Wiring(*branches, form.parallel, stand_in, probe.layer.get_submodule(form.middle))
 
 

@@ -127,7 +127,7 @@ def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
 def _trial_rows(d: int, device: torch.device) -> Tensor:
     """What norms are fed: large rows, their negatives, the same shifted, +-1 large and small, and others."""
     x = random_rows(d, device, 0)
-    signs = torch.where(torch.arange(d, device=device) % 2 == 0, 1.0, -1.0)[None]
+    signs = (1.0 - 2.0 * (torch.arange(d, device=device) % 2)).to(x)[None]
     large, alternating = (LARGE * x, -LARGE * x, LARGE * (x + 1)), (LARGE * signs, SMALL * signs)
     return torch.cat([*large, *alternating, x, 0.1 * x, 30 * x + 3])
 

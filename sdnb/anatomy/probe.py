@@ -14,7 +14,7 @@ from sdnb.anatomy.trace import Decoder, SeenEnough, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerRefused, ParameterError
 
-FILLED = 64  # rows to which smaller batches are filled up, by repeating the last one
+FILLED = 64  # rows to which smaller batches are filled up by repeating the last one; the smallest only to FEW
 ROWS_AT_ONCE = 1024  # one-token sequences in a batch where a whole basis is fed
 CALLS_KEPT = 8  # recorded arguments, by shape
 
@@ -124,7 +124,7 @@ class LayerProbe:
         rows = random_rows(self.hidden_size, self.device, seed)
         if self._size is None:
             with torch.no_grad():
-                ratio = (self.rows(rows) - rows).norm() / rows.norm()
+                ratio = (self.rows(rows.clone()) - rows).norm() / rows.norm()  # it may write into them
             self._size = ratio.nan_to_num(1.0).clamp(1e-2, 1e2).item()
         return self._size * torch.cat([rows[:4], 5 * rows[4:]])
 
@@ -247,7 +247,7 @@ class LayerProbe:
         if len(rows) > ROWS_AT_ONCE:
             return torch.cat([self.feed(entries, exit, part, stand_in) for part in rows.split(ROWS_AT_ONCE)])
         count, got = len(rows), []
-        if count < FILLED:  # few sizes, so that few calls have to be recorded
+        if 0 < count < FILLED:  # few sizes, so that few calls have to be recorded
             more = (FEW if count <= FEW else FILLED) - count
             rows = torch.cat([rows, rows[-1:].expand(more, -1)])
 

@@ -31,8 +31,7 @@ def ratio(error: Tensor, of: Tensor) -> Tensor:
         |error| / |of|, shape (); 0 without an error, even where nothing stands for 1.
     """
     # a branch may write exactly zero, as the last matrix of a new block does before it is trained
-    size = error.norm()
-    return torch.where(size == 0, 0.0, (size / of.norm()).nan_to_num(torch.inf))
+    return torch.where(error.any(), (error.norm() / of.norm()).nan_to_num(torch.inf), 0.0)
 
 
 def relative(error: Tensor, of: Tensor) -> float:

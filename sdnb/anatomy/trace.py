@@ -6,9 +6,9 @@ short as soon as it has shown what was asked for, so the logits are never comput
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,57 @@ class SeenEnough(Exception):
     """Raised by a hook or a replaced `forward` to end a pass that has shown what was asked for."""
 
 
-# Where the layers of a model were found, by the stack's name; looked up anew if they are others now.
-_stacks: WeakKeyDictionary[nn.Module, tuple[str, "Decoder"]] = WeakKeyDictionary()
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model seen as a stack of decoder layers.
 
     Args:
-        model: the model as it was given; None only where decoders are remembered.
+        model: the model as it was given.
         layers: its decoder layers, in order.
         hidden_size: d.
         width: how many items a layer returns; None where it returns a bare tensor.
     """
 
-    model: nn.Module | None
+    model: nn.Module
     layers: list[nn.Module]
     hidden_size: int
     width: int | None
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Where the decoder layers of a model were found, without a reference that would keep them.
+
+    Args:
+        stack: the module list's name in the base model.
+        layers: its members.
+        hidden_size: d.
+        width: as in `Decoder`.
+    """
+
+    stack: str
+    layers: list[ref[nn.Module]]
+    hidden_size: int
+    width: int | None
+
+    def decoder(self, model: nn.Module) -> Decoder | None:
+        """The decoder, if the model still has the same layers in the same place.
+
+        Args:
+            model: the model.
+
+        Returns:
+            The decoder, or None.
+        """
+        try:
+            layers = list(model.base_model.get_submodule(self.stack))
+        except (AttributeError, TypeError):  # no such module now, or no list
+            return None
+        same = layers == [layer() for layer in self.layers]
+        return Decoder(model, layers, self.hidden_size, self.width) if same else None
+
+
+_remembered: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
 
 
 def plain_token(model: nn.Module) -> int:
@@ -147,10 +179,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     reason = named_refusal(model)
     if reason is not None and model.config.get_text_config().model_type not in LAYERS_ONLY:
         raise ModelError(f"{type(model).__name__} is refused: {reason}")
-    if model in _stacks:
-        name, known = _stacks[model]
-        if list(model.base_model.get_submodule(name)) == known.layers:
-            return replace(known, model=model)
+    known = _remembered[model].decoder(model) if model in _remembered else None
+    if known is not None:
+        return known
     ids = torch.full((1, 3), plain_token(model))
     for name, stack in stacks(model).items():
         try:
@@ -170,9 +201,8 @@ def find_decoder(model: nn.Module) -> Decoder:
                 f"three tokens, not one hidden state a token into one: that residual stream is not supported"
             )
         width = len(result) if isinstance(result, (tuple, list)) else None
-        decoder = Decoder(model, list(stack), given.shape[-1], width)
-        _stacks[model] = name, replace(decoder, model=None)
-        return decoder
+        _remembered[model] = Remembered(name, [ref(layer) for layer in stack], given.shape[-1], width)
+        return Decoder(model, list(stack), given.shape[-1], width)
     raise ModelError(f"{type(model).__name__} runs no list of modules: its decoder layers are not found")
 
 

@@ -18,7 +18,7 @@ from sdnb.anatomy.rows import zero_and_basis_rows
 from sdnb.anatomy.weights import is_linear, linear_weight
 
 AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1
-LIKE = 1e-4  # relative error of the matrix on some basis rows
+LIKE = 1e-5  # relative error of the matrix on some basis rows
 NEAR = 4  # candidates on each side, in the order of the first row: rounding may exchange neighbours there
 
 
@@ -94,14 +94,15 @@ def value_path_matrix(probe: LayerProbe, path: ValuePath) -> Tensor:
     Returns:
         W_O rep(W_V), shape (d, d).
     """
-    sources = [linear_weight(probe.layer.get_submodule(name)) for name in path.sources]
-    projection = linear_weight(probe.layer.get_submodule(path.projection))
     entries = path.entries.to(probe.device)
     used, place, times = entries.unique(return_inverse=True, return_counts=True)
-    copies = int(times[0])
-    if not (times == copies).all():
-        used, copies = entries, 1
-    else:
-        projection = projection[:, place.argsort(stable=True)]
-    values = torch.cat(sources)[used]
-    return projection.unflatten(1, (len(used), copies)).sum(2) @ values
+    rows, start = [], 0
+    for name in path.sources:  # few of the stacked rows are values
+        weight = linear_weight(probe.layer.get_submodule(name))
+        rows.append(weight[used[(used >= start) & (used < start + len(weight))] - start])
+        start += len(weight)
+    values, projection = torch.cat(rows), linear_weight(probe.layer.get_submodule(path.projection))
+    if not (times == times[0]).all():
+        return projection @ values[place]
+    by_value = projection[:, place.argsort(stable=True)]
+    return by_value.unflatten(1, (len(used), -1)).sum(2) @ values

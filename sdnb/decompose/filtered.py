@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-MOST_TRIPLETS = 16  # that the block leaves room to converge for
+MOST_TRIPLETS = 16  # half of the block: the others need room to converge
 _WIDTH = 32  # columns of the block; a batch of eigenproblems is fast up to this size
 _TURNS = 40  # looks before the dense decomposition is cheaper
-_LEAST, _MOST = 2, 40  # degree of the filter
-_GROWTH = 1e4  # how far the filter may lift the largest value in it over the block's smallest
+_LOWEST, _HIGHEST = 2, 40  # degree of the filter
+_LIFT = 1e4  # how far the filter may lift the largest value in it over the block's smallest
 _RANK = 1e-6  # share of the largest value below which the block's smallest is rounding: rank below its width
 
 
@@ -28,7 +28,7 @@ def filtered_triplets(M: Tensor, k: int, limits: Tensor, seed: int) -> tuple[Ten
 
     Args:
         M: matrix or matrices, shape (..., d, d), with d at least 32.
-        k: number of triplets, at most 17.
+        k: number of triplets, at most MOST_TRIPLETS.
         limits: relative residual that each must reach, or what rounding leaves of it, shape (k,).
         seed: of the starting block, drawn on the CPU.
 
@@ -38,15 +38,15 @@ def filtered_triplets(M: Tensor, k: int, limits: Tensor, seed: int) -> tuple[Ten
     start = torch.randn(M.shape[-1], _WIDTH, generator=torch.Generator().manual_seed(seed))
     X = torch.linalg.qr(start.to(M.device, M.dtype)).Q.expand(*M.shape[:-2], -1, -1)
     columns = torch.arange(_WIDTH, device=M.device)
-    for _ in range(_TURNS):
-        X, U, S = _ritz(M, X)
+    for turn in range(_TURNS):
+        X, U, S = _turned(M, X)
         if not (S[..., -1] > _RANK * S[..., 0]).all():
             return None
         back = M.mT @ U
         residual = (back - X * S[..., None, :]).norm(dim=-2) / S
         rounding = 8 * torch.finfo(S.dtype).eps * S[..., :1] / S
         good = (residual <= rounding.clamp(min=_padded(limits)))[..., :k]
-        if good.all():
+        if turn and good.all():  # a random block says nothing yet
             return U[..., :k], S[..., :k], X[..., :k]
         taken = good.long().cumprod(-1).sum(-1, keepdim=True)  # a later one may be overtaken yet
         kept, squares = (columns < taken)[..., None, :], S.square()
@@ -62,7 +62,7 @@ def _padded(limits: Tensor) -> Tensor:
     return torch.nn.functional.pad(limits, (0, _WIDTH - len(limits)), value=torch.inf)
 
 
-def _ritz(M: Tensor, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(M: Tensor, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the block turned to M's right singular vectors in it, the left ones, and the values, falling."""
     MX = M @ X
     wide = MX.double()
@@ -80,7 +80,7 @@ def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
         if failed.any():  # numerically dependent columns
             Q, R = torch.linalg.qr(X)
             sizes = R.diagonal(dim1=-2, dim2=-1)
-            return Q * torch.where(sizes < 0, -1.0, 1.0)[..., None, :], sizes.abs()
+            return torch.where(sizes[..., None, :] < 0, -Q, Q), sizes.abs()
         R = R.to(X)
         Q = torch.linalg.solve_triangular(R, Q, upper=True, left=False)
         sizes = sizes * R.diagonal(dim1=-2, dim2=-1)
@@ -88,9 +88,9 @@ def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _degree(largest: float) -> int:
-    """Return the degree at which T_m(2 largest - 1), the lift of a value over those below 1, is _GROWTH."""
+    """Return the degree at which T_m(2 largest - 1), the lift of a value over those below 1, is _LIFT."""
     rate = math.acosh(max(2 * largest - 1, 1 + 1e-9))
-    return min(_MOST, max(_LEAST, int(math.log(2 * _GROWTH) / rate)))
+    return min(_HIGHEST, max(_LOWEST, int(math.log(2 * _LIFT) / rate)))
 
 
 def _filtered(M: Tensor, X: Tensor, first: Tensor, V: Tensor, a: Tensor, m: int) -> Tensor:

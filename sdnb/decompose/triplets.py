@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ _SPARE = 1  # columns of the block beyond the k wanted, so that values that coin
 _FEW = 256  # up to this size the dense decomposition is faster
 _SHARE = 4  # the basis may grow to d / 4 columns before the dense decomposition is cheaper
 _LEAST = 96  # but not to fewer than this
+_SAFE = 30  # binary exponent up to which neither squares nor their sums leave float32's range
 _GROWTH = 1.25  # of the basis between two looks at it
 _LOOSE = 0.05  # residual of the triplet after the k-th, of which only the value is used, for the gap
 
@@ -71,14 +72,17 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
     Source: paper A (arXiv 2502.07004), layer-wise singular direction: the first column of U for L = I + R.
     """
     d, gpu = M.shape[-1], M.device.type != "cpu"
-    if len(M.shape) not in (2, 3) or M.shape[-2] != d or not 1 <= k <= d:
+    if len(M.shape) not in (2, 3) or M.shape[-2] != d or not 1 <= k <= d or 0 in M.shape:
         raise ParameterError(
             f"leading_triplets needs square matrices and 1 <= k <= {d}, not {tuple(M.shape)}, k={k}"
         )
-    if isinstance(M, Tensor):
-        M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
-    if gpu:
-        M = _finite(dense(M))
+    if gpu or isinstance(M, Tensor):
+        M = dense(M).detach()
+        M = _finite(M.to(torch.promote_types(M.dtype, torch.float32)))
+        scale = _scale(M)
+        if (scale != 1).any():
+            found = leading_triplets(M / scale[..., None, None], k, seed=seed, tol=tol)
+            return replace(found, S=found.S * scale[..., None])
     limits = torch.tensor([tol] * k + [max(tol, _LOOSE)], dtype=M.dtype, device=M.device)
     found, method = None, "filtered" if gpu else "krylov"
     if gpu and d > _FEW and k < MOST_TRIPLETS:
@@ -100,11 +104,18 @@ def _stacked(found: list[Triplets]) -> Triplets:
     """Return the triplets of several matrices as one."""
     names = ("U", "S", "V", "residual", "gap")
     arrays = (torch.stack([getattr(one, name) for one in found]) for name in names)
-    return Triplets(*arrays, min(one.method for one in found))  # "dense" is the first in the alphabet
+    return Triplets(*arrays, "dense" if any(one.method == "dense" for one in found) else found[0].method)
+
+
+def _scale(M: Tensor) -> Tensor:
+    """Return a power of two near the largest entry of each matrix, 1 where squares are safe without it."""
+    largest = torch.linalg.vector_norm(M, torch.inf, dim=(-2, -1))
+    exponent = torch.frexp(largest).exponent
+    return torch.where(exponent.abs() > _SAFE, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
 
 
 def _finite(M: Tensor) -> Tensor:
-    """Return M."""
+    """Return M itself; raise a ParameterError if it holds NaN or infinity."""
     if not torch.isfinite(M).all():
         raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
     return M

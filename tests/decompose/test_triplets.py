@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdnb.decompose import Triplets, angle_deg, leading_triplets
 from sdnb.errors import ParameterError
@@ -14,11 +15,11 @@ D = 400
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
-def matrix(values, seed=0, d=D, dtype=torch.float64):
-    """A random matrix with given leading singular values; the rest fall from 1 to 0."""
+def matrix(values, seed=0, d=D, dtype=torch.float64, low=0):
+    """A random matrix with given leading singular values; the rest fall from 1 to the lowest."""
     generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-    S = torch.linspace(1, 0, d, dtype=torch.float64)
+    S = torch.linspace(1, low, d, dtype=torch.float64)
     S[: len(values)] = torch.tensor(values, dtype=torch.float64)
     return (U * S @ V.T).to(dtype)
 
@@ -108,6 +109,33 @@ def test_several_matrices_at_once(device, third):
         assert torch.allclose(found.S[i], alone.S, rtol=1e-5, atol=1e-4)
         clear = alone.S / alone.S[0] > 1e-4  # below, values and their gaps are rounding
         assert torch.allclose(found.gap[i][clear], alone.gap[clear], rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "pretended"])
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_the_scale_does_not_matter(device, scale):
+    M = matrix([1.5, 1.49, 1.2], dtype=torch.float32)
+    found, plain = on_device(M * scale, device, 2), on_device(M, device, 2)
+    assert torch.allclose(found.S / scale, plain.S, rtol=1e-5)
+    assert torch.allclose(found.gap, plain.gap, atol=1e-4)
+    assert found.residual.max() < 1e-4 and found.method == plain.method
+
+
+def test_a_gpu_refuses_what_is_not_finite():
+    M = matrix([3.0], dtype=torch.float32)
+    M[3, 5] = torch.nan
+    with pytest.raises(ParameterError, match="NaN"):
+        on_device(M, "pretended", 2)
+
+
+def test_the_filter_is_of_the_degree_that_a_flat_spectrum_asks_for():
+    """With the lowest degree throughout it would turn to the dense decomposition."""
+    M = matrix([1.001], dtype=torch.float32, low=0.97)
+    with FlopCounterMode(display=False) as counter:
+        found = on_device(M, "pretended", 2)
+    check(M, found, 2)
+    assert found.method == "filtered"
+    assert counter.get_total_flops() < 600 * 2 * 32 * D**2  # products with the block
 
 
 def test_float64_reaches_a_smaller_tolerance():
