@@ -8,7 +8,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.anatomy.check import measure, verdict
-from sdnb.anatomy.residual import coefficients
+from sdnb.anatomy.residual import coefficients, relative
 from sdnb.errors import LayerRefused, ModelError, ParameterError
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
@@ -165,3 +165,9 @@ class TestRefused:
             layer_view(model, 1)
         view = layer_view(model, 1, check=False)
         assert view.status == "refused" and view.attention_error > 0.7
+
+
+def test_an_error_too_small_to_square_is_none_the_less_one():
+    tiny = torch.full((3, 3), 1e-25)  # its norm is zero in float32
+    assert relative(tiny, tiny) > 1
+    assert relative(torch.zeros(3), torch.zeros(3)) == 0
