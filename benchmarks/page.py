@@ -25,7 +25,8 @@ ABOUT = {
         "Two leading triplets of a d x d matrix with two planted ones, against all of them: block Krylov on "
         "a CPU, filtered subspace iteration on a GPU. The iterative ways take products with few vectors, "
         "each of which reads the matrix: bytes are those of one reading, so the limit is out of their reach. "
-        "Where values differ on a GPU, it is cuSOLVER's float32 ones that are off (see the last section).",
+        "Where values differ on a GPU, it is cuSOLVER's float32 ones that are off: the section on the "
+        "singular values of all weight matrices compares them with float64.",
     ),
     "eigenpair": (
         "The nearest eigenpair",

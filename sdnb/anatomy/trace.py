@@ -45,7 +45,7 @@ class Remembered:
 
     Args:
         stack: the module list's name in the base model.
-        layers: its members.
+        layers: weak references to its members.
         hidden_size: d.
         width: as in `Decoder`.
     """
@@ -72,6 +72,7 @@ class Remembered:
         return Decoder(model, layers, self.hidden_size, self.width) if same else None
 
 
+# By model, so that reading one layer after another does not search for the stack each time.
 _remembered: WeakKeyDictionary[nn.Module, Remembered] = WeakKeyDictionary()
 
 

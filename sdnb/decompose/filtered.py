@@ -34,6 +34,9 @@ def filtered_triplets(M: Tensor, k: int, limits: Tensor, seed: int) -> tuple[Ten
 
     Returns:
         U, S, V of the k triplets, shapes (..., d, k), (..., k), (..., d, k).
+
+    Source: Chebyshev-filtered subspace iteration, Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219
+    (2006), here for M^T M.
     """
     start = torch.randn(M.shape[-1], _WIDTH, generator=torch.Generator().manual_seed(seed))
     X = torch.linalg.qr(start.to(M.device, M.dtype)).Q.expand(*M.shape[:-2], -1, -1)
