@@ -1,6 +1,7 @@
 """One template through papermill: a kernel of this interpreter, private sockets, an atomic file."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -65,9 +66,11 @@ def execute(cell: Cell, options: Options) -> dict:
 def _attempt(cell: Cell, running: Path, folder: Path, timeout_s: int | None) -> str | None:
     """Run once, and once more if the kernel did not start or died; returns what went wrong, or None."""
     import papermill
+    from jupyter_core.utils import ensure_event_loop
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and told below
     problem = None
     for _ in range(2):
         try:
@@ -87,6 +90,10 @@ def _attempt(cell: Cell, running: Path, folder: Path, timeout_s: int | None) -> 
             return f"{error.ename}: {error.evalue}"
         except CellTimeoutError:
             return f"a cell ran for more than {timeout_s} s (--timeout)"
+        except KeyboardInterrupt:
+            # what still waits for the kernel, now gone, would complain when it is collected
+            ensure_event_loop().set_exception_handler(lambda loop, context: None)
+            raise
         except (DeadKernelError, RuntimeError, TimeoutError) as error:
             first = str(error).splitlines()[0] if str(error) else repr(error)
             problem = (

@@ -20,7 +20,7 @@ from typing import Any
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from sdnb.cli.runner import end_with_parent
+from sdnb.cli.workers import end_with_parent
 from sdnb.cli.workshop import workshop
 
 NAME = "sdnb-fork"  # as in pyproject.toml, where Jupyter finds it

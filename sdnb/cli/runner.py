@@ -8,18 +8,16 @@ is the template's own affair and atomic, too. A lock per cell lets two runs shar
 
 import json
 import os
-import shutil
-import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 from sdnb.checkpoint import locate
+from sdnb.cli import workers
 from sdnb.cli.keys import cell_key, content_hash
 from sdnb.cli.plan import Cell
 from sdnb.errors import SdnbError
@@ -80,19 +78,28 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
     context = get_context("spawn")
     gpus = context.Queue()
     for number in range(jobs):
-        gpus.put(_gpu(number))
-    with ProcessPoolExecutor(jobs, context, _prepare_worker, (jobs, gpus)) as pool:
-        for late in (False, True):  # who reads the others' records waits for all of them
-            chosen = [cell for cell in cells if cell.reads_records == late]
-            try:
-                futures = {pool.submit(run_cell, cell, options): cell for cell in chosen}
-                # Workers start with the first calls, and the pool begins to watch over a new one at the next
-                # call: without one more, nobody would notice the last worker's death.
-                pool.submit(int)
-            except BrokenProcessPool:
-                yield from (Outcome(cell, FAILED, 0.0, _LOST) for cell in chosen)
-                continue
-            yield from (_outcome(future, futures[future]) for future in as_completed(futures))
+        gpus.put(workers.gpu(number))
+    with ProcessPoolExecutor(jobs, context, workers.prepare, (jobs, gpus)) as pool:
+        try:
+            yield from _side_by_side(pool, cells, options)
+        except BaseException:  # an interrupt, or whoever wants the outcomes has gone
+            workers.stop(pool)
+            raise
+
+
+def _side_by_side(pool: ProcessPoolExecutor, cells: list[Cell], options: Options) -> Iterator[Outcome]:
+    """The outcomes of cells that are run in a pool, as they come."""
+    for late in (False, True):  # who reads the others' records waits for all of them
+        chosen = [cell for cell in cells if cell.reads_records == late]
+        try:
+            futures = {pool.submit(workers.work, run_cell, cell, options): cell for cell in chosen}
+            # Workers start with the first calls, and the pool begins to watch over a new one at the next
+            # call: without one more, nobody would notice the last worker's death.
+            pool.submit(int)
+        except BrokenProcessPool:
+            yield from (Outcome(cell, FAILED, 0.0, _LOST) for cell in chosen)
+            continue
+        yield from (_outcome(future, futures[future]) for future in as_completed(futures))
 
 
 def _outcome(future: Future, cell: Cell) -> Outcome:
@@ -101,35 +108,6 @@ def _outcome(future: Future, cell: Cell) -> Outcome:
         return future.result()
     except BrokenProcessPool:
         return Outcome(cell, FAILED, 0.0, _LOST)
-
-
-def _prepare_worker(jobs: int, gpus) -> None:
-    """Give a worker its share of the threads, a GPU of its own if there are any, and its parent's fate."""
-    end_with_parent()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    gpu = gpus.get()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-
-
-def end_with_parent() -> None:
-    """End this process when the one ends that wanted it; it would wait for work for ever."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _gpu(worker: int) -> str | None:
-    """The GPU of a worker by number or name, going round; None without one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None and shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        visible = ",".join(str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU"))
-    names = [name.strip() for name in (visible or "").split(",") if name.strip()]
-    return names[worker % len(names)] if names else None
 
 
 def run_cell(cell: Cell, options: Options) -> Outcome:

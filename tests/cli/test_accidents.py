@@ -112,23 +112,54 @@ def test_a_full_temporary_folder_is_told(cell, monkeypatch):
     assert cell.notebook.read_text() == "1"
 
 
-def test_an_interrupted_run_says_so_and_stops_its_kernel(model, tmp_path):
-    (tmp_path / "templates").mkdir()
+# As on a busy machine: what waits for the kernel sees it dead before all of it is put away.
+SLOW = """
+import asyncio, sys
+from jupyter_client import AsyncKernelManager
+from sdnb.cli.main import main
+
+ready = AsyncKernelManager._async_cleanup_resources
+
+async def later(self, *args, **kwargs):
+    await asyncio.sleep(3)
+    await ready(self, *args, **kwargs)
+
+AsyncKernelManager.cleanup_resources = AsyncKernelManager._async_cleanup_resources = later
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, jobs):
+    """With several jobs the interrupt comes to all processes, as from a keyboard."""
+    for folder in ("templates", "t"):
+        (tmp_path / folder).mkdir()
     source = "import os, time; open(f'{results_dir}/{os.getpid()} ', 'w'); time.sleep(600)"
-    make(tmp_path / "templates" / "01_works.ipynb", [source])
+    for number in range(1, jobs + 2):
+        make(tmp_path / "templates" / f"{number:02d}_works.ipynb", [source])
     folders = ("--templates", str(tmp_path / "templates"), "--results-dir", str(tmp_path))
-    program = [sys.executable, "-m", "sdnb.cli.main", "run", str(model), *folders]
+    program = [sys.executable, "-c", SLOW, "run", str(model), "--jobs", str(jobs), *folders]
     # a suite in a shell's background ignores SIGINT, and so would what it starts
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     process = subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+        program,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "t")},
     )
-    wait_until(lambda: list(tmp_path.glob("* ")) or process.poll() is not None)
+    wait_until(lambda: len(list(tmp_path.glob("* "))) == jobs or process.poll() is not None)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    if jobs == 1:
+        process.send_signal(signal.SIGINT)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert out.strip() == "" and err == "sdnb: interrupted; what was finished is kept\n"
-    (mark,) = tmp_path.glob("* ")
-    assert not is_alive(int(mark.name))
+    marks = list(tmp_path.glob("* "))
+    assert len(marks) == jobs and not any(is_alive(int(mark.name)) for mark in marks)
     assert [path.name for path in (tmp_path / slug(model)).iterdir()] == [".runs"]
+    assert not list((tmp_path / "t").glob("*/*/kernel.log"))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdnb import load
-from sdnb.cli import plan, runner
+from sdnb.cli import plan, runner, workers
 from sdnb.cli.main import main
 from sdnb.errors import ModelError
 from tests.tiny import tiny_model
@@ -444,6 +444,6 @@ def test_the_key_does_not_depend_on_order(model, tmp_path):
 
 def test_workers_share_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
-    assert [runner._gpu(worker) for worker in range(3)] == ["2", "GPU-5f", "2"]
+    assert [workers.gpu(worker) for worker in range(3)] == ["2", "GPU-5f", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert runner._gpu(0) is None
+    assert workers.gpu(0) is None
