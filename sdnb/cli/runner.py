@@ -7,7 +7,6 @@ is the template's own affair and atomic, too. A lock per cell lets two runs shar
 """
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
