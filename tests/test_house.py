@@ -15,8 +15,8 @@ TEMPLATES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A part of the package may import what stands on a lower step, or its own part.
 STEPS = {
     "errors": 0,
-    "checkpoint": 1, "fingerprint": 1, "hub": 1, "labels": 1, "loading": 1, "memory": 1, "refusal": 1,
-    "text": 1,
+    "checkpoint": 1, "fingerprint": 1, "hub": 1, "labels": 1, "loading": 1, "memory": 1, "products": 1,
+    "refusal": 1, "text": 1,
     "anatomy": 2,
     "linearize": 3, "activations": 3, "spectra": 3,
     "decompose": 4, "quantize": 4, "records": 4,

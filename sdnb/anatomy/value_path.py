@@ -16,6 +16,7 @@ from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import relative
 from sdnb.anatomy.rows import zero_and_basis_rows
 from sdnb.anatomy.weights import is_linear, linear_weight
+from sdnb.products import add_product_
 
 AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1
 LIKE = 1e-5  # relative error of the matrix on some basis rows
@@ -102,7 +103,8 @@ def value_path_matrix(probe: LayerProbe, path: ValuePath) -> Tensor:
         rows.append(weight[used[(used >= start) & (used < start + len(weight))] - start])
         start += len(weight)
     values, projection = torch.cat(rows), linear_weight(probe.layer.get_submodule(path.projection))
-    if not (times == times[0]).all():
-        return projection @ values[place]
-    by_value = projection[:, place.argsort(stable=True)]
-    return by_value.unflatten(1, (len(used), -1)).sum(2) @ values
+    if (times == times[0]).all():
+        projection = projection[:, place.argsort(stable=True)].unflatten(1, (len(used), -1)).sum(2)
+    else:
+        values = values[place]
+    return add_product_(values.new_zeros(len(projection), values.shape[1]), projection, values)

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from sdnb.errors import ModelError
 
 LINEAR_CLASSES = (nn.Linear, Conv1D)
-HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def as_float32(tensor: Tensor) -> Tensor:
@@ -87,9 +86,11 @@ def copy_layer(layer: nn.Module) -> nn.Module:
             memo[id(tensor)] = (
                 nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
             )
-        for value in vars(module).values():
+        for name, value in vars(module).items():
             if isinstance(value, PretrainedConfig):
                 memo[id(value)] = value  # shared: a configuration is only read
+            elif "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = type(value)()  # ten tables a module, most of the time of a copy
         if "_hf_hook" in vars(module):
             memo[id(module._hf_hook)] = None  # it holds the map of all offloaded weights
     twin = copy.deepcopy(layer, memo)
@@ -97,8 +98,6 @@ def copy_layer(layer: nn.Module) -> nn.Module:
         if "_hf_hook" in vars(module):
             for name in ("_hf_hook", "_old_forward", "forward"):
                 vars(module).pop(name, None)
-        for table in HOOK_TABLES:
-            getattr(module, table).clear()
     return twin.eval()
 
 

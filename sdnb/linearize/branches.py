@@ -11,6 +11,7 @@ from sdnb.errors import ParameterError
 from sdnb.linearize.closed_form import closed_form_coefficients
 from sdnb.linearize.operator import Operator, Stream, dense, diagonal_operator
 from sdnb.linearize.sampled import SampledFit, sampled_fit
+from sdnb.products import add_product_
 
 if TYPE_CHECKING:
     from sdnb.anatomy import LayerView, Norm
@@ -191,9 +192,10 @@ def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Op
 
     def form() -> Tensor:
         M = torch.zeros(down.shape[0], W.shape[1], dtype=down.dtype, device=down.device)
-        for rows in torch.arange(len(W), device=down.device).split(_UNITS):  # B whole would be as large as W
+        for start in range(0, len(W), _UNITS):  # B whole would be as large as W
+            rows = slice(start, start + _UNITS)
             B = alpha[rows] * W[rows] if V is None else (alpha[rows] * W[rows]).addcmul_(mu[rows], V[rows])
-            M.addmm_(down[:, rows], B)
+            add_product_(M, down[:, rows], B)
         M = _scaled(post, centre, _scaled_transposed(norm, centre, M.T).T)
         return _times(view.ffn_multiplier, M)
 

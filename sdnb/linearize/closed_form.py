@@ -11,7 +11,7 @@ from sdnb.linearize.gaussian import gaussian_moments
 # Below this share of |b| the slope m1 / s would be a difference of nearly equal numbers; there it is taken at
 # this width instead, which changes it by the order of the width's square.
 _SMALLEST_SPREAD = 1e-5
-_ROWS, _ROWS_GPU = 512, 4096  # upcast to float64 at a time: what a cache holds; few calls
+_ROWS = 512  # multiplied at a time on a CPU: what a cache holds
 
 
 def closed_form_fit(
@@ -89,12 +89,14 @@ def closed_form_coefficients(
 
 
 def _row_products(w: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return |w_i| and w_i.v_i (None without v), both float64 of shape (f,), a few rows upcast at a time."""
+    """Return |w_i| and w_i.v_i (None without v), both float64 of shape (f,), a few rows at a time."""
     norms, overlaps = [], []
-    at_once = _ROWS if w.device.type == "cpu" else _ROWS_GPU
+    at_once = _ROWS if w.device.type == "cpu" else len(w)
+    dtype = torch.promote_types(w.dtype, torch.float32)
     for start in range(0, len(w), at_once):
-        rows = w[start : start + at_once].detach().double()
-        norms.append(rows.norm(dim=1))
+        rows = w[start : start + at_once].detach().to(dtype)
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))  # a square could underflow
         if v is not None:
-            overlaps.append((rows * v[start : start + at_once].detach().double()).sum(1))
+            products = rows * v[start : start + at_once].detach().to(dtype)
+            overlaps.append(products.sum(1, dtype=torch.float64))
     return torch.cat(norms), torch.cat(overlaps) if overlaps else None

@@ -18,6 +18,7 @@ from sdnb.linearize.operator import (
     scaled_operator,
     sum_operator,
 )
+from sdnb.products import add_product_
 
 if TYPE_CHECKING:
     from sdnb.anatomy import LayerView, Norm
@@ -59,7 +60,7 @@ class LinearLayer:
             formed = replace(self, F=F).operator.dense()
             formed.diagonal().sub_(1)
             return formed
-        return self.A + F if self.parallel else torch.addmm(self.A + F, F, self.A)
+        return self.A + F if self.parallel else add_product_(self.A + F, F, self.A)
 
     @property
     def L(self) -> Tensor:

@@ -1,0 +1,62 @@
+"""Products of large float32 matrices, on the tensor cores of a GPU where these are many times faster.
+
+Tensor cores multiply bfloat16 numbers and add up in float32. A float32 number is the sum of three bfloat16
+numbers (of one, where the weights were stored so), and a product of such sums is a few products.
+"""
+
+import torch
+from torch import Tensor
+
+_PIECES = 3  # times 8 bits: all 24 of float32
+_INNER = 1024  # terms that are added up inside: tensor cores cut off where others round, a bias that grows
+_LEAST = 1024  # rows and columns below which there is nothing to win
+_FAST = ((8, 0), (9, 0), (10, 0))  # A100, H100 and B200; others' tensor cores are hardly faster than float32
+
+
+def add_product_(M: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+    """Add X Y to M in place, with errors of the size that float32 products have.
+
+    On tensor cores X Y = sum of X_i Y_j over i + j < 3, where X = X_0 + X_1 + X_2 and X_i is the bfloat16
+    number nearest to what X_0 .. X_(i-1) leave; what is left out is 2^-24 of |X| |Y|.
+
+    Args:
+        M: what is added to, shape (m, n).
+        X: shape (m, k).
+        Y: shape (k, n); finite, as X is.
+
+    Returns:
+        M.
+
+    Source: the splitting into bfloat16 pieces is Henry, Tang and Heinecke's (arXiv 1904.06376); that sums
+    on tensor cores must be cut is told by Ootomo and Yokota (arXiv 2203.03341).
+    """
+    if not _pays(X, Y):
+        return M.addmm_(X, Y)
+    left, right = _pieces(X), _pieces(Y)
+    pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PIECES]
+    for i, j in sorted(pairs, key=sum, reverse=True):  # small numbers first
+        at_once = X.shape[1] if i + j else _INNER  # the bias of small products is small
+        for x, y in zip(left[i].split(at_once, dim=1), right[j].split(at_once), strict=True):
+            M += _multiplied(x, y)
+    return M
+
+
+def _pays(X: Tensor, Y: Tensor) -> bool:
+    """Whether tensor cores are there and faster."""
+    if not X.is_cuda or torch.version.cuda is None or not X.dtype == Y.dtype == torch.float32:
+        return False
+    return min(*X.shape, Y.shape[1]) >= _LEAST and torch.cuda.get_device_capability(X.device) in _FAST
+
+
+def _pieces(X: Tensor) -> list[Tensor]:
+    """Return bfloat16 tensors whose sum is X, at most three, large to small."""
+    pieces, rest = [], X
+    while len(pieces) < _PIECES and (not pieces or rest.any()):
+        pieces.append(rest.bfloat16())
+        rest = rest - pieces[-1]
+    return pieces
+
+
+def _multiplied(x: Tensor, y: Tensor) -> Tensor:
+    """Return x y in float32 of bfloat16 matrices on a GPU."""
+    return torch.mm(x, y, out_dtype=torch.float32)

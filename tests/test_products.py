@@ -1,0 +1,81 @@
+"""Float32 products by bfloat16 pieces, with the tensor cores played by the CPU, and on a GPU."""
+
+import pytest
+import torch
+
+from sdnb import products
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["played", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request, monkeypatch):
+    """The CPU in the part of tensor cores, which round their sums to float32, or a GPU."""
+    if request.param == "cuda":
+        return "cuda"
+    monkeypatch.setattr(products, "_pays", lambda X, Y: True)
+    monkeypatch.setattr(products, "_multiplied", played)
+    return "cpu"
+
+
+def played(x, y):
+    assert x.dtype == y.dtype == torch.bfloat16
+    return (x.double() @ y.double()).float()
+
+
+def factors(kind, m=1024, k=2500, n=1100):
+    generator = torch.Generator().manual_seed(0)
+    X, Y = (torch.randn(*shape, generator=generator) for shape in ((m, k), (k, n)))
+    if kind == "weights":  # stored in bfloat16
+        X = X.bfloat16().float()
+    elif kind == "positive":  # sums that only grow show a bias
+        X, Y = X.abs(), Y.abs()
+    elif kind == "scales":
+        X, Y = X * torch.logspace(-8, 8, k), Y / torch.logspace(-8, 8, k)[:, None]
+    return X, Y
+
+
+@pytest.mark.parametrize("kind", ["plain", "weights", "positive", "scales", "transposed"])
+def test_pieces_are_as_exact_as_float32(device, kind):
+    X, Y = (t.to(device) for t in factors(kind))
+    if kind == "transposed":
+        X, Y = X.T.contiguous().T, Y.T.contiguous().T
+    M = torch.ones(len(X), Y.shape[1], device=device)
+    exact = 1 + X.double() @ Y.double()
+    found = products.add_product_(M, X, Y)
+    assert found is M
+    limit = 1e-6 * (X.double().abs() @ Y.double().abs())
+    assert ((found - exact).abs() <= limit + 1e-7).all()
+    worst = (torch.addmm(torch.ones_like(M), X, Y) - exact).norm()
+    assert (found - exact).norm() <= 3 * worst
+
+
+def test_one_piece_less_is_seen(device, monkeypatch):
+    """The test above can fail: two pieces leave 2^-16."""
+    monkeypatch.setattr(products, "_PIECES", 2)
+    X, Y = (t.to(device) for t in factors("plain"))
+    exact = X.double() @ Y.double()
+    found = products.add_product_(torch.zeros(len(X), Y.shape[1], device=device), X, Y)
+    assert (found - exact).norm() > 3 * (X @ Y - exact).norm()
+
+
+def test_weights_stored_in_bfloat16_are_one_piece():
+    X = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    assert len(products._pieces(X.bfloat16().float())) == 1
+    assert len(products._pieces(X)) == 3
+    assert torch.equal(sum(piece.double() for piece in products._pieces(X)), X.double())
+    assert [piece.any().item() for piece in products._pieces(torch.zeros(2, 2))] == [False]
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_gpu_takes_its_tensor_cores_only_where_it_pays():
+    X = torch.zeros(1024, 1024, device="cuda")
+    fast = torch.cuda.get_device_capability() in products._FAST
+    assert products._pays(X, X) == fast
+    assert not products._pays(X[:1000], X) and not products._pays(X.double(), X.double())
+
+
+def test_a_cpu_has_none():
+    X = torch.zeros(1024, 1024)
+    assert not products._pays(X, X)
