@@ -13,7 +13,7 @@ _LEAST = 1024  # rows and columns below which there is nothing to win
 _FAST = ((8, 0), (9, 0), (10, 0))  # A100, H100 and B200; others' tensor cores are hardly faster than float32
 
 
-def add_product_(M: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+def add_product_(M: Tensor, X: Tensor, Y: Tensor, weights: bool = False) -> Tensor:
     """Add X Y to M in place, with errors of the size that float32 products have.
 
     On tensor cores X Y = sum of X_i Y_j over i + j < 3, where X = X_0 + X_1 + X_2 and X_i is the bfloat16
@@ -23,6 +23,8 @@ def add_product_(M: Tensor, X: Tensor, Y: Tensor) -> Tensor:
         M: what is added to, shape (m, n).
         X: shape (m, k).
         Y: shape (k, n); finite, as X is.
+        weights: X holds weights as they were stored. If they fit bfloat16 one piece will do, to know which a
+            GPU must be waited for.
 
     Returns:
         M.
@@ -32,7 +34,7 @@ def add_product_(M: Tensor, X: Tensor, Y: Tensor) -> Tensor:
     """
     if not _pays(X, Y):
         return M.addmm_(X, Y)
-    left, right = _pieces(X), _pieces(Y)
+    left, right = _pieces(X, weights), _pieces(Y)
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PIECES]
     for i, j in sorted(pairs, key=sum, reverse=True):  # small numbers first
         at_once = X.shape[1] if i + j else _INNER  # the bias of small products is small
@@ -48,12 +50,15 @@ def _pays(X: Tensor, Y: Tensor) -> bool:
     return min(*X.shape, Y.shape[1]) >= _LEAST and torch.cuda.get_device_capability(X.device) in _FAST
 
 
-def _pieces(X: Tensor) -> list[Tensor]:
-    """Return bfloat16 tensors whose sum is X, at most three, large to small."""
+def _pieces(X: Tensor, look: bool = False) -> list[Tensor]:
+    """Return bfloat16 tensors whose sum is X, large to small: three, or one where that is seen to do."""
     pieces, rest = [], X
-    while len(pieces) < _PIECES and (not pieces or rest.any()):
+    for _ in range(_PIECES):
         pieces.append(rest.bfloat16())
         rest = rest - pieces[-1]
+        if look and not rest.any():
+            break
+        look = False
     return pieces
 
 

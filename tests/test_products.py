@@ -42,7 +42,7 @@ def test_pieces_are_as_exact_as_float32(device, kind):
         X, Y = X.T.contiguous().T, Y.T.contiguous().T
     M = torch.ones(len(X), Y.shape[1], device=device)
     exact = 1 + X.double() @ Y.double()
-    found = products.add_product_(M, X, Y)
+    found = products.add_product_(M, X, Y, weights=kind in ("weights", "positive"))
     assert found is M
     limit = 1e-6 * (X.double().abs() @ Y.double().abs())
     assert ((found - exact).abs() <= limit + 1e-7).all()
@@ -61,10 +61,10 @@ def test_one_piece_less_is_seen(device, monkeypatch):
 
 def test_weights_stored_in_bfloat16_are_one_piece():
     X = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
-    assert len(products._pieces(X.bfloat16().float())) == 1
-    assert len(products._pieces(X)) == 3
-    assert torch.equal(sum(piece.double() for piece in products._pieces(X)), X.double())
-    assert [piece.any().item() for piece in products._pieces(torch.zeros(2, 2))] == [False]
+    assert len(products._pieces(X.bfloat16().float(), look=True)) == 1
+    for look in (False, True):
+        pieces = products._pieces(X, look)
+        assert len(pieces) == 3 and torch.equal(sum(piece.double() for piece in pieces), X.double())
 
 
 @pytest.mark.gpu

@@ -107,4 +107,4 @@ def value_path_matrix(probe: LayerProbe, path: ValuePath) -> Tensor:
         projection = projection[:, place.argsort(stable=True)].unflatten(1, (len(used), -1)).sum(2)
     else:
         values = values[place]
-    return add_product_(values.new_zeros(len(projection), values.shape[1]), projection, values)
+    return add_product_(values.new_zeros(len(projection), values.shape[1]), projection, values, weights=True)

@@ -78,7 +78,7 @@ def leading_triplets(M: Tensor | Operator, k: int = 2, *, seed: int = 0, tol: fl
         )
     if gpu or isinstance(M, Tensor):
         M = dense(M).detach()
-        M = _finite(M.to(torch.promote_types(M.dtype, torch.float32)))
+        M = M.to(torch.promote_types(M.dtype, torch.float32))
         scale = _scale(M)
         if (scale != 1).any():
             found = leading_triplets(M / scale[..., None, None], k, seed=seed, tol=tol)
@@ -109,13 +109,13 @@ def _stacked(found: list[Triplets]) -> Triplets:
 
 def _scale(M: Tensor) -> Tensor:
     """Return a power of two near the largest entry of each matrix, 1 where squares are safe without it."""
-    largest = torch.linalg.vector_norm(M, torch.inf, dim=(-2, -1))
+    largest = _finite(torch.linalg.vector_norm(M, torch.inf, dim=(-2, -1)))  # NaN if an entry is
     exponent = torch.frexp(largest).exponent
     return torch.where(exponent.abs() > _SAFE, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
 
 
 def _finite(M: Tensor) -> Tensor:
-    """Return M itself; raise a ParameterError if it holds NaN or infinity."""
+    """Return entries of a matrix, or sizes of them; raise a ParameterError if one is NaN or infinity."""
     if not torch.isfinite(M).all():
         raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
     return M

@@ -16,7 +16,7 @@ from sdnb.products import add_product_
 if TYPE_CHECKING:
     from sdnb.anatomy import LayerView, Norm
 
-_UNITS = 4096  # inner units at a time where F is formed
+_UNITS, _UNITS_GPU = 4096, 16384  # inner units at a time where F is formed
 
 
 def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
@@ -192,10 +192,11 @@ def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Op
 
     def form() -> Tensor:
         M = torch.zeros(down.shape[0], W.shape[1], dtype=down.dtype, device=down.device)
-        for start in range(0, len(W), _UNITS):  # B whole would be as large as W
-            rows = slice(start, start + _UNITS)
+        at_once = _UNITS if down.device.type == "cpu" else _UNITS_GPU
+        for start in range(0, len(W), at_once):  # B whole would be as large as W
+            rows = slice(start, start + at_once)
             B = alpha[rows] * W[rows] if V is None else (alpha[rows] * W[rows]).addcmul_(mu[rows], V[rows])
-            add_product_(M, down[:, rows], B)
+            add_product_(M, down[:, rows], B, weights=True)
         M = _scaled(post, centre, _scaled_transposed(norm, centre, M.T).T)
         return _times(view.ffn_multiplier, M)
 

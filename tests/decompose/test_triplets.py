@@ -121,11 +121,16 @@ def test_the_scale_does_not_matter(device, scale):
     assert found.residual.max() < 1e-4 and found.method == plain.method
 
 
-def test_a_gpu_refuses_what_is_not_finite():
-    M = matrix([3.0], dtype=torch.float32)
-    M[3, 5] = torch.nan
-    with pytest.raises(ParameterError, match="NaN"):
-        on_device(M, "pretended", 2)
+@pytest.mark.parametrize(
+    "device", ["cpu", "pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_refused(device, bad):
+    M = torch.stack([matrix([3.0], dtype=torch.float32)] * 2)
+    M[1, 3, 5] = bad
+    for each in (M, M[1]):
+        with pytest.raises(ParameterError, match="NaN"):
+            on_device(each, device, 2)
 
 
 def test_the_filter_is_of_the_degree_that_a_flat_spectrum_asks_for():
