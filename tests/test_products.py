@@ -44,7 +44,7 @@ def test_pieces_are_as_exact_as_float32(device, kind):
     exact = 1 + X.double() @ Y.double()
     found = products.add_product_(M, X, Y, weights=kind in ("weights", "positive"))
     assert found is M
-    limit = 1e-6 * (X.double().abs() @ Y.double().abs())
+    limit = 2e-6 * (X.double().abs() @ Y.double().abs())
     assert ((found - exact).abs() <= limit + 1e-7).all()
     worst = (torch.addmm(torch.ones_like(M), X, Y) - exact).norm()
     assert (found - exact).norm() <= 3 * worst
