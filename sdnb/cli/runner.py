@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from sdnb.checkpoint import locate
@@ -74,7 +74,7 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
     if jobs == 1 or len(cells) < 2:
         yield from (run_cell(cell, options) for cell in sorted(cells, key=lambda cell: cell.reads_records))
         return
-    context = get_context("spawn")
+    context, others = get_context("spawn"), active_children()
     gpus = context.Queue()
     for number in range(jobs):
         gpus.put(workers.gpu(number))
@@ -82,7 +82,7 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
         try:
             yield from _side_by_side(pool, cells, options)
         except BaseException:  # an interrupt, or whoever wants the outcomes has gone
-            workers.stop(pool)
+            workers.stop(pool, others)
             raise
 
 

@@ -10,9 +10,10 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 STOPPED = 130  # as a shell tells of what was interrupted
@@ -57,13 +58,14 @@ def work(call: Callable[..., Any], *args: Any) -> Any:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def stop(pool: ProcessPoolExecutor) -> None:
+def stop(pool: ProcessPoolExecutor, others: Collection[BaseProcess]) -> None:
     """Stop the workers in what they do, start nothing more, and wait for their end.
 
     Args:
         pool: the workers' pool, all of whose calls go through `work`.
+        others: this process's children that are none of them.
     """
-    for worker in active_children():
+    for worker in set(active_children()).difference(others):
         worker.terminate()
     pool.shutdown(cancel_futures=True)
 
