@@ -49,7 +49,10 @@ def main(args: argparse.Namespace) -> int:
         raise ParameterError(f"not a causal language model of transformers: {', '.join(unknown)}")
     record = _read(args.record, transformers.__version__)
     record["types"] = known
-    todo = [kind for kind in args.types or known if args.again or kind not in record["rows"]]
+    wanted = args.types or known
+    todo = [kind for kind in wanted if args.again or kind not in record["rows"]]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} types are in {args.record} already; --again redoes them")
     for kind, row in covered(todo, max(1, args.jobs), args.limit_s):
         record["rows"][kind] = row
         print(f"{kind:24} {row['status']:12} {row['reason'] or ''}", flush=True)
