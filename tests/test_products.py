@@ -23,6 +23,14 @@ def played(x, y):
     return (x.double() @ y.double()).float()
 
 
+def test_long_sums_of_large_numbers_are_cut(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(products, "_pays", lambda X, Y: True)
+    monkeypatch.setattr(products, "_multiplied", lambda x, y: lengths.append(x.shape[1]) or 0.0)
+    products.add_product_(torch.zeros(1, 1), torch.ones(1, 1200), torch.rand(1200, 1), weights=True)
+    assert lengths == [1200, 1200, 512, 512, 176]  # the small products first
+
+
 def factors(kind, m=1024, k=2500, n=1100):
     generator = torch.Generator().manual_seed(0)
     X, Y = (torch.randn(*shape, generator=generator) for shape in ((m, k), (k, n)))
@@ -74,6 +82,7 @@ def test_a_gpu_takes_its_tensor_cores_only_where_it_pays():
     fast = torch.cuda.get_device_capability() in products._FAST
     assert products._pays(X, X) == fast
     assert not products._pays(X[:1000], X) and not products._pays(X.double(), X.double())
+    assert not products._pays(X, X.clone().requires_grad_())
 
 
 def test_a_cpu_has_none():

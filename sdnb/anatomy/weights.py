@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from sdnb.errors import ModelError
 
 LINEAR_CLASSES = (nn.Linear, Conv1D)
+HOOK_TABLES = {
+    name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)
+}
 
 
 def as_float32(tensor: Tensor) -> Tensor:
@@ -89,8 +92,8 @@ def copy_layer(layer: nn.Module) -> nn.Module:
         for name, value in vars(module).items():
             if isinstance(value, PretrainedConfig):
                 memo[id(value)] = value  # shared: a configuration is only read
-            elif "_hooks" in name and isinstance(value, dict):
-                memo[id(value)] = type(value)()  # ten tables a module, most of the time of a copy
+            elif name in HOOK_TABLES:
+                memo[id(value)] = type(value)()  # copied one by one they take most of the time
         if "_hf_hook" in vars(module):
             memo[id(module._hf_hook)] = None  # it holds the map of all offloaded weights
     twin = copy.deepcopy(layer, memo)

@@ -52,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
     wanted = args.types or known
     todo = [kind for kind in wanted if args.again or kind not in record["rows"]]
     if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} types are in {args.record} already; --again redoes them")
+        print(
+            f"in {args.record} already: {len(wanted) - len(todo)} of {len(wanted)} types; --again redoes them"
+        )
     for kind, row in covered(todo, max(1, args.jobs), args.limit_s):
         record["rows"][kind] = row
         print(f"{kind:24} {row['status']:12} {row['reason'] or ''}", flush=True)

@@ -82,7 +82,7 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
         try:
             yield from _side_by_side(pool, cells, options)
         except BaseException:  # an interrupt, or whoever wants the outcomes has gone
-            workers.stop(pool, others)
+            workers.stop(others)
             raise
 
 

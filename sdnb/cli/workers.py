@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, parent_process
+from multiprocessing import active_children, parent_process, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-STOPPED = 130  # as a shell tells of what was interrupted
+PATIENCE_S = 30  # for a kernel to be put away; Jupyter itself gives one up after ten
 
 
 def prepare(jobs: int, gpus: Any) -> None:
@@ -45,29 +45,36 @@ def work(call: Callable[..., Any], *args: Any) -> Any:
         What it returns.
     """
 
-    def stop(number, frame):
+    def interrupt(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is put away is put away whole
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return call(*args)
     except KeyboardInterrupt:
-        os._exit(STOPPED)  # the pool would hand out what else was planned
+        util._exit_function()  # as at any end of a process: the fork server's folder goes
+        os._exit(1)  # the pool would hand out what else was planned
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def stop(pool: ProcessPoolExecutor, others: Collection[BaseProcess]) -> None:
-    """Stop the workers in what they do, start nothing more, and wait for their end.
+def stop(others: Collection[BaseProcess]) -> None:
+    """Stop workers in what they do, and wait for their end; it comes at once with a second interrupt.
 
     Args:
-        pool: the workers' pool, all of whose calls go through `work`.
-        others: this process's children that are none of them.
+        others: children of this process that are none; what was started since they were counted is.
     """
-    for worker in set(active_children()).difference(others):
+    workers = set(active_children()).difference(others)
+    for worker in workers:
         worker.terminate()
-    pool.shutdown(cancel_futures=True)
+    try:
+        end = time.monotonic() + PATIENCE_S
+        for worker in workers:
+            worker.join(max(0.0, end - time.monotonic()))
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 def end_with_parent() -> None:

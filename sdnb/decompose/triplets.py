@@ -115,7 +115,7 @@ def _scale(M: Tensor) -> Tensor:
 
 
 def _finite(M: Tensor) -> Tensor:
-    """Return entries of a matrix, or sizes of them; raise a ParameterError if one is NaN or infinity."""
+    """Return what was given; raise a ParameterError if any of it is NaN or infinite."""
     if not torch.isfinite(M).all():
         raise ParameterError("the matrix holds NaN or infinity: are the weights sound?")
     return M

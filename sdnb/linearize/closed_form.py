@@ -89,13 +89,18 @@ def closed_form_coefficients(
 
 
 def _row_products(w: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return |w_i| and w_i.v_i (None without v), both float64 of shape (f,), a few rows at a time."""
+    """Return |w_i| and w_i.v_i (None without v), both float64 of shape (f,), a few rows at a time.
+
+    The squares are float64, so that small weights do not vanish; the terms of w_i.v_i may round to float32.
+    """
     norms, overlaps = [], []
     at_once = _ROWS if w.device.type == "cpu" else len(w)
-    dtype = torch.promote_types(w.dtype, torch.float32)
+    dtype = torch.promote_types(
+        w.dtype if v is None else torch.promote_types(w.dtype, v.dtype), torch.float32
+    )
     for start in range(0, len(w), at_once):
         rows = w[start : start + at_once].detach().to(dtype)
-        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))  # a square could underflow
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
         if v is not None:
             products = rows * v[start : start + at_once].detach().to(dtype)
             overlaps.append(products.sum(1, dtype=torch.float64))

@@ -85,7 +85,7 @@ def test_types_that_are_done_are_kept(record, capsys):
     before = record.read_bytes()
     capsys.readouterr()
     assert main(["coverage", "--types", "llama", "mamba", "--record", str(record)]) == 0
-    assert capsys.readouterr().out == f"2 types are in {record} already; --again redoes them\n"
+    assert capsys.readouterr().out == f"in {record} already: 2 of 2 types; --again redoes them\n"
     assert record.read_bytes() == before
 
 

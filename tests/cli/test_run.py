@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdnb import load
-from sdnb.cli import plan, runner, workers
+from sdnb.cli import plan, runner
 from sdnb.cli.main import main
 from sdnb.errors import ModelError
 from tests.tiny import tiny_model
@@ -365,16 +364,6 @@ def wait_until(condition) -> None:
     assert condition()
 
 
-@pytest.fixture
-def temporary(monkeypatch):
-    """An empty folder for temporary files, with a short name, since sockets are in it."""
-    with tempfile.TemporaryDirectory(prefix="t") as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        yield Path(folder)
-        tempfile.tempdir = None
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
 @pytest.mark.parametrize(("jobs", "count"), [(1, 2), (2, 2), (1, runner.MANY)])  # the last one's are forks
 def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
@@ -440,10 +429,3 @@ def test_the_key_does_not_depend_on_order(model, tmp_path):
         for p in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
     }
     assert len(keys) == 1
-
-
-def test_workers_share_the_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
-    assert [workers.gpu(worker) for worker in range(3)] == ["2", "GPU-5f", "2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workers.gpu(0) is None

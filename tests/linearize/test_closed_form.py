@@ -46,6 +46,8 @@ def test_a_linear_unit_is_fitted_by_its_own_weights():
 def test_a_rectifier_without_bias_is_fitted_by_half_its_weights():
     w, _, v, _ = random_units(2, d=40)
     assert torch.allclose(closed_form_fit(w, torch.relu), w / 2, rtol=1e-12)
+    small = 1e-25 * w.float()  # whose squares are zero in float32
+    assert torch.allclose(1e25 * closed_form_fit(small, torch.relu), w.float() / 2, rtol=1e-5)
     # gated, at b = c = 0: E[relu(g) u x] = |w| / sqrt(2 pi) (v + (w.v) w / |w|^2)
     s, overlap = w.norm(dim=1, keepdim=True), (w * v).sum(1, keepdim=True)
     expected = s / (2 * torch.pi) ** 0.5 * (v + overlap * w / s**2)
