@@ -16,7 +16,8 @@ import pytest
 
 from sdnb.cli import plan, runner
 from sdnb.records import files
-from tests.cli.test_run import is_alive, make, slug, wait_until
+from tests.cli.processes import is_alive, wait_until
+from tests.cli.test_run import make, slug
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at processes in /proc")

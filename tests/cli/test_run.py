@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import nbformat
@@ -18,6 +17,7 @@ from sdnb import load
 from sdnb.cli import plan, runner
 from sdnb.cli.main import main
 from sdnb.errors import ModelError
+from tests.cli.processes import is_alive, wait_until
 from tests.tiny import tiny_model
 
 PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nfail_on: str = ""'
@@ -347,21 +347,6 @@ def test_a_reader_that_goes_away_is_no_failure():
 def test_help_says_what_it_is_for(capfd):
     main(["--help"])
     assert "transformer language model" in " ".join(capfd.readouterr().out.split())
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")

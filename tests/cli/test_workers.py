@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdnb.cli import workers
-from tests.cli.test_run import wait_until
+from tests.cli.processes import wait_until
 
 SHOW_IGNORED = "print(next(line for line in open('/proc/self/status') if line.startswith('SigIgn')))"
 
