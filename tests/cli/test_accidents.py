@@ -132,9 +132,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("jobs", "count"), [(1, 2), (2, 3), (2, 2 * runner.MANY)]
-)  # the last one's are forks
+@pytest.mark.parametrize(("jobs", "count"), [(1, 2), (2, 2 * runner.MANY)])  # the second run's are forks
 def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, temporary, jobs, count):
     """With several jobs the interrupt comes to all processes, as from a keyboard."""
     (tmp_path / "templates").mkdir()
