@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdnb.cli import workers
+from sdnb.cli import kernels, workers
 from tests.cli.processes import wait_until
 
 SHOW_IGNORED = "print(next(line for line in open('/proc/self/status') if line.startswith('SigIgn')))"
@@ -64,6 +64,21 @@ def test_a_stopped_worker_ends_in_its_own_way_and_takes_up_nothing_more(pool, tm
     workers.stop(others)  # a second signal
     assert (tmp_path / "ended").exists() and not worker.is_alive()
     assert all(isinstance(call.exception(), BrokenProcessPool) for call in calls)
+
+
+def with_a_fork_server(folder: Path) -> None:
+    kernels._prepare_server()
+    slow_end(folder)
+
+
+def test_a_stopped_worker_takes_its_fork_servers_folder_along(pool, tmp_path, temporary):
+    others = active_children()
+    pool.submit(workers.work, with_a_fork_server, tmp_path)
+    wait_until((tmp_path / "begun").exists)
+    [shelf] = temporary.iterdir()
+    assert len(list(shelf.iterdir())) == 2
+    workers.stop(others)
+    assert [path.name for path in shelf.iterdir()] == [".lock"]
 
 
 def deaf(folder: Path) -> None:
