@@ -42,7 +42,7 @@ ABOUT = {
         "Llama-2-7B shape on one H200 are 5 s and 500 times. The second supposed that a full decomposition "
         "takes minutes; cuSOLVER's takes about a second (above), with values that are off. What is left of "
         "ours is of three kinds: the check of each layer, which a host's Python starts kernel by kernel; "
-        "products on tensor cores, of bfloat16 pieces and so faster than the limit's float32 rate; and the "
+        "products on tensor cores, of bfloat16 pieces, where the limit counts float32 ones; and the "
         "triplets, which read every matrix many times.",
     ),
     "offload": (

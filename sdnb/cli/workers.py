@@ -16,7 +16,7 @@ from multiprocessing import active_children, parent_process, util
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PATIENCE_S = 30  # for a kernel to be put away; Jupyter itself gives one up after ten
+PATIENCE_S = 30  # for a kernel to be put away; longer than Jupyter waits before it kills one
 
 
 def prepare(jobs: int, gpus: Any) -> None:
