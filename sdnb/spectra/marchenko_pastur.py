@@ -21,7 +21,6 @@ from sdnb.spectra.tracy_widom import largest_edge, smallest_edge
 HARD_EDGE = 0.9
 """min/max above which no outliers below the bulk are counted: its lower edge is near zero, a hard wall."""
 
-
 ZERO = 1e-6
 """Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
 matrix (1e-8) and of float32 weights (1e-7), not the matrix."""
@@ -157,9 +156,14 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
             f"the median singular value of a {shape[0]} x {shape[1]} matrix is zero (at most {ZERO:g} of the "
             "largest): no bulk to fit"
         )
-    share = 0.5 * len(kept) / len(values)
-    middle = mp_median(q) if share == 0.5 else float(mp_quantiles(torch.tensor([share]), q)) ** 2
+    middle = _square_at(0.5 * len(kept) / len(values), q)
     return math.sqrt(float(np.median(kept)) / (longer * middle))
+
+
+@functools.cache
+def _square_at(share: float, q: float) -> float:
+    """Squared singular value over s~^2 below which a share of the law lies."""
+    return mp_median(q) if share == 0.5 else float(mp_quantiles(torch.tensor([share]), q)) ** 2
 
 
 @functools.cache
