@@ -10,10 +10,13 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModel
+
 from sdnb import records
 from sdnb.cli import plan, runner
 from sdnb.records.files import locked
-from tests.tiny import Planted, planted_model, tiny_model
+from tests.tiny import Planted, planted_model, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOLLAR = "$"
@@ -42,6 +45,8 @@ SMALL = {
     "explorer": {},
 }
 """Parameters with which a template takes seconds. The planted token is the begin token, so it is asked."""
+STRANGE = {"02_empirical_direction": {"figure_format": "svg"}, "15_singular_vectors": {"layers": None}}
+"""Templates that are also executed on a model without the phenomenon, and on an encoder."""
 LISTS = {"11_fine_tuning": "descendants", "13_signatures": "models"}
 
 
@@ -54,11 +59,13 @@ class Executed:
         planted: the model, and the truth about it.
         others: models that collections compare it with: a step of its training, another planted one, and
             one without the phenomenon.
+        strange: the last of these, and an encoder, each on a page of STRANGE, with results of their own.
     """
 
     results: Path
     planted: Planted
     others: tuple[str, str, str]
+    strange: dict[str, str]
 
     @property
     def folder(self) -> Path:
@@ -72,13 +79,22 @@ class Executed:
 
     def cells(self, template: str) -> list[dict]:
         """The executed code cells of a template."""
-        content = json.loads((self.folder / f"{template}.ipynb").read_text(encoding="utf-8"))
-        return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+        return code_cells(self.folder / f"{template}.ipynb")
+
+    def strangers_folder(self, template: str) -> Path:
+        """The folder of results of the model that a template of STRANGE was executed on."""
+        return self.results.with_name("strange") / plan.Model(self.strange[template]).slug
 
     def record(self, template: str) -> records.Record:
         """The record that a template wrote; one without a model has a folder of its own."""
         [path] = self.results.glob(f"*/{template}.json")
         return records.read(self.results, path.parent.name, template)
+
+
+def code_cells(notebook: Path) -> list[dict]:
+    """The code cells of an executed notebook."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    return [cell for cell in content["cells"] if cell["cell_type"] == "code"]
 
 
 def shown(cells: list, kind: str) -> list[str]:
@@ -119,7 +135,16 @@ def _models(root: Path) -> Executed:
     (root / "org" / "model-steps").rename(root / "org" / "planted-steps")
     steps = root / "org" / "planted-steps"
     others = (str(steps / step.folder.name), str(other.folder), str(steps / plain.name))
-    return Executed(root / "results", planted, others)
+    strange = dict(zip(STRANGE, (others[2], str(_encoder(root / "org" / "bert"))), strict=True))
+    return Executed(root / "results", planted, others, strange)
+
+
+def _encoder(folder: Path) -> Path:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=384, **sizes)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _run(executed: Executed) -> None:
@@ -135,6 +160,10 @@ def _run(executed: Executed) -> None:
             given |= {LISTS[template.stem]: lists[LISTS[template.stem]]}
         model = plan.Model(executed.model.name, given)
         cells += plan.matrix([model], there, {}, results, results, [template.stem])
+    apart = results.with_name("strange")
+    for name, more in STRANGE.items():
+        model = plan.Model(executed.strange[name], SMALL[name] | {"add_special_tokens": True} | more)
+        cells += plan.matrix([model], there, {}, apart, apart, [name])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     outcomes = list(runner.run_all(cells, runner.Options(), jobs=2))
     assert [outcome.reason for outcome in outcomes if outcome.status != runner.DONE] == []

@@ -1,17 +1,13 @@
 """What the executed templates say: planted answers are found, each page has its figure, table and record."""
 
 import json
-from pathlib import Path
 
 import papermill
 import pytest
-import torch
-from transformers import AutoConfig, AutoModel
 
 from sdnb import records
 from sdnb.cli import plan
-from tests.templates import DOLLAR, ROOT, SMALL, said, shown
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.templates import DOLLAR, ROOT, SMALL, code_cells, said, shown
 
 NOTEBOOKS = ROOT / "notebooks"
 NUMBERED = [name for name in SMALL if name != "explorer"]
@@ -125,39 +121,25 @@ def test_13_tells_strangers_apart(executed):
     assert len(list(executed.results.glob("*/signature.safetensors"))) == 2
 
 
-def run(template: str, folder: Path, out: Path, **parameters) -> tuple[list, Path]:
-    """Execute a template with plain papermill; return its code cells and the results folder."""
-    given = {"model": str(folder), "results_dir": str(out / "results")} | SMALL[template] | parameters
-    page = out / f"{template}.ipynb"
-    options = {"progress_bar": False, "start_timeout": 120}
-    notebook = papermill.execute_notebook(NOTEBOOKS / f"{template}.ipynb", page, given, **options)
-    return [cell for cell in notebook.cells if cell.cell_type == "code"], out / "results"
+def test_a_model_without_the_phenomenon_is_a_page_too(executed):
+    folder = executed.strangers_folder("02_empirical_direction")
+    assert "No token of this text is high-norm" in said(code_cells(folder / "02_empirical_direction.ipynb"))
+    assert list(folder.glob("02_*.svg")) and not list(folder.glob("02_*.png"))
 
 
-def test_a_model_without_the_phenomenon_is_a_page_too(tmp_path):
-    model = tiny_model(tmp_path / "plain")
-    options = {"add_special_tokens": True, "figure_format": "svg"}
-    cells, results = run("02_empirical_direction", model, tmp_path, **options)
-    assert "No token of this text is high-norm" in said(cells)
-    assert list(results.glob("*/02_*.svg")) and not list(results.glob("*/02_*.png"))
+def test_an_encoder_has_a_page_on_its_vectors_too(executed):
+    folder = executed.strangers_folder("15_singular_vectors")
+    values = records.read(folder.parent, folder.name, "15_singular_vectors").values
+    assert {entry["kind"] for entry in values["matrices"].values()} == {"q", "k", "v", "o", "up", "down"}
 
 
 def test_a_wrong_model_is_a_clear_error(tmp_path):
+    """With plain papermill."""
+    given = {"model": str(tmp_path / "nothing"), "results_dir": str(tmp_path / "results")}
+    template, page = NOTEBOOKS / "01_high_norm_tokens.ipynb", tmp_path / "page.ipynb"
     with pytest.raises(papermill.PapermillExecutionError, match="ModelError"):
-        run("01_high_norm_tokens", tmp_path / "nothing", tmp_path)
+        papermill.execute_notebook(template, page, given, progress_bar=False, start_timeout=120)
     assert not list(tmp_path.glob("results/*/*.json"))
-
-
-def test_an_encoder_has_a_page_on_its_vectors_too(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=384, **sizes))
-    model.save_pretrained(tmp_path / "bert")
-    tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    _, results = run("15_singular_vectors", tmp_path / "bert", tmp_path, layers=None)
-    [path] = results.glob("*/15_singular_vectors.json")
-    values = records.read(results, path.parent.name, path.stem).values
-    assert {entry["kind"] for entry in values["matrices"].values()} == {"q", "k", "v", "o", "up", "down"}
 
 
 def test_templates_are_committed_bare():
