@@ -40,7 +40,7 @@ def execute(cell: Cell, options: Options) -> dict:
 
     Args:
         cell: what to run.
-        options: its time limit, and how kernels are started.
+        options: its time limit.
 
     Returns:
         Papermill's notes: start, end, duration.
@@ -49,7 +49,7 @@ def execute(cell: Cell, options: Options) -> dict:
         CellFailed: the template raised, or its kernel died or hung.
     """
     failed = cell.notebook.with_name(f"{cell.template}.failed.ipynb")
-    with _kernel_folder(options.forked) as folder:
+    with _kernel_folder() as folder:
         running = folder / f"{cell.template}.ipynb"
         problem = _attempt(cell, running, folder, options.timeout_s)
         content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
@@ -109,14 +109,14 @@ def _last_words(log: Path) -> str:
 
 
 @contextmanager
-def _kernel_folder(forked: bool) -> Iterator[Path]:
+def _kernel_folder() -> Iterator[Path]:
     """A temporary folder with a kernel of this interpreter, for sockets and the running notebook."""
     with workshop() as folder:
         kernel = folder / "kernels" / "python3"
         kernel.mkdir(parents=True)
         command = [sys.executable, "-c", _KERNEL, str(folder / _LOG), "-f", "{connection_file}"]
         spec = {"argv": command, "display_name": "Python 3", "language": "python"}
-        if forked and kernels.forks():
+        if kernels.forks():
             spec["metadata"] = {"kernel_provisioner": {"provisioner_name": kernels.NAME}}
         (kernel / "kernel.json").write_text(json.dumps(spec))
         settings = _QUIET | {

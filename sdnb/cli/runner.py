@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from sdnb.cli.plan import Cell
 from sdnb.errors import SdnbError
 from sdnb.refusal import allowed, refuse_files
 
-MANY = 4  # cells of a worker from which it pays to do the imports once for all
 DONE, KEPT, FAILED = "done", "unchanged", "failed"
 _LOST = "a worker process was killed, for want of memory perhaps: run again, with fewer --jobs"
 
@@ -34,12 +33,10 @@ class Options:
     Args:
         force: run what is done and unchanged again.
         timeout_s: seconds for one notebook cell, None for no limit.
-        forked: kernels are forks of a process that has done the imports, see `sdnb.cli.kernels`.
     """
 
     force: bool = False
     timeout_s: int | None = None
-    forked: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ def run_all(cells: list[Cell], options: Options, jobs: int = 1) -> Iterator[Outc
     Yields:
         One outcome a cell.
     """
-    options = replace(options, forked=len(cells) >= MANY * jobs)
     if jobs == 1 or len(cells) < 2:
         yield from (run_cell(cell, options) for cell in sorted(cells, key=lambda cell: cell.reads_records))
         return

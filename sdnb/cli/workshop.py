@@ -47,13 +47,13 @@ def _place() -> Path:
 
 
 def _sweep(shelf: Path) -> None:
-    """Remove the folders that nobody has locked."""
+    """Remove the folders that nobody has locked, also those that a late kernel wrote into while they went."""
     if fcntl is None:
         return
-    for mark in shelf.glob("*/.lock"):
-        with mark.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            shutil.rmtree(mark.parent, ignore_errors=True)
+    for folder in filter(Path.is_dir, shelf.iterdir()):
+        try:
+            with (folder / ".lock").open("ab") as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # it is locked, or gone
+            continue

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import light  # noqa: F401 — runs in this process, too
+
 
 @pytest.fixture
 def temporary(monkeypatch):

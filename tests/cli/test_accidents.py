@@ -21,6 +21,7 @@ from tests.cli.test_run import make, slug
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at processes in /proc")
+ROOT = Path(__file__).resolve().parents[2]
 PLACES = [f"{name} {step}" for name in ("01_works.ipynb", "01_works.json") for step in ("written", "renamed")]
 
 
@@ -118,7 +119,7 @@ def test_a_full_temporary_folder_is_told(cell, monkeypatch):
 SLOW = """
 import asyncio, sys
 from jupyter_client import AsyncKernelManager
-from sdnb.cli.main import main
+from tests.cli.light import main
 
 ready = AsyncKernelManager._async_cleanup_resources
 
@@ -150,6 +151,7 @@ def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, tempo
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heard,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
     wait_until(lambda: len(list(tmp_path.glob("* "))) == jobs or process.poll() is not None)

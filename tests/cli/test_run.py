@@ -62,6 +62,16 @@ def run(templates, *more) -> int:
     return main(["run", "--templates", str(templates), "--results-dir", str(results), *map(str, more)])
 
 
+LIGHT = [sys.executable, str(Path(__file__).with_name("light.py"))]
+
+
+def run_apart(templates, *more) -> subprocess.CompletedProcess:
+    """As `run`, but the workers too start light kernels."""
+    folders = ["--templates", str(templates), "--results-dir", str(templates.parent / "results")]
+    program = [*LIGHT, "run", *folders, *map(str, more)]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
 def log(templates) -> str:
     """Which templates were run so far."""
     path = templates.parent / "results" / "log"
@@ -288,22 +298,24 @@ def test_a_cell_that_hangs_is_given_up(templates, model, capfd):
     assert "more than 1 s" in "\n".join(lines(capfd))
 
 
-def test_cells_run_side_by_side(templates, model, capfd):
-    assert run(templates, model, "--jobs", "2", "-p", "fail_on", "nothing") == 0
+def test_cells_run_side_by_side(templates, model):
+    (templates.parent / "results").mkdir()
+    done = run_apart(templates, model, "--jobs", "2", "-p", "fail_on", "nothing")
+    assert (done.returncode, done.stderr) == (0, "")
     assert sorted(log(templates)) == ["1", "2"]
-    assert "2 done" in "\n".join(lines(capfd))
+    assert "2 done" in done.stdout
 
 
-def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model, capfd):
+def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model):
     # a forked kernel's parent is the fork server
     parent = "import multiprocessing, os, signal; parent = multiprocessing.parent_process()"
     fatal = "os.kill(parent.pid if parent else os.getppid(), signal.SIGKILL) if value == 1 else None"
     make(templates / "01_works.ipynb", [parent, fatal])
     make(templates / "02_fails.ipynb", ["import time; time.sleep(0 if value == 2 else 600)"])
-    assert run(templates, model, "--jobs", "2") == 1
-    text = "\n".join(lines(capfd))
-    assert text.count("a worker process was killed") >= 2 and "2 failed" in text
-    assert run(templates, model, "-p", "value", "2") == 0
+    done = run_apart(templates, model, "--jobs", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.count("a worker process was killed") >= 2 and "2 failed" in done.stdout
+    assert run_apart(templates, model, "-p", "value", "2").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -350,21 +362,22 @@ def test_help_says_what_it_is_for(capfd):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
-@pytest.mark.parametrize(("jobs", "count"), [(1, 2), (2, 2), (1, runner.MANY)])  # the last one's are forks
+@pytest.mark.parametrize(("jobs", "forks"), [(1, True), (2, True), (1, False)])
 def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
-    templates, model, temporary, jobs, count
+    templates, model, temporary, jobs, forks, monkeypatch
 ):
+    if not forks:
+        monkeypatch.setenv("PLAIN_KERNELS", "1")
     sources = [
         "import os, tempfile, time; tempfile.mkstemp()",
         "open(f'{results_dir}/{os.getpid()} {os.getppid()}', 'w'); time.sleep(value)",
     ]
-    names = [f"{number:02d}_{'works' if number == 1 else 'fails'}" for number in range(1, count + 1)]
-    for name in names:
+    for name in CELLS:
         make(templates / f"{name}.ipynb", sources)
     results = templates.parent / "results"
     results.mkdir()
     words = ["run", str(model), "--templates", str(templates), "--results-dir", str(results)]
-    program = [sys.executable, "-m", "sdnb.cli.main", *words, "--jobs", str(jobs), "-p", "value", "600"]
+    program = [*LIGHT, *words, "--jobs", str(jobs), "-p", "value", "600"]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(results.glob("* *"))) == jobs or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
@@ -374,7 +387,7 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
     assert not list((results / slug(model)).glob("*.ipynb"))
     assert len(list(temporary.glob("*/*/kernel.log"))) == jobs
     assert subprocess.run([*program[:-1], "0"], check=False).returncode == 0
-    assert sorted(path.stem for path in (results / slug(model)).glob("*.ipynb")) == names
+    assert sorted(path.stem for path in (results / slug(model)).glob("*.ipynb")) == list(CELLS)
     [shelf] = temporary.iterdir()
     assert [path.name for path in shelf.iterdir()] == [".lock"]
 
