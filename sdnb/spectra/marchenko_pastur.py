@@ -156,8 +156,7 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
             f"the median singular value of a {shape[0]} x {shape[1]} matrix is zero (at most {ZERO:g} of the "
             "largest): no bulk to fit"
         )
-    middle = _square_at(0.5 * len(kept) / len(values), q)
-    return math.sqrt(float(np.median(kept)) / (longer * middle))
+    return math.sqrt(float(np.median(kept)) / (longer * _square_at(0.5 * len(kept) / len(values), q)))
 
 
 @functools.cache
