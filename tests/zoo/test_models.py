@@ -1,10 +1,13 @@
 """Every committed model: it loads, its weights are finite, and its card says what is measured."""
 
 import json
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoo.export import SAMPLE_STRIDE
@@ -23,9 +26,20 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
 def windows(folder: Path, context: int) -> tuple[torch.Tensor, torch.Tensor]:
     backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-    return held_out_windows(encode_documents(backend, held_out_documents()), context)
+    return held_out_windows(encoded(backend.to_str()), context)
+
+
+@cache
+def encoded(tokenizer: str) -> np.ndarray:
+    """The held-out text; models of one family share a tokenizer."""
+    return encode_documents(Tokenizer.from_str(tokenizer), held_out_documents())
 
 
 def tolerance(record: dict) -> float:
@@ -33,24 +47,22 @@ def tolerance(record: dict) -> float:
     return 2e-3 if record["text"]["held_out"]["hash"] == text_hash(held_out_documents()) else 0.1
 
 
-def test_weights_are_finite_and_small_enough_for_git(folder: Path):
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def test_weights_are_finite_and_small_enough_for_git(folder: Path, model: torch.nn.Module):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert max(path.stat().st_size for path in folder.iterdir()) < 20e6
 
 
-def test_card_gives_the_loss_of_a_fresh_measurement(folder: Path):
+def test_card_gives_the_loss_of_a_fresh_measurement(folder: Path, model: torch.nn.Module):
     record = json.loads((folder / "training.json").read_text())
     held_out = record["held_out"]
     inputs, targets = (part[::SAMPLE_STRIDE] for part in windows(folder, held_out["context"]))
-    loss = held_out_loss(AutoModelForCausalLM.from_pretrained(folder), inputs, targets)
+    loss = held_out_loss(model, inputs, targets)
     assert held_out["sample_loss"] == pytest.approx(loss, abs=tolerance(record))
     assert f"**{held_out['loss']} nats per token**" in (folder / "README.md").read_text()
 
 
-def test_card_gives_the_norms_of_a_fresh_measurement(folder: Path):
+def test_card_gives_the_norms_of_a_fresh_measurement(folder: Path, model: torch.nn.Module):
     record = json.loads((folder / "training.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder)
     states = layer_outputs(model, torch.arange(model.config.vocab_size).unsqueeze(1))[0]
     fresh = states[:, :, 0].norm(dim=-1).median(1).values
     torch.testing.assert_close(fresh, torch.tensor(record["norms"]["alone"]), rtol=1e-2, atol=1e-2)
