@@ -6,15 +6,19 @@ looked up by name in the model itself.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from sdnb.anatomy.form import build_of
-from sdnb.anatomy.parts import Branch, Wiring
-from sdnb.anatomy.probe import Behind, LayerProbe
-from sdnb.anatomy.trace import find_decoder
+from sdnb.anatomy.form import BranchForm, branch_form, build_of
+from sdnb.anatomy.probe import LayerProbe
+from sdnb.anatomy.trace import Decoder, find_decoder
 from sdnb.anatomy.wiring import find_wiring
 from sdnb.errors import LayerRefused, ParameterError
+
+_Form = tuple[BranchForm | None, BranchForm | None, bool]
+# Of layers that were watched, by model and build.
+_forms: WeakKeyDictionary[nn.Module, dict[tuple, _Form]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class LayerModules:
 def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerModules]:
     """Find the branches of decoder layers in the real model.
 
-    A layer is watched once for each build: layers of one class with submodules of the same names, classes and
-    shapes count as wired alike, which is not checked here.
+    A model's layers are watched once for each build: those of one class with submodules of the same names,
+    classes and shapes count as wired alike, which is not checked here.
 
     Args:
         model: a causal language model.
@@ -70,32 +74,39 @@ def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> lis
     """
     decoder = find_decoder(model)
     numbers = range(1, len(decoder.layers) + 1) if numbers is None else list(numbers)
-    wired: dict[tuple, tuple[Wiring, dict[nn.Module, str]]] = {}
-    found = []
+    forms, found = _forms.setdefault(model, {}), []
     for number in numbers:
         if not 1 <= number <= len(decoder.layers):
             count = len(decoder.layers)
             raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {count}")
         layer = decoder.layers[number - 1]
         build = build_of(layer)
-        if build not in wired:
-            probe = LayerProbe(decoder, number)
-            wired[build] = find_wiring(probe), probe.names
-        wiring, names = wired[build]
-        branches = (_in_model(branch, names, layer, number) for branch in (wiring.attention, wiring.ffn))
-        found.append(LayerModules(number, layer, *branches, wiring.parallel))
+        if build not in forms:
+            forms[build] = _form(decoder, number)
+        *branches, parallel = forms[build]
+        modules = (_in_model(branch, layer, number) for branch in branches)
+        found.append(LayerModules(number, layer, *modules, parallel))
     return found
 
 
-def _in_model(branch: Branch, names: dict[nn.Module, str], layer: nn.Module, number: int) -> BranchModules:
+def _form(decoder: Decoder, number: int) -> _Form:
+    """The names of the parts of a layer's branches, None for one that it has not, and if it is parallel."""
+    probe = LayerProbe(decoder, number)
+    wiring = find_wiring(probe)
+    branches = (wiring.attention, wiring.ffn)
+    first, second = (branch_form(probe, branch) if branch.entries else None for branch in branches)
+    return first, second, wiring.parallel
+
+
+def _in_model(form: BranchForm | None, layer: nn.Module, number: int) -> BranchModules:
     """The modules of the real layer that have the names of the copy's."""
-    if not branch.entries:  # a layer that is attention only: a hook on a module that never runs does nothing
+    if form is None:  # a layer that is attention only: a hook on a module that never runs does nothing
         return BranchModules((), None, nn.Identity())
-    if any(isinstance(entry, Behind) for entry in branch.entries):
+    if any(behind for _, behind in form.entries):
         reason = "a gate stands between its norm and its input: no module reads what the norm gives"
-        raise LayerRefused(number, branch.name, reason)
+        raise LayerRefused(number, form.name, reason)
     return BranchModules(
-        tuple(layer.get_submodule(names[module]) for module in branch.entries),
-        None if branch.norm is None else layer.get_submodule(branch.norm.name),
-        layer.get_submodule(names[branch.silenced]),
+        tuple(layer.get_submodule(name) for name, _ in form.entries),
+        None if form.norm is None else layer.get_submodule(form.norm),
+        layer.get_submodule(form.silenced),
     )

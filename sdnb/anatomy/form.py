@@ -97,7 +97,7 @@ def form_of(
     if not plain or path is None or parts is None or not _shareable(parts.activation):
         return None
     try:
-        first, second = (_branch_form(probe, branch) for branch in branches)
+        first, second = (branch_form(probe, branch) for branch in branches)
         middle = probe.names[wiring.middle]
     except KeyError:
         return None
@@ -114,8 +114,16 @@ def _shareable(activation: Activation | str) -> bool:
     return plain and not getattr(activation, "__closure__", None) and not isinstance(owner, nn.Module)
 
 
-def _branch_form(probe: LayerProbe, branch: Branch) -> BranchForm:
-    """The names of a branch's submodules."""
+def branch_form(probe: LayerProbe, branch: Branch) -> BranchForm:
+    """The names of a branch's submodules.
+
+    Args:
+        probe: the layer.
+        branch: a branch of it that has submodules.
+
+    Returns:
+        The names.
+    """
     names = probe.names
     entries = tuple(
         (names[entry.module], True) if isinstance(entry, Behind) else (names[entry], False)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sdnb.activations import hidden_states
+from sdnb.activations import branches, hidden_states
 from sdnb.activations.branches import layer_modules
 from sdnb.activations.interventions import (
     project_out,
@@ -52,6 +52,17 @@ def without_by_hand(model, family, branch, layers):
         for parameter in decoder_layers(twin)[number - 1].get_submodule(name).parameters():
             parameter.zero_()
     return twin
+
+
+def test_a_model_is_watched_once_for_all_interventions(monkeypatch):
+    watched, find_wiring = [], branches.find_wiring
+    monkeypatch.setattr(branches, "find_wiring", lambda probe: watched.append(probe) or find_wiring(probe))
+    model = build("llama")
+    first = layer_modules(model)
+    assert layer_modules(model) == first and len(watched) == 1
+    assert [found.layer for found in first] == decoder_layers(model)
+    layer_modules(build("llama"))
+    assert len(watched) == 2
 
 
 @pytest.mark.parametrize("branch", ["attention", "ffn"])
