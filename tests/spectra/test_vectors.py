@@ -61,7 +61,7 @@ def test_p_values_of_noise_are_uniform(shape, width):
     found = []
     while sum(len(values) for values in found) < 240:
         left, _, right = decomposition(torch.randn(shape, generator=generator))
-        found += [spectrum_p_values(side, width)[2] for side in (left, right)]
+        found += [spectrum_p_values(side, width, draws=2000)[2] for side in (left, right)]
     values = torch.cat(found).sort().values
     steps = torch.arange(1, len(values) + 1) / len(values)
     assert (values - steps).abs().max() < 1.9 / math.sqrt(len(values))
