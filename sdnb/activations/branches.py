@@ -16,7 +16,7 @@ from sdnb.anatomy.trace import Decoder, find_decoder
 from sdnb.anatomy.wiring import find_wiring
 from sdnb.errors import LayerRefused, ParameterError
 
-_Form = tuple[BranchForm | None, BranchForm | None, bool]
+_Form = tuple[BranchForm | None, BranchForm | None]
 # Of layers that were watched, by model and build.
 _forms: WeakKeyDictionary[nn.Module, dict[tuple, _Form]] = WeakKeyDictionary()
 
@@ -46,21 +46,20 @@ class LayerModules:
         layer: the layer itself.
         attention: its attention branch.
         ffn: its FFN branch.
-        parallel: whether both branches read the layer's input.
     """
 
     number: int
     layer: nn.Module
     attention: BranchModules
     ffn: BranchModules
-    parallel: bool
 
 
 def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerModules]:
     """Find the branches of decoder layers in the real model.
 
     A model's layers are watched once for each build: those of one class with submodules of the same names,
-    classes and shapes count as wired alike, which is not checked here.
+    classes and shapes count as wired alike. That is not checked here, and a `forward` that is replaced later
+    is not noticed.
 
     Args:
         model: a causal language model.
@@ -83,19 +82,18 @@ def layer_modules(model: nn.Module, numbers: Iterable[int] | None = None) -> lis
         build = build_of(layer)
         if build not in forms:
             forms[build] = _form(decoder, number)
-        *branches, parallel = forms[build]
-        modules = (_in_model(branch, layer, number) for branch in branches)
-        found.append(LayerModules(number, layer, *modules, parallel))
+        modules = (_in_model(branch, layer, number) for branch in forms[build])
+        found.append(LayerModules(number, layer, *modules))
     return found
 
 
 def _form(decoder: Decoder, number: int) -> _Form:
-    """The names of the parts of a layer's branches, None for one that it has not, and if it is parallel."""
+    """The names of the parts of a layer's branches, None for one that it has not."""
     probe = LayerProbe(decoder, number)
     wiring = find_wiring(probe)
     branches = (wiring.attention, wiring.ffn)
     first, second = (branch_form(probe, branch) if branch.entries else None for branch in branches)
-    return first, second, wiring.parallel
+    return first, second
 
 
 def _in_model(form: BranchForm | None, layer: nn.Module, number: int) -> BranchModules:

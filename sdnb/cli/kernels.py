@@ -1,9 +1,9 @@
 """Kernels that start at once: forks of a process that has imported what all templates import.
 
 A kernel of its own spends seconds of processor time on imports before the first cell, more than most cells
-take. Here the first kernel of a run pays for all: `multiprocessing`'s fork server imports torch, transformers
-and IPython, touches none of them, and each kernel is forked from it. Where there is a GPU or no Linux,
-kernels are ordinary processes: a fork must not inherit a GPU, nor macOS' libraries.
+take. Here the first kernel of each worker pays for all: `multiprocessing`'s fork server imports torch,
+transformers and IPython, touches none of them, and each kernel is forked from it. Where there is a GPU or no
+Linux, kernels are ordinary processes: a fork must not inherit a GPU, nor macOS' libraries.
 """
 
 import multiprocessing
@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from functools import cache
 from multiprocessing import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jupyter_client.provisioning import LocalProvisioner
@@ -26,6 +27,7 @@ from sdnb.cli.workshop import workshop
 NAME = "sdnb-fork"  # as in pyproject.toml, where Jupyter finds it
 # Not matplotlib nor ipykernel's application: what they read from the environment is each kernel's own.
 PRELOADED = [
+    "sdnb.cli.fork_server",  # first: how the server ends, also while it imports the others
     "ipykernel.ipkernel",
     "pandas",
     "scipy.stats",
@@ -78,7 +80,12 @@ class Fork:
         _prepare_server()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(target=_run, args=(program, env, str(cwd or Path.cwd())), daemon=True)
-        self._process.start()
+        # the fork would run the program that it is started from, if that has no guard around its last lines
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -118,6 +125,8 @@ def _prepare_server() -> None:
 def _run(program: list[str], env: dict[str, str], cwd: str) -> None:
     """Run a program in this fork as if it had been started on its own."""
     os.setsid()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see sdnb.cli.fork_server
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with_parent()
     os.environ.clear()
     os.environ.update(env)

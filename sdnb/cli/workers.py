@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -28,6 +29,7 @@ def prepare(jobs: int, gpus: Any) -> None:
     """
     end_with_parent()
     signal.signal(signal.SIGINT, lambda number, frame: None)  # not SIG_IGN, which kernels would inherit
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # puts away its fork server
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     gpu = gpus.get()
     if gpu is not None:
@@ -49,14 +51,14 @@ def work(call: Callable[..., Any], *args: Any) -> Any:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is put away is put away whole
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    idle = signal.signal(signal.SIGTERM, interrupt)
     try:
         return call(*args)
     except KeyboardInterrupt:
         util._exit_function()  # as at any end of a process: the fork server's folder goes
         os._exit(1)  # the pool would hand out what else was planned
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, idle)
 
 
 def stop(others: Collection[BaseProcess]) -> None:

@@ -50,7 +50,9 @@ def _sweep(shelf: Path) -> None:
     """Remove the folders that nobody has locked, also those that a late kernel wrote into while they went."""
     if fcntl is None:
         return
-    for folder in filter(Path.is_dir, shelf.iterdir()):
+    for folder in shelf.iterdir():
+        if folder.is_symlink() or not folder.is_dir():
+            continue
         try:
             with (folder / ".lock").open("ab") as mark:
                 fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ import sys
 from sdnb.cli import kernels
 from sdnb.cli.main import main
 
-kernels.PRELOADED[:] = ["ipykernel.ipkernel"]
+kernels.PRELOADED[:] = ["sdnb.cli.fork_server", "ipykernel.ipkernel"]
 if "PLAIN_KERNELS" in os.environ:
     kernels.forks = lambda: False
 

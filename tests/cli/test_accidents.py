@@ -133,28 +133,70 @@ if __name__ == "__main__":
 """
 
 
+# A fork server that takes long with its imports.
+IMPORTING = """
+import sys
+from sdnb.cli import kernels
+from tests.cli.light import main
+
+kernels.PRELOADED.append("endless")
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, temporary, jobs):
-    """With several jobs the interrupt comes to all processes, as from a keyboard."""
-    (tmp_path / "templates").mkdir()
-    (tmp_path / "slow.py").write_text(SLOW)
-    source = "import os, time; open(f'{results_dir}/{os.getpid()} ', 'w'); time.sleep(600)"
-    for number in range(1, jobs + 2):
-        make(tmp_path / "templates" / f"{number:02d}_works.ipynb", [source])
-    folders = ("--templates", str(tmp_path / "templates"), "--results-dir", str(tmp_path))
-    program = [sys.executable, str(tmp_path / "slow.py"), "run", str(model), "--jobs", str(jobs), *folders]
+def test_a_run_ended_while_the_fork_server_imports_takes_it_along(model, tmp_path, temporary, jobs, number):
+    (tmp_path / "program.py").write_text(IMPORTING)
+    endless = f"import os, time; open({str(tmp_path)!r} + f'/{{os.getpid()}} ', 'w'); time.sleep(600)"
+    (tmp_path / "endless.py").write_text(endless)
+    for name in ("01_works", "02_works"):
+        make(tmp_path / "templates" / f"{name}.ipynb", [])
+    process = started(tmp_path / "program.py", model, jobs)
+    marks = wait_for_marks(tmp_path, jobs, process)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    out, err = process.communicate(timeout=60)  # whoever holds its ends is gone
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert out == ""
+    assert err == INTERRUPTED if number == signal.SIGINT else "Traceback" not in err
+    wait_until(lambda: not any(is_alive(int(mark.name)) for mark in marks))
+
+
+INTERRUPTED = "sdnb: interrupted; what was finished is kept\n"
+
+
+def started(program: Path, model: Path, jobs: int) -> subprocess.Popen:
+    """A run on the templates beside a program, in a process group of its own."""
+    folders = ("--templates", str(program.with_name("templates")), "--results-dir", str(program.parent))
     # a suite in a shell's background ignores SIGINT, and so would what it starts
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(
-        program,
+    return subprocess.Popen(
+        [sys.executable, str(program), "run", str(model), "--jobs", str(jobs), *folders],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heard,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{program.parent}"},
     )
-    wait_until(lambda: len(list(tmp_path.glob("* "))) == jobs or process.poll() is not None)
+
+
+def wait_for_marks(folder: Path, count: int, process: subprocess.Popen) -> list[Path]:
+    """Files that are named after the processes that made them."""
+    wait_until(lambda: len(list(folder.glob("* "))) == count or process.poll() is not None)
+    return list(folder.glob("* "))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, temporary, jobs):
+    """With several jobs the interrupt comes to all processes, as from a keyboard."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    source = "import os, time; open(f'{results_dir}/{os.getpid()} ', 'w'); time.sleep(600)"
+    for number in range(1, jobs + 2):
+        make(tmp_path / "templates" / f"{number:02d}_works.ipynb", [source])
+    process = started(tmp_path / "slow.py", model, jobs)
+    marks = wait_for_marks(tmp_path, jobs, process)
     time.sleep(0.2)
     if jobs == 1:
         process.send_signal(signal.SIGINT)
@@ -162,8 +204,7 @@ def test_an_interrupted_run_says_so_and_stops_its_kernels(model, tmp_path, tempo
         os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert out.strip() == "" and err == "sdnb: interrupted; what was finished is kept\n"
-    marks = list(tmp_path.glob("* "))
+    assert out.strip() == "" and err == INTERRUPTED
     assert len(marks) == jobs and not any(is_alive(int(mark.name)) for mark in marks)
     assert [path.name for path in (tmp_path / slug(model)).iterdir()] == [".runs"]
     [shelf] = temporary.iterdir()

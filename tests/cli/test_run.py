@@ -43,13 +43,13 @@ def model(tmp_path_factory):
 @pytest.fixture
 def templates(tmp_path):
     folder = tmp_path / "templates"
-    folder.mkdir()
     for name, sources in CELLS.items():
         make(folder / f"{name}.ipynb", sources)
     return folder
 
 
 def make(path: Path, sources: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
     cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     kernel = {"kernelspec": {"name": "no-such-kernel", "display_name": "stale", "language": "python"}}
     cells += [nbformat.v4.new_code_cell(source) for source in sources]
@@ -306,7 +306,10 @@ def test_cells_run_side_by_side(templates, model):
     assert "2 done" in done.stdout
 
 
-def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model):
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_worker_that_is_killed_is_told_and_the_run_is_resumed(templates, model, forks, monkeypatch):
+    if not forks:
+        monkeypatch.setenv("PLAIN_KERNELS", "1")
     # a forked kernel's parent is the fork server
     parent = "import multiprocessing, os, signal; parent = multiprocessing.parent_process()"
     fatal = "os.kill(parent.pid if parent else os.getppid(), signal.SIGKILL) if value == 1 else None"
@@ -362,7 +365,7 @@ def test_help_says_what_it_is_for(capfd):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
-@pytest.mark.parametrize(("jobs", "forks"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize(("jobs", "forks"), [(1, True), (2, True), (1, False), (2, False)])
 def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
     templates, model, temporary, jobs, forks, monkeypatch
 ):
@@ -390,6 +393,25 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
     assert sorted(path.stem for path in (results / slug(model)).glob("*.ipynb")) == list(CELLS)
     [shelf] = temporary.iterdir()
     assert [path.name for path in shelf.iterdir()] == [".lock"]
+
+
+def test_a_script_needs_no_guard(templates, model):
+    """Neither the fork server nor a kernel runs it again."""
+    script = templates.parent / "script.py"
+    (templates.parent / "results").mkdir()
+    words = [
+        "run",
+        str(model),
+        "--templates",
+        str(templates),
+        "--results-dir",
+        str(script.parent / "results"),
+    ]
+    script.write_text(f"from tests.cli.light import main\nprint(__name__)\nmain({words!r})\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    program = [sys.executable, str(script)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=100, env=environment)
+    assert done.stdout.count("main__") == 1 and log(templates) == "12", done.stderr
 
 
 def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(templates, model, counted):
