@@ -81,6 +81,15 @@ def test_a_stopped_worker_takes_its_fork_servers_folder_along(pool, tmp_path, te
     assert [path.name for path in shelf.iterdir()] == [".lock"]
 
 
+def test_so_does_one_that_is_idle(pool, temporary):
+    others = active_children()
+    pool.submit(workers.work, kernels._prepare_server).result()
+    [shelf] = temporary.iterdir()
+    assert len(list(shelf.iterdir())) == 2
+    workers.stop(others)
+    assert [path.name for path in shelf.iterdir()] == [".lock"]
+
+
 def deaf(folder: Path) -> None:
     (folder / "begun").touch()
     while True:
