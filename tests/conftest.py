@@ -14,9 +14,9 @@ def executed(tmp_path_factory):
     return execute_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
-LONG = ("book/test_build.py", "book/test_rerun.py", "zoo/test_models.py", "spectra/test_marchenko_pastur.py")
+LONG = ("book/test_build.py", "book/test_rerun.py", "zoo/test_models.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take a minute or more come first, so that no processor waits for one at the end."""
+    """The files that take longest come first, so that no processor waits for one at the end."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))

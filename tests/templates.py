@@ -45,7 +45,7 @@ SMALL = {
     "explorer": {},
 }
 """Parameters with which a template takes seconds. The planted token is the begin token, so it is asked."""
-STRANGE = {"02_empirical_direction": {"figure_format": "svg"}, "15_singular_vectors": {"layers": None}}
+OTHER_KINDS = {"02_empirical_direction": {"figure_format": "svg"}, "15_singular_vectors": {"layers": None}}
 """Templates that are also executed on a model without the phenomenon, and on an encoder."""
 LISTS = {"11_fine_tuning": "descendants", "13_signatures": "models"}
 
@@ -59,13 +59,13 @@ class Executed:
         planted: the model, and the truth about it.
         others: models that collections compare it with: a step of its training, another planted one, and
             one without the phenomenon.
-        strange: the last of these, and an encoder, each on a page of STRANGE, with results of their own.
+        other_kinds: the last of these, and an encoder, by template of OTHER_KINDS; with results of their own.
     """
 
     results: Path
     planted: Planted
     others: tuple[str, str, str]
-    strange: dict[str, str]
+    other_kinds: dict[str, str]
 
     @property
     def folder(self) -> Path:
@@ -81,9 +81,9 @@ class Executed:
         """The executed code cells of a template."""
         return code_cells(self.folder / f"{template}.ipynb")
 
-    def strangers_folder(self, template: str) -> Path:
-        """The folder of results of the model that a template of STRANGE was executed on."""
-        return self.results.with_name("strange") / plan.Model(self.strange[template]).slug
+    def other_kinds_folder(self, template: str) -> Path:
+        """The folder of results of the model that a template of OTHER_KINDS was executed on."""
+        return self.results.with_name("other_kinds") / plan.Model(self.other_kinds[template]).slug
 
     def record(self, template: str) -> records.Record:
         """The record that a template wrote; one without a model has a folder of its own."""
@@ -135,8 +135,8 @@ def _models(root: Path) -> Executed:
     (root / "org" / "model-steps").rename(root / "org" / "planted-steps")
     steps = root / "org" / "planted-steps"
     others = (str(steps / step.folder.name), str(other.folder), str(steps / plain.name))
-    strange = dict(zip(STRANGE, (others[2], str(_encoder(root / "org" / "bert"))), strict=True))
-    return Executed(root / "results", planted, others, strange)
+    other_kinds = dict(zip(OTHER_KINDS, (others[2], str(_encoder(root / "org" / "bert"))), strict=True))
+    return Executed(root / "results", planted, others, other_kinds)
 
 
 def _encoder(folder: Path) -> Path:
@@ -160,9 +160,9 @@ def _run(executed: Executed) -> None:
             given |= {LISTS[template.stem]: lists[LISTS[template.stem]]}
         model = plan.Model(executed.model.name, given)
         cells += plan.matrix([model], there, {}, results, results, [template.stem])
-    apart = results.with_name("strange")
-    for name, more in STRANGE.items():
-        model = plan.Model(executed.strange[name], SMALL[name] | {"add_special_tokens": True} | more)
+    apart = results.with_name("other_kinds")
+    for name, more in OTHER_KINDS.items():
+        model = plan.Model(executed.other_kinds[name], SMALL[name] | {"add_special_tokens": True} | more)
         cells += plan.matrix([model], there, {}, apart, apart, [name])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     outcomes = list(runner.run_all(cells, runner.Options(), jobs=2))

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -29,7 +28,7 @@ def prepare(jobs: int, gpus: Any) -> None:
     """
     end_with_parent()
     signal.signal(signal.SIGINT, lambda number, frame: None)  # not SIG_IGN, which kernels would inherit
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # puts away its fork server
+    signal.signal(signal.SIGTERM, lambda number, frame: _end())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     gpu = gpus.get()
     if gpu is not None:
@@ -55,10 +54,15 @@ def work(call: Callable[..., Any], *args: Any) -> Any:
     try:
         return call(*args)
     except KeyboardInterrupt:
-        util._exit_function()  # as at any end of a process: the fork server's folder goes
-        os._exit(1)  # the pool would hand out what else was planned
+        _end()
     finally:
         signal.signal(signal.SIGTERM, idle)
+
+
+def _end() -> None:
+    """End this worker now: an exception would go to the pool, which would hand out what else was planned."""
+    util._exit_function()  # as at any end of a process: the fork server's folder goes
+    os._exit(1)
 
 
 def stop(others: Collection[BaseProcess]) -> None:

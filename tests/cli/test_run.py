@@ -56,20 +56,23 @@ def make(path: Path, sources: list[str]) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
 
 
-def run(templates, *more) -> int:
+LIGHT = [sys.executable, str(Path(__file__).with_name("light.py"))]
+
+
+def words(templates, *more) -> list[str]:
+    """The command line behind `sdnb`; the folder of results is made."""
     results = templates.parent / "results"
     results.mkdir(exist_ok=True)
-    return main(["run", "--templates", str(templates), "--results-dir", str(results), *map(str, more)])
+    return ["run", "--templates", str(templates), "--results-dir", str(results), *map(str, more)]
 
 
-LIGHT = [sys.executable, str(Path(__file__).with_name("light.py"))]
+def run(templates, *more) -> int:
+    return main(words(templates, *more))
 
 
 def run_apart(templates, *more) -> subprocess.CompletedProcess:
     """As `run`, but the workers too start light kernels."""
-    folders = ["--templates", str(templates), "--results-dir", str(templates.parent / "results")]
-    program = [*LIGHT, "run", *folders, *map(str, more)]
-    return subprocess.run(program, capture_output=True, text=True, check=False)
+    return subprocess.run([*LIGHT, *words(templates, *more)], capture_output=True, text=True, check=False)
 
 
 def log(templates) -> str:
@@ -299,7 +302,6 @@ def test_a_cell_that_hangs_is_given_up(templates, model, capfd):
 
 
 def test_cells_run_side_by_side(templates, model):
-    (templates.parent / "results").mkdir()
     done = run_apart(templates, model, "--jobs", "2", "-p", "fail_on", "nothing")
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(log(templates)) == ["1", "2"]
@@ -378,9 +380,7 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
     for name in CELLS:
         make(templates / f"{name}.ipynb", sources)
     results = templates.parent / "results"
-    results.mkdir()
-    words = ["run", str(model), "--templates", str(templates), "--results-dir", str(results)]
-    program = [*LIGHT, *words, "--jobs", str(jobs), "-p", "value", "600"]
+    program = [*LIGHT, *words(templates, model, "--jobs", jobs, "-p", "value", "600")]
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: len(list(results.glob("* *"))) == jobs or process.poll() is not None)
     os.kill(process.pid, signal.SIGKILL)
@@ -397,17 +397,8 @@ def test_a_run_killed_in_a_notebook_leaves_no_process_and_is_resumed(
 
 def test_a_script_needs_no_guard(templates, model):
     """Neither the fork server nor a kernel runs it again."""
-    script = templates.parent / "script.py"
-    (templates.parent / "results").mkdir()
-    words = [
-        "run",
-        str(model),
-        "--templates",
-        str(templates),
-        "--results-dir",
-        str(script.parent / "results"),
-    ]
-    script.write_text(f"from tests.cli.light import main\nprint(__name__)\nmain({words!r})\n")
+    script, command = templates.parent / "script.py", words(templates, model)
+    script.write_text(f"from tests.cli.light import main\nprint(__name__)\nmain({command!r})\n")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     program = [sys.executable, str(script)]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=100, env=environment)

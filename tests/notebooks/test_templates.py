@@ -122,13 +122,13 @@ def test_13_tells_strangers_apart(executed):
 
 
 def test_a_model_without_the_phenomenon_is_a_page_too(executed):
-    folder = executed.strangers_folder("02_empirical_direction")
+    folder = executed.other_kinds_folder("02_empirical_direction")
     assert "No token of this text is high-norm" in said(code_cells(folder / "02_empirical_direction.ipynb"))
     assert list(folder.glob("02_*.svg")) and not list(folder.glob("02_*.png"))
 
 
 def test_an_encoder_has_a_page_on_its_vectors_too(executed):
-    folder = executed.strangers_folder("15_singular_vectors")
+    folder = executed.other_kinds_folder("15_singular_vectors")
     values = records.read(folder.parent, folder.name, "15_singular_vectors").values
     assert {entry["kind"] for entry in values["matrices"].values()} == {"q", "k", "v", "o", "up", "down"}
 
