@@ -8,7 +8,7 @@ from importlib import import_module
 
 _WHERE = {
     "sdnb.errors": (
-        "LayerRefused", "MemoryShortage", "ModelError", "ParameterError", "RecordError", "SdnbError",
+        "LayerUnsupported", "MemoryShortage", "ModelError", "ParameterError", "RecordError", "SdnbError",
         "TextError",
     ),
     "sdnb.loading": ("Loaded", "load"),

@@ -9,7 +9,7 @@ class ModelError(SdnbError):
     """The model cannot be found, loaded or used: unknown, gated, damaged, quantized, of the wrong kind."""
 
 
-class LayerRefused(SdnbError):
+class LayerUnsupported(SdnbError):
     """A decoder layer whose anatomy could not be recognised or did not reproduce the real layer.
 
     Args:

@@ -14,7 +14,7 @@ from sdnb.anatomy.form import BranchForm, branch_form, build_of
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.trace import Decoder, find_decoder
 from sdnb.anatomy.wiring import find_wiring
-from sdnb.errors import LayerRefused, ParameterError
+from sdnb.errors import LayerUnsupported, ParameterError
 
 _Form = tuple[BranchForm | None, BranchForm | None]
 # Of layers that were watched, by model and build.
@@ -102,7 +102,7 @@ def _in_model(form: BranchForm | None, layer: nn.Module, number: int) -> BranchM
         return BranchModules((), None, nn.Identity())
     if any(behind for _, behind in form.entries):
         reason = "a gate stands between its norm and its input: no module reads what the norm gives"
-        raise LayerRefused(number, form.name, reason)
+        raise LayerUnsupported(number, form.name, reason)
     return BranchModules(
         tuple(layer.get_submodule(name) for name, _ in form.entries),
         None if form.norm is None else layer.get_submodule(form.norm),

@@ -12,7 +12,7 @@ from sdnb.anatomy.parts import Branch, module_output
 from sdnb.anatomy.probe import ROWS_AT_ONCE, LayerProbe
 from sdnb.anatomy.rows import random_rows
 from sdnb.anatomy.value_path import ValuePath, value_path_matrix
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
 FIRST_LOOK, FIT_ROWS = 4, 32  # rows for each column of a matrix that has to be fitted
@@ -191,14 +191,14 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
         Its call, and the norms inside that have to be taken by their gains.
 
     Raises:
-        LayerRefused: no submodule mixes tokens.
+        LayerUnsupported: no submodule mixes tokens.
     """
     candidates = mixing_modules(probe)
     if not candidates:
         reason = "no submodule with hidden states in and out mixes tokens"
         if silent := silent_modules(probe):
-            raise LayerRefused(probe.number, " and ".join(silent), f"writes zero, nothing to watch: {reason}")
-        raise LayerRefused(probe.number, "layer", reason)
+            raise LayerUnsupported(probe.number, " and ".join(silent), f"writes zero, nothing to watch: {reason}")
+        raise LayerUnsupported(probe.number, "layer", reason)
     errors = [nonlinearity(probe, seen.module) for seen in candidates]
     for seen, error in zip(candidates, errors, strict=True):
         if error < LINEAR:

@@ -11,7 +11,7 @@ from sdnb.anatomy.norms import Norm
 from sdnb.anatomy.parts import Wiring
 from sdnb.anatomy.view import LayerView
 from sdnb.anatomy.weights import is_linear
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 
 SIDES = ("attention", "ffn")
 VISIBLE = 1e-3  # a bias, or a deviation of a gain from 1, that is smaller cannot be missed
@@ -127,6 +127,6 @@ def caught(twin: LayerView) -> bool:
     """
     try:
         verdict(twin.probe, twin.wiring, measure(twin.probe, twin.wiring, twin.affine, twin.ffn))
-    except LayerRefused:
+    except LayerUnsupported:
         return True
     return False

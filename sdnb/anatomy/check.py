@@ -11,7 +11,7 @@ from sdnb.anatomy.parts import Branch, Wiring, additions, module_output, module_
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.residual import ratio
 from sdnb.anatomy.rows import zero_and_basis_rows
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
 FIT_HOLDS = 1.2  # times what a fit left, on rows that it has not seen
@@ -186,25 +186,25 @@ def verdict(probe: LayerProbe, wiring: Wiring, errors: Errors) -> str:
         "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN's formula is unknown.
 
     Raises:
-        LayerRefused: the errors are too large for any use.
+        LayerUnsupported: the errors are too large for any use.
     """
     if not errors.layer < EXACT:
         reason = f"norms and branches do not add up to the layer (error {errors.layer:.1e} of a branch)"
-        raise LayerRefused(probe.number, "layer", reason)
+        raise LayerUnsupported(probe.number, "layer", reason)
     if errors.ffn is not None and not errors.ffn < EXACT:
         reason = f"the feed-forward formula is not the module's (error {errors.ffn:.1e})"
-        raise LayerRefused(probe.number, wiring.ffn.name, reason)
+        raise LayerUnsupported(probe.number, wiring.ffn.name, reason)
     if not errors.reading < EXACT:
         reason = (
             f"its matrix and bias are not what it does to basis rows and to zero (error {errors.reading:.1e})"
         )
-        raise LayerRefused(probe.number, wiring.attention.name, reason)
+        raise LayerUnsupported(probe.number, wiring.attention.name, reason)
     if not errors.attention < APPROXIMATE:
         reason = (
             f"is not a linear map of one-token sequences (error {errors.attention:.1e} of its output): "
             f"a state-space or linear-attention mixer, or strongly gated attention"
         )
-        raise LayerRefused(probe.number, wiring.attention.name, reason)
+        raise LayerUnsupported(probe.number, wiring.attention.name, reason)
     if errors.ffn is None:
         return "sampled"
     return "exact" if max(errors.attention, errors.linearity) < EXACT else "approximate"

@@ -17,7 +17,7 @@ from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.roles import Roles, layer_roles
 from sdnb.anatomy.trace import Decoder, find_decoder
 from sdnb.anatomy.weights import as_float32, linear_weight
-from sdnb.errors import LayerRefused, ParameterError
+from sdnb.errors import LayerUnsupported, ParameterError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
 AGREES = 2e-3  # relative error up to which a symmetry of the real layer counts as kept
@@ -64,11 +64,11 @@ class WeightMatrix:
             values: shape (rows, inputs).
 
         Raises:
-            LayerRefused: the weight is offloaded, where what is written would be lost.
+            LayerUnsupported: the weight is offloaded, where what is written would be lost.
         """
         weight = linear_weight(self.module)
         if weight.is_meta:
-            raise LayerRefused(
+            raise LayerUnsupported(
                 self.layer, self.name, "is offloaded and cannot be changed: load the model whole"
             )
         weight[self.rows.to(weight.device)] = values.to(weight)
@@ -138,7 +138,7 @@ def layer_matrices_or_reason(
             if form not in known:
                 known[form] = layer_roles(LayerProbe(decoder, number))
             yield number, _matrices(decoder, number, known[form])
-        except LayerRefused as problem:
+        except LayerUnsupported as problem:
             yield number, str(problem)
 
 
@@ -153,11 +153,11 @@ def model_matrices(model: nn.Module, layers: Sequence[int] | None = None) -> Ite
         One layer's matrices after the other.
 
     Raises:
-        LayerRefused: a layer whose matrices cannot be told apart.
+        LayerUnsupported: a layer whose matrices cannot be told apart.
     """
     for number, found in layer_matrices_or_reason(model, layers):
         if isinstance(found, str):
-            raise LayerRefused(number, "layer", found)
+            raise LayerUnsupported(number, "layer", found)
         yield found
 
 
@@ -203,7 +203,7 @@ def _matrices(decoder: Decoder, number: int, roles: Roles) -> list[WeightMatrix]
                 )
             )
     if not found:
-        raise LayerRefused(number, "layer", "has no affine leaf whose role could be told by watching")
+        raise LayerUnsupported(number, "layer", "has no affine leaf whose role could be told by watching")
     return found
 
 
@@ -220,7 +220,7 @@ def check_roles(probe: LayerProbe, roles: Roles) -> None:
         roles: the roles to check.
 
     Raises:
-        LayerRefused: a symmetry does not hold.
+        LayerUnsupported: a symmetry does not hold.
     """
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 4, probe.hidden_size, generator=generator).to(probe.device)
@@ -234,7 +234,7 @@ def check_roles(probe: LayerProbe, roles: Roles) -> None:
         out, _ = _scaled_run(probe, roles, x, scales, skip)
         errors.append(float((out - plain).norm() / (plain - x).norm().clamp(min=1e-30)))
     if not min(errors) <= AGREES:
-        raise LayerRefused(
+        raise LayerUnsupported(
             probe.number,
             ", ".join(sorted(own)),
             f"queries and keys are cut wrongly (error {min(errors):.1e})",
@@ -245,7 +245,7 @@ def check_roles(probe: LayerProbe, roles: Roles) -> None:
             for name in [name for name, parts in roles.rows.items() if reader in parts and name in inputs]:
                 error = float((changed[name] + inputs[name]).norm() / inputs[name].norm().clamp(min=1e-30))
                 if not error <= AGREES:
-                    raise LayerRefused(
+                    raise LayerUnsupported(
                         probe.number, name, f"does not read the negative of {scale} (error {error:.1e})"
                     )
 

@@ -12,7 +12,7 @@ from sdnb.anatomy.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, re
 from sdnb.anatomy.rows import FEW, random_rows
 from sdnb.anatomy.trace import Decoder, SeenEnough, plain_token, record_call
 from sdnb.anatomy.weights import as_float32, copy_layer
-from sdnb.errors import LayerRefused, ParameterError
+from sdnb.errors import LayerUnsupported, ParameterError
 
 FILLED = 64  # rows to which smaller batches are filled up by repeating the last one; the smallest only to FEW
 ROWS_AT_ONCE = 1024  # one-token sequences in a batch where a whole basis is fed
@@ -86,7 +86,7 @@ class LayerProbe:
             The layer's output, shape (n, T, d).
 
         Raises:
-            LayerRefused: the layer needs more than the arguments that it is called with.
+            LayerUnsupported: the layer needs more than the arguments that it is called with.
             OutOfMemoryError: the device's memory does not suffice.
         """
         call = self.call(tuple(x.shape[:2]), ids).with_hidden(x)
@@ -95,7 +95,7 @@ class LayerProbe:
         except torch.OutOfMemoryError:
             raise
         except RUN_ERRORS as error:
-            raise LayerRefused(self.number, "layer", f"does not run by itself: {error}") from error
+            raise LayerUnsupported(self.number, "layer", f"does not run by itself: {error}") from error
 
     def rows(self, x: Tensor) -> Tensor:
         """What the layer makes of one-token sequences.
@@ -242,7 +242,7 @@ class LayerProbe:
             The output, shape (n, d_out).
 
         Raises:
-            LayerRefused: the exit was not reached.
+            LayerUnsupported: the exit was not reached.
         """
         if len(rows) > ROWS_AT_ONCE:
             return torch.cat([self.feed(entries, exit, part, stand_in) for part in rows.split(ROWS_AT_ONCE)])
@@ -274,7 +274,7 @@ class LayerProbe:
                 self.output(torch.zeros_like(rows)[:, None])
             except SeenEnough:
                 return got[0][:count]
-        raise LayerRefused(self.number, self.names[exit], "is not reached in a pass of the layer")
+        raise LayerUnsupported(self.number, self.names[exit], "is not reached in a pass of the layer")
 
 
 def _substitute(hidden: Tensor, rows: Tensor) -> Callable[[Any], Any]:

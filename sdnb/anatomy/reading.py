@@ -15,7 +15,7 @@ from sdnb.anatomy.trace import find_decoder
 from sdnb.anatomy.value_path import find_value_path
 from sdnb.anatomy.view import LayerView
 from sdnb.anatomy.wiring import find_wiring
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 
 # Forms of layers that passed the check, by model and build; a form is tried, never trusted.
 _forms: WeakKeyDictionary[nn.Module, dict[tuple, LayerForm]] = WeakKeyDictionary()
@@ -37,7 +37,7 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
         The layer's view.
 
     Raises:
-        LayerRefused: the layer is not recognised, or does not pass the check.
+        LayerUnsupported: the layer is not recognised, or does not pass the check.
     """
     probe = LayerProbe(find_decoder(model), number)
     forms, build = _forms.setdefault(model, {}), build_of(probe.layer)
@@ -53,10 +53,10 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
         affine, errors = _fitted(probe, wiring, affine, ffn, errors)
     if not affine.matrix.any():
         reason = "writes the same whatever it reads in a token alone: there is no matrix to read"
-        raise LayerRefused(number, wiring.attention.name, reason)
+        raise LayerUnsupported(number, wiring.attention.name, reason)
     try:
         status = verdict(probe, wiring, errors)
-    except LayerRefused:
+    except LayerUnsupported:
         if check:
             raise
         status = "refused"
@@ -74,7 +74,7 @@ def _read_by_form(probe: LayerProbe, form: LayerForm) -> LayerView | None:
             return None
         affine, ffn = read_attention(probe, wiring.attention, path=form.path), ffn_formula(probe, form.parts)
         errors = measure(probe, wiring, affine, ffn)
-    except LayerRefused:
+    except LayerUnsupported:
         return None
     worst = max(errors.reading, errors.attention, errors.linearity, errors.ffn, errors.layer)
     # what is merely within the check's limit is watched: its own parts may fit better

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdnb.anatomy.calls import RUN_ERRORS, Call, replaced_forward, unwrap
 from sdnb.anatomy.overrides import LAYERS_ONLY, NO_SPECIAL_CASE, OUT_OF_SCOPE
-from sdnb.errors import LayerRefused, ModelError
+from sdnb.errors import LayerUnsupported, ModelError
 
 
 class SeenEnough(Exception):
@@ -231,7 +231,7 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
         The call, without its hidden state (None in its place).
 
     Raises:
-        LayerRefused: the layer cannot be reached or was not called, or its hidden state is not (n, T, d).
+        LayerUnsupported: the layer cannot be reached or was not called, or its hidden state is not (n, T, d).
         OutOfMemoryError: the device's memory does not suffice.
     """
     seen: list[Call] = []
@@ -251,9 +251,9 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
         raise
     except RUN_ERRORS as error:
         reason = f"the model cannot be run up to here with the layers before left out: {error}"
-        raise LayerRefused(number, "layer", reason) from error
+        raise LayerUnsupported(number, "layer", reason) from error
     if not seen or seen[0].hidden is None or seen[0].hidden.shape[:2] != ids.shape:
-        raise LayerRefused(
+        raise LayerUnsupported(
             number, "layer", f"is not called with hidden states of shape {tuple(ids.shape)} + (d,)"
         )
     return seen[0].with_hidden(None)

@@ -14,7 +14,7 @@ from sdnb.anatomy.probe import Behind, LayerProbe
 from sdnb.anatomy.residual import TOLERANCE, Places, coefficients, find_passages, silencers
 from sdnb.anatomy.trace import named_refusal
 from sdnb.anatomy.weights import is_linear
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 
 
 def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
@@ -28,7 +28,7 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
         The norm; None if nothing stands there.
 
     Raises:
-        LayerRefused: what stands there is not a norm.
+        LayerUnsupported: what stands there is not a norm.
     """
     if seen is None:
         return None
@@ -37,7 +37,7 @@ def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:
         reason = (
             "stands where a norm of the hidden state is expected and is neither an RMS norm nor a LayerNorm"
         )
-        raise LayerRefused(probe.number, seen.name, reason)
+        raise LayerUnsupported(probe.number, seen.name, reason)
     return norm
 
 
@@ -52,11 +52,11 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         The wiring; whether it reproduces the layer is for the check to say.
 
     Raises:
-        LayerRefused: the type is refused by name, or the residual stream is not recognised.
+        LayerUnsupported: the type is refused by name, or the residual stream is not recognised.
     """
     reason = named_refusal(probe.decoder.model)
     if reason is not None:
-        raise LayerRefused(probe.number, "layer", reason)
+        raise LayerUnsupported(probe.number, "layer", reason)
     x = probe.states()
     seen = probe.watch(x[:, None])
     mixer, inner_norms = find_attention(probe)
@@ -78,7 +78,7 @@ def find_wiring(probe: LayerProbe) -> Wiring:
     for silenced in product(of_attention, of_ffn or [None]):
         try:
             wiring, error = _wired(probe, x, (attention, projection), silenced, outside, closing)
-        except LayerRefused as refusal:  # something that is no norm stands beside this one; others may do
+        except LayerUnsupported as refusal:  # something that is no norm stands beside this one; others may do
             refusals.append(refusal)
             continue
         errors.append(error)
@@ -91,7 +91,7 @@ def find_wiring(probe: LayerProbe) -> Wiring:
         f"the residual stream is not recognised: with {silent} silenced the layer does not return its input, "
         f"nor its norm or a multiple (error {min(errors):.1e} of what it adds)"
     )
-    raise LayerRefused(probe.number, mixer.name, reason)
+    raise LayerUnsupported(probe.number, mixer.name, reason)
 
 
 def _wired(

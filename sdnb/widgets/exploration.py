@@ -11,7 +11,7 @@ from sdnb.activations import collect_high_norm_states, detect, hidden_norms
 from sdnb.activations.interventions import project_out, set_dimensions, zero_attention
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.decompose import angle_deg, leading_triplets, random_angle
-from sdnb.errors import LayerRefused, ParameterError, TextError
+from sdnb.errors import LayerUnsupported, ParameterError, TextError
 from sdnb.labels import token_labels
 from sdnb.linearize import linear_layer
 from sdnb.loading import Loaded
@@ -163,7 +163,7 @@ class Exploration:
     def _compute(self, number: int) -> LayerFacts:
         try:
             view = layer_view(self.loaded.model, number)
-        except LayerRefused as problem:
+        except LayerUnsupported as problem:
             return LayerFacts(number, {}, {}, None, [], str(problem))
         linear = linear_layer(view, seed=self.seed)
         parts = {"L": linear.L, "F": linear.F}

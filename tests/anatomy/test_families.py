@@ -7,7 +7,7 @@ import torch
 
 from sdnb.anatomy import LayerView, decoder_layers, layer_view
 from sdnb.anatomy.check import measure, verdict
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 from sdnb.linearize import closed_form_fit, sampled_fit
 from tests.families import FAMILIES, LAYERS, STREAMED, build
 from tests.truth import BIASLESS, ONE_VALUE_HEAD, TRUTH, Truth
@@ -238,7 +238,7 @@ def test_broken_twins_fail(case):
         kinds.append(kind)
         assert max(contract(twin, seen).values()) > BROKEN, kind
         errors = measure(twin.probe, twin.wiring, twin.affine, twin.ffn)
-        with pytest.raises(LayerRefused):
+        with pytest.raises(LayerUnsupported):
             verdict(twin.probe, twin.wiring, errors)
     assert ("a bias dropped" in kinds) == (name not in BIASLESS)
     assert ("a post-norm skipped" in kinds) == (truth.post_norms != (None, None))

@@ -14,7 +14,7 @@ from sdnb.anatomy.matrices import (
 from sdnb.anatomy.probe import LayerProbe
 from sdnb.anatomy.roles import layer_roles
 from sdnb.anatomy.trace import find_decoder
-from sdnb.errors import LayerRefused
+from sdnb.errors import LayerUnsupported
 from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
 
 HEAD = HIDDEN // HEADS
@@ -94,7 +94,7 @@ def test_a_plain_thirds_cut_of_neox_is_refused():
     check_roles(LayerProbe(decoder, 1), roles)
     thirds = torch.arange(3 * HIDDEN).chunk(3)
     roles.rows["attention.query_key_value"] = dict(zip("qkv", thirds, strict=True))
-    with pytest.raises(LayerRefused, match="cut wrongly"):
+    with pytest.raises(LayerUnsupported, match="cut wrongly"):
         check_roles(LayerProbe(decoder, 1), roles)
 
 
@@ -105,7 +105,7 @@ def test_gate_and_up_in_each_others_place_are_refused():
     rows["mlp.gate_proj"], rows["mlp.up_proj"] = (
         {"up": rows["mlp.gate_proj"]["gate"]}, {"gate": rows["mlp.up_proj"]["up"]},
     )  # fmt: skip
-    with pytest.raises(LayerRefused, match="negative of up"):
+    with pytest.raises(LayerUnsupported, match="negative of up"):
         check_roles(LayerProbe(decoder, 1), roles)
 
 

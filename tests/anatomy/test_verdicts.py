@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.anatomy.check import measure, verdict
 from sdnb.anatomy.residual import coefficients, relative
-from sdnb.errors import LayerRefused, ModelError, ParameterError
+from sdnb.errors import LayerUnsupported, ModelError, ParameterError
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
 
@@ -64,7 +64,7 @@ class TestApproximate:
         assert (left.T @ u / len(u)).norm() < 0.1 * view.attention_matrix.norm()
         assert left.norm() / view.attention_module(u).norm() == pytest.approx(view.affine.residual, rel=0.1)
         wrong = replace(view.affine, matrix=view.attention_matrix.roll(1, 0))
-        with pytest.raises(LayerRefused, match="basis rows"):
+        with pytest.raises(LayerUnsupported, match="basis rows"):
             verdict(view.probe, view.wiring, measure(view.probe, view.wiring, wrong, view.ffn))
 
     def test_a_layer_of_attention_alone(self):
@@ -103,7 +103,7 @@ class TestBranchesThatWriteZero:
     def test_a_branch_behind_a_gain_of_zero(self):
         view = layer_view(self.silenced("olmo2", "post_feedforward_layernorm"), 2)
         assert view.status == "sampled" and not linear_layer(view, samples=100).F.any()
-        with pytest.raises(LayerRefused, match=r"layer 2, self_attn: .* no matrix to read"):
+        with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn: .* no matrix to read"):
             layer_view(self.silenced("olmo2", "post_attention_layernorm"), 2)
 
     @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ class TestBranchesThatWriteZero:
          ("bloom", "self_attention.dense", "self_attention.dense")],
     )  # fmt: skip
     def test_an_attention_leaves_nothing_to_watch(self, family, name, silent):
-        with pytest.raises(LayerRefused, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"):
+        with pytest.raises(LayerUnsupported, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"):
             layer_view(self.silenced(family, name), 2)
 
     def test_both_are_named(self):
-        with pytest.raises(LayerRefused, match="layer 2, self_attn and mlp: writes zero"):
+        with pytest.raises(LayerUnsupported, match="layer 2, self_attn and mlp: writes zero"):
             layer_view(self.silenced("mistral", "self_attn.o_proj", "mlp.down_proj"), 2)
 
     def test_coefficients_of_nothing(self):
@@ -133,7 +133,7 @@ class TestRefused:
         kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         kinds["mamba_n_heads"] = 8
         model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
-        with pytest.raises(LayerRefused, match=r"layer 2, self_attn.*does not return its input") as refusal:
+        with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn.*does not return its input") as refusal:
             layer_view(model, 2)
         assert refusal.value.layer == 2
 
@@ -146,7 +146,7 @@ class TestRefused:
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
         model = random_model("mamba", **sizes, use_mambapy=False)
         assert len(decoder_layers(model)) == 2
-        with pytest.raises(LayerRefused, match="layer 1, layer: a state-space mixer"):
+        with pytest.raises(LayerUnsupported, match="layer 1, layer: a state-space mixer"):
             layer_view(model, 1)
 
     def test_encoder_decoders(self):
@@ -161,7 +161,7 @@ class TestRefused:
 
     def test_without_the_check_the_errors_are_told(self):
         model = random_model("lfm2", **LLAMA_LIKE, layer_types=["conv", "full_attention"])
-        with pytest.raises(LayerRefused, match="not a linear map"):
+        with pytest.raises(LayerUnsupported, match="not a linear map"):
             layer_view(model, 1)
         view = layer_view(model, 1, check=False)
         assert view.status == "refused" and view.attention_error > 0.7
