@@ -12,6 +12,7 @@ _WHERE = {
         "TextError",
     ),
     "sdnb.loading": ("Loaded", "load"),
+    "sdnb.bar": ("progress",),
     "sdnb.anatomy": (
         "FFNFormula", "LayerView", "Norm", "WeightMatrix", "branch_contributions", "decoder_layers",
         "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
@@ -25,11 +26,12 @@ _WHERE = {
         "leading_triplets", "log10_chance", "nearest_eigenpair", "random_angle", "random_angle_quantile",
     ),
     "sdnb.activations": (
-        "Coefficients", "Detection", "HighNormStates", "Ledger", "Perplexity", "SinkRate", "attention_maps",
-        "collect_high_norm_states", "continuation", "detect", "embedding_norms", "ffn_input_coefficients",
-        "hidden_norms", "hidden_states", "item_norms", "item_trajectories", "ledger", "mean_pairwise_angle",
-        "perplexity", "project_out", "random_norms", "set_dimensions", "sink_rate", "zero_attention",
-        "zero_branch", "zero_output",
+        "Coefficients", "Defect", "Detection", "HighNormStates", "Ledger", "Perplexity", "SinkRate",
+        "attention_maps", "collect_high_norm_states", "continuation", "detect", "embedding_norms",
+        "ffn_input_coefficients", "find_defect", "hidden_norms", "hidden_states", "item_norms",
+        "item_trajectories", "ledger", "mean_pairwise_angle", "perplexity", "project_out", "random_norms",
+        "set_dimensions", "sink_rate", "token_batches", "vocabulary_sample", "vocabulary_size",
+        "window_length", "zero_attention", "zero_branch", "zero_output",
     ),
     "sdnb.quantize": (
         "InputStatistics", "LinearModule", "QuantizedLinear", "Scheme", "SkipList", "down_projections",

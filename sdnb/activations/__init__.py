@@ -1,6 +1,7 @@
 """What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
 
 from sdnb.activations.capture import hidden_norms, hidden_states, input_device, token_batches, visit_states
+from sdnb.activations.defect import Defect, Exploded, find_defect
 from sdnb.activations.detection import Detection, detect, layer_steps
 from sdnb.activations.direction import HighNormStates, collect_high_norm_states, mean_pairwise_angle
 from sdnb.activations.interventions import (
@@ -21,12 +22,15 @@ from sdnb.activations.sweep import (
     item_norms,
     item_trajectories,
     random_norms,
+    vocabulary_sample,
     vocabulary_size,
 )
 
 __all__ = [
     "Coefficients",
+    "Defect",
     "Detection",
+    "Exploded",
     "HighNormStates",
     "Ledger",
     "Perplexity",
@@ -38,6 +42,7 @@ __all__ = [
     "eager_attention",
     "embedding_norms",
     "ffn_input_coefficients",
+    "find_defect",
     "hidden_norms",
     "hidden_states",
     "input_device",
@@ -53,6 +58,7 @@ __all__ = [
     "sink_rate",
     "token_batches",
     "visit_states",
+    "vocabulary_sample",
     "vocabulary_size",
     "window_length",
     "zero_attention",

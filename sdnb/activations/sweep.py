@@ -20,6 +20,7 @@ from sdnb.errors import ParameterError
 from sdnb.memory import free_memory
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
+SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
 LARGEST_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # larger ones are not faster
 
 
@@ -245,3 +246,56 @@ def _last_state(module: nn.Module, at_input: bool) -> Iterator[list[Tensor]]:
         hook = module.register_forward_hook(leave)
     with hook:
         yield taken
+
+
+@dataclass(frozen=True)
+class VocabularySample:
+    """Items of the vocabulary that stand for all of it.
+
+    Args:
+        items: token ids in rising order, (n,).
+        size: number of items of the vocabulary.
+    """
+
+    items: Tensor
+    size: int
+
+    def share(self, chosen: Tensor) -> tuple[float, float]:
+        """The share of items that a property holds for, and its standard error; 0 where all were asked.
+
+        The error is sqrt(p (1 - p) / n * (1 - n / V)).
+
+        Args:
+            chosen: for which items it holds, (n,) bool.
+
+        Returns:
+            Share and standard error.
+        """
+        share, count = chosen.double().mean().item(), len(chosen)
+        return share, (share * (1 - share) / count * (1 - count / self.size)) ** 0.5
+
+
+def vocabulary_sample(loaded: object, items: int | None = None, seed: int = 0) -> VocabularySample:
+    """Choose the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
+
+    Args:
+        loaded: a loaded model, or the model.
+        items: how many; None goes by the device, a number as large as the vocabulary takes all.
+        seed: of the draw.
+
+    Returns:
+        The items.
+
+    Raises:
+        ParameterError: fewer than one item.
+    """
+    model = loaded if isinstance(loaded, nn.Module) else loaded.model
+    size = vocabulary_size(model)
+    if items is None:
+        items = SAMPLED_ITEMS if input_device(model).type == "cpu" else size
+    if items < 1:
+        raise ParameterError(f"items is {items}; give a number of vocabulary items, or null")
+    if items >= size:
+        return VocabularySample(torch.arange(size), size)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return VocabularySample(order[:items].sort().values, size)
