@@ -13,9 +13,10 @@ _WHERE = {
     ),
     "sdnb.loading": ("Loaded", "load"),
     "sdnb.bar": ("progress",),
-    "sdnb.anatomy": (
+    "sdnb.layers": (
         "FFNFormula", "LayerView", "Norm", "WeightMatrix", "branch_contributions", "decoder_layers",
-        "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
+        "each_layer", "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
+        "residual_branches",
     ),
     "sdnb.linearize": (
         "LinearLayer", "SampledFit", "attention_matrix", "branch_scales", "closed_form_fit", "ffn_matrix",
@@ -44,6 +45,7 @@ _WHERE = {
         "mp_median", "noise_spectrum", "observed_spike", "porter_thomas_cdf", "predicted_spike",
         "singular_values", "spectrum_p_values", "tracy_widom_cdf", "tracy_widom_quantile",
     ),
+    "sdnb.records": ("Record", "beside_published", "provenance", "read_record", "save_record"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -51,6 +53,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:
+    if name in ("plots", "quantize", "spectra"):
+        return import_module(f"sdnb.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sdnb' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)
