@@ -1,0 +1,103 @@
+"""Files that are written whole or not at all, and turns for several writers."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdnb.errors import RecordError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part, also after a kill.
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: what it shall hold.
+
+    Raises:
+        RecordError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except OSError as error:
+        raise RecordError(_refusal(path, error)) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; other processes that ask for it wait, and a killed holder loses it.
+
+    Args:
+        path: the lock file.
+
+    Yields:
+        None.
+
+    Raises:
+        RecordError: the folder cannot be written.
+    """
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire()
+    except OSError as error:
+        raise RecordError(_refusal(path, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of a file left behind; only for one who holds the lock of its writers.
+
+    Args:
+        path: the file that was being written.
+    """
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's content.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    if error.errno in _FULL:
+        return (
+            f"{path} could not be written, the disk is full ({error.strerror}): free some space, or choose "
+            "another results_dir. What was there before is unharmed."
+        )
+    return f"{path} could not be written ({error.strerror}): choose another results_dir."

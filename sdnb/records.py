@@ -1,0 +1,489 @@
+"""Records: what a notebook found on a model, and where that comes from.
+
+A record is `<results_dir>/<model>/<template>.json`, with flat keys (`book/records.md` lists those that other
+tools may rely on), and `<template>.safetensors` beside it where there are arrays. Lists over layers have L
+entries, layer 1 first; null stands for "there is none". Killed at any moment, a writer leaves the old pair or
+the new one: the JSON names the SHA-256 of its arrays, and is the last to be renamed into place.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+
+from sdnb.errors import RecordError
+from sdnb.files import atomic_write, locked, sweep
+
+_OWN_KEYS = ("template", "arrays", "provenance")
+_TRIES = 20
+_PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
+_MIB = 2**20
+PUBLISHED = Path(__file__).resolve().parents[1] / "book" / "published.yaml"
+"""Published values; there in a checkout only."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a notebook found; `record["key"]` is a value.
+
+    Args:
+        template: the notebook's name, such as "04_singular_directions".
+        values: numbers, texts, lists and objects by key, as in the JSON.
+        arrays: tensors by name, floats as float32, on the CPU.
+        provenance: where all of it comes from.
+        path: the JSON file.
+    """
+
+    template: str
+    values: dict
+    arrays: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    def __getitem__(self, key: str) -> object:
+        return self.values[key]
+
+
+class Table(pd.DataFrame):
+    """A table whose long texts a page shows in full."""
+
+    @property
+    def _constructor(self) -> type:
+        return Table
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            return self.to_html(border=0, na_rep="–")
+
+
+def save_record(
+    template: str,
+    loaded: object,
+    values: object,
+    *,
+    arrays: dict | None = None,
+    figures: dict | None = None,
+    text: object | None = None,
+    seed: int | None = None,
+    results_dir: str | Path = "results",
+    models: dict[str, str] | None = None,
+) -> Record:
+    """Write what a notebook found: `<results_dir>/<model>/<template>.json`, arrays and figures beside it.
+
+    Args:
+        template: the notebook's name, such as "04_singular_directions".
+        loaded: the model (`sdnb.load`); the name of the model whose folder takes the record, where several
+            were looked at; None where there was none.
+        values: a dict, a table indexed by layer (its columns become lists with an entry for each of the L
+            layers), or a list of these. NaN and infinity become null; in a dict a table becomes a list of
+            rows.
+        arrays: tensors or numpy arrays by name; floats are stored as float32.
+        figures: matplotlib figures by name, saved as `<number>_<name>.png`, or `<template>.png` under "".
+        text: what was read (`sdnb.encode`), or None.
+        seed: of the random draws, or None.
+        results_dir: folder of all results.
+        models: for several models, the weights' fingerprint of each by name.
+
+    Returns:
+        The record as a reader will see it.
+
+    Raises:
+        RecordError: a value is no number, text, list or object, the folder holds the record of another model
+            of the same name, or nothing can be written there.
+    """
+    layers = getattr(loaded, "layer_count", None)
+    plain = {}
+    for part in values if isinstance(values, (list, tuple)) else [values]:
+        part = _by_layer(part, layers) if isinstance(part, pd.DataFrame) else part
+        twice = sorted({*part} & {*plain, *_OWN_KEYS})
+        if twice:
+            raise RecordError(f"The key {', '.join(twice)} is given twice, or is the record's own.")
+        plain |= {str(key): _plain(value, f"{template}: {key}") for key, value in part.items()}
+    tensors = {name: _tensor(array) for name, array in (arrays or {}).items()}
+    path = _path(results_dir, loaded, template)
+    origin = _gather(loaded, text, seed) | ({"models": models} if models else {})
+    _write(path, plain, tensors, figures or {}, origin)
+    return Record(template, plain, tensors, origin, path)
+
+
+def read_record(template: str, model: object, results_dir: str | Path = "results") -> Record:
+    """Read a record and check it against the hash of its arrays.
+
+    Args:
+        template: the notebook's name.
+        model: the loaded model, a model's name, the name of its folder, or None for the one without a model.
+        results_dir: folder of all results.
+
+    Returns:
+        The record.
+
+    Raises:
+        RecordError: it is missing, damaged or torn.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = _path(results_dir, model, template)
+    for _ in range(_TRIES):  # a writer may come between the two reads
+        content = _read_json(path)
+        data = _read_arrays(path, content)
+        if data is not None:
+            break
+    else:
+        raise RecordError(
+            f"{path} and its arrays do not belong together (damaged or deleted): run the notebook again."
+        )
+    try:
+        arrays = load(data) if data else {}
+    except SafetensorError as error:
+        raise RecordError(f"The arrays of {path} are damaged ({error}): run the notebook again.") from error
+    values = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+    return Record(template, values, arrays, content["provenance"], path)
+
+
+def beside_published(record: Record) -> Table:
+    """Show this model's numbers beside the published ones (`book/published.yaml`).
+
+    Args:
+        record: of a notebook.
+
+    Returns:
+        One row a quantity: this model's value, and what was published, on which model and where.
+    """
+    import yaml
+
+    content = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    rows = []
+    for item in content.get(record.template, []):
+        unit = {"degrees": "°", "percent": " %"}.get(item.get("unit"), "")
+        try:
+            mine = _shown(entry(record.values, item["key"]), unit)
+        except (KeyError, IndexError, TypeError):
+            mine = "none"
+        theirs = [
+            f"{_shown(one['value'], unit)} {one['model']} ({content['sources'][one['source']]})"
+            for one in item.get("published", [])
+        ]
+        rows.append((item["quantity"], mine, "; ".join(theirs) or "not published"))
+    name = record.provenance.get("model") or "this notebook"
+    return Table(rows, columns=["quantity", str(name), "published"]).set_index("quantity")
+
+
+def provenance(record: Record) -> Table:
+    """Show where a record comes from: model, weights, text, versions, cost.
+
+    Args:
+        record: of a notebook.
+
+    Returns:
+        One row a fact.
+    """
+    rows = {}
+    for key, value in record.provenance.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {part}" for name, part in value.items())
+        if value is not None:
+            rows[key.replace("_", " ")] = value if isinstance(value, str) else _shown(value)
+    return Table({"": rows})
+
+
+def entry(values: dict, key: str) -> object:
+    """What a pointer names in a record: `key`, `key[i]`, `key[name=value].inner`, or `key@layers`.
+
+    Args:
+        values: a record's values.
+        key: names joined by dots, each with an index behind it if need be: `[i]` is a list's entry,
+            `[name=value,...]` the first of its objects that says so; `@layers` takes the entry of a per-layer
+            list at the first layer of another list of the record.
+
+    Returns:
+        The value.
+
+    Raises:
+        KeyError: no such key, or no layer in the list that `@` names.
+    """
+    key, _, layers = key.partition("@")
+    found = values
+    for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
+        wanted = dict(part.split("=") for part in inside.split(",") if "=" in part)
+        if name:
+            found = found[name]
+        elif wanted:
+            fits = (row for row in found if all(str(row[k]) == value for k, value in wanted.items()))
+            found = next(fits, None)
+            if found is None:
+                raise KeyError(f"no {inside}")
+        else:
+            found = found[int(inside)]
+    if not layers:
+        return found
+    if not values[layers]:
+        raise KeyError(f"{layers} is empty")
+    return found[values[layers][0] - 1]
+
+
+@functools.cache
+def package_fingerprint() -> str:
+    """SHA-256 over the sources of the package, 16 hexadecimal digits; the command and the book do not count.
+
+    Returns:
+        The digits.
+    """
+    root = Path(__file__).resolve().parent
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name not in ("cli.py", "run.py", "book.py"):
+            total.update(f"{name}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on.
+
+    Returns:
+        Version by name, None where a package is not installed.
+    """
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _path(results_dir: str | Path, model: object, template: str) -> Path:
+    """The JSON file of a model's record."""
+    try:
+        from sdnb.loading import slug_of
+    except ImportError:
+        from sdnb.checkpoint import slug_of
+
+    slug = "random_matrix" if model is None else getattr(model, "slug", None) or slug_of(str(model))
+    return Path(results_dir).expanduser() / slug / f"{template}.json"
+
+
+def _by_layer(table: pd.DataFrame, layers: int | None) -> dict[str, list]:
+    """Columns of a table indexed by layer as lists with one entry for each of the layers 1..L."""
+    numbers = [int(number) for number in table.index]
+    layers = layers or max(numbers, default=0)
+    wrong = [number for number in numbers if not 1 <= number <= layers]
+    if wrong or len({*numbers}) < len(numbers):
+        raise RecordError(
+            f"A table in a record is indexed by layer, 1 to {layers}, each once; this one has {numbers}: "
+            'use table.set_index("layer"), or give the table a key of its own.'
+        )
+    place = {number: row for row, number in enumerate(numbers)}
+    return {
+        key: [column.iloc[place[n]] if n in place else None for n in range(1, layers + 1)]
+        for key, column in table.items()
+    }
+
+
+def _plain(value: object, where: str) -> object:
+    """A value as plain JSON; what is not finite becomes None."""
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    elif hasattr(value, "tolist"):  # torch, numpy, pandas; scalars, too
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, where) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if value is pd.NA:
+        return None
+    raise RecordError(f"{where} holds a {type(value).__name__}: give numbers, texts, lists or objects.")
+
+
+def _tensor(array: object) -> object:
+    """A contiguous CPU tensor of its own; floats as float32."""
+    import torch
+
+    tensor = torch.as_tensor(array).detach().cpu()
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _gather(loaded: object, text: object, seed: int | None) -> dict:
+    """Provenance: what a reader needs to trust or repeat a record."""
+    facts = {"model": loaded} if isinstance(loaded, str) else {}
+    if hasattr(loaded, "model"):
+        config = loaded.model.config.get_text_config()
+        facts = {
+            "model": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint,
+            "format": loaded.format, "model_type": config.model_type, "layers": loaded.layer_count,
+            "hidden_size": loaded.hidden_size, "dtype": loaded.dtype, "device": loaded.device,
+        }  # fmt: skip
+    if text is not None:
+        facts |= {
+            "text_hash": text.hash, "tokens_read": text.tokens, "begin_token_at_position_0": text.begin_token,
+            "add_special_tokens": text.add_special_tokens, "special_tokens_note": text.unusual,
+        }  # fmt: skip
+    memory, gpu, name = _memory()
+    facts |= {
+        "seed": seed, "device_name": name, "versions": versions(), "sources": package_fingerprint(),
+        "wall_s": round(_seconds_since(loaded), 2), "peak_memory_mib": memory, "peak_gpu_memory_mib": gpu,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    return facts
+
+
+def _seconds_since(loaded: object) -> float:
+    """Seconds since the model began to load, or else since this process began."""
+    if hasattr(loaded, "started"):
+        return time.perf_counter() - loaded.started
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+def _memory() -> tuple[float, float | None, str]:
+    """Peak resident memory of this process, peak of its GPUs (both MiB), and the device's name."""
+    import torch
+
+    gpu, name = None, _processor()
+    if torch.cuda.is_available():
+        gpu = round(sum(torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())) / _MIB)
+        name = torch.cuda.get_device_name(0)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024), gpu, name
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (_MIB if platform.system() == "Darwin" else 1024)), gpu, name
+
+
+def _processor() -> str:
+    """The processor's name and the number of its cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names and names[0] else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _write(path: Path, values: dict, tensors: dict, figures: dict, origin: dict) -> None:
+    """Write figures, arrays and JSON; killed at any moment, the old pair or the new one can be read."""
+    from safetensors.torch import save
+
+    data = save(tensors) if tensors else None
+    digest = hashlib.sha256(data).hexdigest() if data else None
+    arrays = path.with_suffix(".safetensors")
+    named = {"file": arrays.name, "sha256": digest} if data else None
+    content = {"template": path.stem, **values, "arrays": named, "provenance": origin}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    drawn = {path.with_name(_figure_name(path.stem, name)): _png(fig) for name, fig in figures.items()}
+    with locked(path.parent / ".lock"):
+        _refuse_other_model(path, origin)
+        for target in (path, arrays, *drawn):
+            sweep(target)
+        for target, picture in drawn.items():
+            atomic_write(target, picture)
+        # Until the JSON that names them is in place, new arrays stand under a hidden name.
+        hidden = _hidden(path, digest)
+        try:
+            if data:
+                atomic_write(hidden, data)
+            atomic_write(path, text.encode())
+        except RecordError:
+            if digest != _named_hash(path):
+                hidden.unlink(missing_ok=True)
+            raise
+        if data:
+            hidden.replace(arrays)
+        else:
+            arrays.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.stem}.*.safetensors"):
+            left.unlink(missing_ok=True)
+
+
+def _hidden(path: Path, digest: str | None) -> Path:
+    return path.with_name(f".{path.stem}.{(digest or '')[:16]}.safetensors")
+
+
+def _figure_name(template: str, name: str) -> str:
+    return f"{template.partition('_')[0]}_{name}.png" if name else f"{template}.png"
+
+
+def _png(figure: object) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # the same numbers give the same file
+    return file.getvalue()
+
+
+def _named_hash(path: Path) -> str | None:
+    """The hash of the arrays that the present JSON names, or None."""
+    try:
+        return (_read_json(path)["arrays"] or {}).get("sha256")
+    except RecordError:
+        return None
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise RecordError(f"There is no record {path}: run the notebook {path.stem} on this model first.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["template"] != path.stem or not isinstance(content["provenance"], dict):
+            raise ValueError("it is no record of this template")
+        if content["arrays"] is not None:
+            str(content["arrays"]["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is damaged ({error}): run the notebook again.") from error
+    return content
+
+
+def _read_arrays(path: Path, content: dict) -> bytes | None:
+    """The arrays that belong to a JSON, b"" if it names none, None if they are not there."""
+    if content["arrays"] is None:
+        return b""
+    digest = content["arrays"]["sha256"]
+    for place in (path.with_suffix(".safetensors"), _hidden(path, digest)):
+        with contextlib.suppress(OSError):
+            data = place.read_bytes()
+            if hashlib.sha256(data).hexdigest() == digest:
+                return data
+    return None
+
+
+def _refuse_other_model(path: Path, origin: dict) -> None:
+    """Two models whose folders have the same name must not overwrite each other's records."""
+    try:
+        old = _read_json(path)["provenance"]
+    except RecordError:
+        return
+    if old.get("model") and not any(old.get(key) == origin.get(key) for key in ("model", "fingerprint")):
+        raise RecordError(
+            f"{path} is the record of another model ({old['model']}), whose folder has the same name: "
+            "choose another results_dir, or remove the record."
+        )
+
+
+def _shown(value: object, unit: str = "") -> str:
+    """A value for a reader: three significant digits, lists joined, "none" for None or an empty list."""
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(_shown(part, unit) for part in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"{value}{unit}" if unit and str(value)[-1:].isdigit() else str(value)
+    whole = isinstance(value, int) or abs(value) >= 1000 or float(value).is_integer()
+    return f"{value:,.0f}{unit}" if whole else f"{value:.3g}{unit}"
