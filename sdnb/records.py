@@ -294,7 +294,7 @@ def _by_layer(table: pd.DataFrame, layers: int | None) -> dict[str, list]:
 def _plain(value: object, where: str) -> object:
     """A value as plain JSON; what is not finite becomes None."""
     if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
+        value = (value.reset_index() if value.index.name else value).to_dict("records")
     elif hasattr(value, "tolist"):  # torch, numpy, pandas; scalars, too
         value = value.tolist()
     if isinstance(value, dict):
