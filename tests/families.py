@@ -2,7 +2,7 @@
 
 What `from_config` draws has constant gains and zero biases, so a check on it would be blind to a gain that is
 ignored or a bias that is dropped. Here every parameter is random, and attention and FFN each change the
-hidden state by at least 30 %, which `tests/anatomy/test_families.py` asserts.
+hidden state by at least 30 %, which `tests/layers/test_families.py` asserts.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sdnb.anatomy.small_configs import redraw_model
+from sdnb.layers.small_configs import redraw_model
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 2, 4, 2, 64
 POSITIONS = 64

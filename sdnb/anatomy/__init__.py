@@ -1,24 +1,9 @@
-"""What a Hugging Face decoder looks like, found by watching it; the only place that knows."""
+"""The former name of `sdnb.layers`, for what has not moved yet."""
 
-from sdnb.anatomy.attention import AttentionMatrix
-from sdnb.anatomy.contributions import branch_contributions
-from sdnb.anatomy.ffn import FFNFormula
-from sdnb.anatomy.matrices import WeightMatrix, layer_matrices, model_matrices, replaced_matrices
-from sdnb.anatomy.norms import Norm
-from sdnb.anatomy.reading import layer_view
-from sdnb.anatomy.trace import decoder_layers
-from sdnb.anatomy.view import LayerView
+import sys
+from importlib import import_module
 
-__all__ = [
-    "AttentionMatrix",
-    "FFNFormula",
-    "LayerView",
-    "Norm",
-    "WeightMatrix",
-    "branch_contributions",
-    "decoder_layers",
-    "layer_matrices",
-    "layer_view",
-    "model_matrices",
-    "replaced_matrices",
-]
+from sdnb.layers import *  # noqa: F403
+
+for _name in ("calls", "coverage", "form", "probe", "small_configs", "trace", "weights", "wiring"):
+    sys.modules[f"{__name__}.{_name}"] = import_module(f"sdnb.layers.{_name}")

@@ -14,7 +14,7 @@ from sdnb.linearize.sampled import SampledFit, sampled_fit
 from sdnb.products import add_product_
 
 if TYPE_CHECKING:
-    from sdnb.anatomy import LayerView, Norm
+    from sdnb.layers import FFNFormula, LayerView, Norm
 
 _UNITS, _UNITS_GPU = 4096, 16384  # inner units at a time where F is formed
 
@@ -143,9 +143,9 @@ def fit_ffn(
             "method is 'closed_form' or 'sampled' and input_scale 'paper' or 'gain', "
             f"not {method!r} and {input_scale!r}"
         )
-    if method == "closed_form" and view.ffn is not None:
+    if method == "closed_form" and _formula(view) is not None:
         return _closed_form_operator(view, input_scale, centre), None
-    formula = view.ffn
+    formula = _formula(view)
     module = view.ffn_module if formula is None else lambda x: formula.inner(x) @ formula.down.T
     norm = view.ffn_norm
 
@@ -165,7 +165,7 @@ def fit_ffn(
 
 def _closed_form_operator(view: LayerView, input_scale: str, centre: bool) -> Operator:
     """Return F = multiplier diag(g_post) W_down (diag(alpha) W + diag(mu) V) [diag(g2)] as an operator."""
-    formula, norm, post = view.ffn, view.ffn_norm, view.ffn_post_norm
+    formula, norm, post = _formula(view), view.ffn_norm, view.ffn_post_norm
     down, W, V, b, c = (
         None if t is None else t.detach() for t in (formula.down, formula.w, formula.v, formula.b, formula.c)
     )
@@ -222,3 +222,8 @@ def _scaled_transposed(norm: Norm | None, centre: bool, X: Tensor) -> Tensor:
 def _times(c: float | Tensor, X: Tensor) -> Tensor:
     """Return c X, or diag(c) X where a multiplier has a number for each coordinate; X is (d, k)."""
     return c[:, None] * X if isinstance(c, Tensor) else c * X
+
+
+def _formula(view: LayerView) -> FFNFormula | None:
+    """Return the FFN's formula, or None where it is not recognised."""
+    return getattr(view.ffn, "formula", view.ffn)

@@ -21,7 +21,7 @@ from sdnb.linearize.operator import (
 from sdnb.products import add_product_
 
 if TYPE_CHECKING:
-    from sdnb.anatomy import LayerView, Norm
+    from sdnb.layers import LayerView, Norm
 
 
 @dataclass(frozen=True)

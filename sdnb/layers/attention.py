@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Seen, outermost
-from sdnb.anatomy.norms import Norm, measure_norm
-from sdnb.anatomy.parts import Branch, module_output
-from sdnb.anatomy.probe import ROWS_AT_ONCE, LayerProbe
-from sdnb.anatomy.rows import random_rows
-from sdnb.anatomy.value_path import ValuePath, value_path_matrix
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.calls import Seen, outermost
+from sdnb.layers.norms import Norm, measure_norm
+from sdnb.layers.parts import Branch, module_output
+from sdnb.layers.probe import ROWS_AT_ONCE, LayerProbe
+from sdnb.layers.rows import random_rows
+from sdnb.layers.value_path import ValuePath, value_path_matrix
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
 FIRST_LOOK, FIT_ROWS = 4, 32  # rows for each column of a matrix that has to be fitted
@@ -197,7 +197,9 @@ def find_attention(probe: LayerProbe) -> tuple[Seen, tuple[Norm, ...]]:
     if not candidates:
         reason = "no submodule with hidden states in and out mixes tokens"
         if silent := silent_modules(probe):
-            raise LayerUnsupported(probe.number, " and ".join(silent), f"writes zero, nothing to watch: {reason}")
+            raise LayerUnsupported(
+                probe.number, " and ".join(silent), f"writes zero, nothing to watch: {reason}"
+            )
         raise LayerUnsupported(probe.number, "layer", reason)
     errors = [nonlinearity(probe, seen.module) for seen in candidates]
     for seen, error in zip(candidates, errors, strict=True):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from sdnb.anatomy import branch_contributions, decoder_layers, layer_view
 from sdnb.errors import ModelError
+from sdnb.layers import branch_contributions, decoder_layers, layer_view
 from sdnb.linearize import (
     attention_intercept,
     attention_matrix,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Seen
-from sdnb.anatomy.norms import Norm
-from sdnb.anatomy.probe import Behind, LayerProbe
-from sdnb.anatomy.residual import Places, streams
+from sdnb.layers.calls import Seen
+from sdnb.layers.norms import Norm
+from sdnb.layers.probe import Behind, LayerProbe
+from sdnb.layers.residual import Places, streams
 
 
 @dataclass(frozen=True)

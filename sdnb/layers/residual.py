@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import Seen, outermost
-from sdnb.anatomy.norms import Norm
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.weights import is_linear
+from sdnb.layers.calls import Seen, outermost
+from sdnb.layers.norms import Norm
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.weights import is_linear
 
 TOLERANCE = 1e-4  # of the branches, for identities that hold exactly up to rounding
 UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sdnb.anatomy import LayerView, decoder_layers, layer_view
-from sdnb.anatomy.check import measure, verdict
 from sdnb.errors import LayerUnsupported
+from sdnb.layers import LayerView, decoder_layers, layer_view
+from sdnb.layers.check import measure, verdict
 from sdnb.linearize import closed_form_fit, sampled_fit
 from tests.families import FAMILIES, LAYERS, STREAMED, build
 from tests.truth import BIASLESS, ONE_VALUE_HEAD, TRUTH, Truth
@@ -197,7 +197,7 @@ def without_bias(view):
         yield replace(view, affine=replace(view.affine, bias=torch.zeros_like(view.attention_bias)))
     for field in ("b", "c", "down_bias"):
         if getattr(view.ffn, field) is not None:
-            yield replace(view, ffn=replace(view.ffn, **{field: None}))
+            yield replace(view, formula=replace(view.formula, **{field: None}))
     for side in ("attention", "ffn"):
         norm = getattr(view.wiring, side).norm
         if norm is not None and norm.bias.abs().max() > 1e-3:
@@ -237,7 +237,7 @@ def test_broken_twins_fail(case):
     for kind, twin in broken_twins(name, view):
         kinds.append(kind)
         assert max(contract(twin, seen).values()) > BROKEN, kind
-        errors = measure(twin.probe, twin.wiring, twin.affine, twin.ffn)
+        errors = measure(twin.probe, twin.wiring, twin.affine, twin.formula)
         with pytest.raises(LayerUnsupported):
             verdict(twin.probe, twin.wiring, errors)
     assert ("a bias dropped" in kinds) == (name not in BIASLESS)
@@ -249,7 +249,7 @@ def test_broken_twins_fail(case):
 
 def test_closed_form_lies_within_the_sampling_error(case):
     _, _, _, _, view = case
-    ffn = view.ffn
+    ffn = view.formula
     B = closed_form_fit(ffn.w, ffn.activation, ffn.b, ffn.v, ffn.c)
     fit = sampled_fit(ffn.inner, view.hidden_size, 20_000, seed=1)
     expected = fit.standard_error * fit.B.norm()

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdnb.anatomy.attention import AttentionMatrix, linearised, trial_rows
-from sdnb.anatomy.ffn import FFNFormula, ffn_trials, formula_error
-from sdnb.anatomy.parts import Branch, Wiring, additions, module_output, module_outputs
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import ratio
-from sdnb.anatomy.rows import zero_and_basis_rows
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.attention import AttentionMatrix, linearised, trial_rows
+from sdnb.layers.ffn import FFNFormula, ffn_trials, formula_error
+from sdnb.layers.parts import Branch, Wiring, additions, module_output, module_outputs
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.residual import ratio
+from sdnb.layers.rows import zero_and_basis_rows
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
 FIT_HOLDS = 1.2  # times what a fit left, on rows that it has not seen

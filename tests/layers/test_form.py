@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sdnb.anatomy import decoder_layers, layer_view, reading
-from sdnb.anatomy.attention import read_attention
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.value_path import find_value_path
-from sdnb.anatomy.wiring import find_wiring
 from sdnb.errors import LayerUnsupported
+from sdnb.layers import decoder_layers, layer_view, reading
+from sdnb.layers.attention import read_attention
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.trace import find_decoder
+from sdnb.layers.value_path import find_value_path
+from sdnb.layers.wiring import find_wiring
 from tests.families import build
 
 PATHS = ("llama", "gpt_neox", "gpt2", "falcon_serial", "phi3", "bloom", "gemma2", "opt", "gptj", "mpt")

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
-from sdnb.anatomy.rows import random_rows
+from sdnb.layers.calls import RUN_ERRORS, Seen, same
+from sdnb.layers.rows import random_rows
 
 LARGE = 1e3  # entries at which an epsilon does not matter
 SMALL = 1e-3  # entries at which it does

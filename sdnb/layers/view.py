@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from torch import Tensor
 
-from sdnb.anatomy.attention import AttentionMatrix
-from sdnb.anatomy.check import Errors
-from sdnb.anatomy.experts import find_expert
-from sdnb.anatomy.ffn import FFNFormula
-from sdnb.anatomy.norms import Norm
-from sdnb.anatomy.parts import Wiring, branch_output, module_output
-from sdnb.anatomy.probe import LayerProbe
+from sdnb.layers.attention import AttentionMatrix
+from sdnb.layers.check import Errors
+from sdnb.layers.experts import find_expert
+from sdnb.layers.ffn import FFNFormula
+from sdnb.layers.norms import Norm
+from sdnb.layers.parts import Wiring, branch_output, module_output
+from sdnb.layers.probe import LayerProbe
+
+
+class _FFN(SimpleNamespace):
+    """The FFN's branch, which for a while has its formula's fields too."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(vars(self)["formula"], name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.formula(x)
 
 
 @dataclass(frozen=True)
@@ -26,20 +37,20 @@ class LayerView:
         probe: the float32 copy of the layer that is watched.
         wiring: branches, norms, multipliers, serial or parallel.
         affine: attention's matrix and bias, without any norm's gain.
-        ffn: the feed-forward formula; None if it is not recognised and has to be sampled.
+        formula: the feed-forward formula; None if it is not recognised and has to be sampled.
         errors: what the check measured.
         status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
             feed-forward formula is not recognised; "refused" only where the check was told not to raise.
-        expert: the one expert that stands for the FFN, from `of_expert`; None as a rule.
+        only: the one expert that stands for the FFN, from `of_expert`; None as a rule.
     """
 
     probe: LayerProbe
     wiring: Wiring
     affine: AttentionMatrix
-    ffn: FFNFormula | None
+    formula: FFNFormula | None
     errors: Errors
     status: str
-    expert: Callable[[Tensor], Tensor] | None = None
+    only: Callable[[Tensor], Tensor] | None = None
 
     @property
     def number(self) -> int:
@@ -55,6 +66,54 @@ class LayerView:
     def parallel(self) -> bool:
         """Whether the FFN reads the layer's input instead of the residual stream after attention."""
         return self.wiring.parallel
+
+    @property
+    def attention(self) -> SimpleNamespace:
+        """Attention's branch (for a while a namespace; see `sdnb.layers` for its fields)."""
+        branch, affine = self.wiring.attention, self.affine
+        return SimpleNamespace(
+            name=branch.name, norm=branch.norm, post_norm=branch.post_norm, multiplier=branch.multiplier,
+            norm_on_residual=branch.on_stream, residual_scale=branch.skip, matrix=affine.matrix,
+            bias=affine.bias, inner_norms=affine.inner_norms, fit_residual=affine.residual,
+            error=self.errors.attention, error_far=self.errors.linearity,
+        )  # fmt: skip
+
+    @property
+    def ffn(self) -> "_FFN":
+        """The FFN's branch (for a while a namespace)."""
+        branch = self.wiring.ffn
+        return _FFN(
+            name=branch.name, norm=branch.norm, post_norm=branch.post_norm, multiplier=branch.multiplier,
+            norm_on_residual=branch.on_stream, residual_scale=branch.skip, formula=self.formula,
+            error=self.errors.ffn,
+        )  # fmt: skip
+
+    @property
+    def error(self) -> float:
+        """The layer's error."""
+        return self.errors.layer
+
+    @property
+    def output_norm(self) -> Norm | None:
+        """The norm that the sum of all passes at the end of the layer (BERT), as a rule None."""
+        return self.wiring.closing
+
+    @property
+    def plain_residual(self) -> bool:
+        """Whether the layer adds its branches to its input, which itself passes untouched."""
+        return self.wiring.plain
+
+    def attention_residual(self, x: Tensor) -> Tensor:
+        """The residual stream that attention is added to, shape (n, d)."""
+        return self.wiring.attention.beside(x)
+
+    def ffn_residual(self, y: Tensor) -> Tensor:
+        """The residual stream that the FFN is added to, shape (n, d)."""
+        return self.wiring.ffn.beside(y)
+
+    def expert(self, number: int) -> "LayerView":
+        """The same layer with one expert of its mixture in the FFN's place."""
+        return self.of_expert(number)
 
     @property
     def attention_matrix(self) -> Tensor:
@@ -170,8 +229,8 @@ class LayerView:
         Returns:
             Its output before post-norm and multiplier, shape (n, d).
         """
-        if self.expert is not None:
-            return self.expert(u)
+        if self.only is not None:
+            return self.only(u)
         return module_output(self.probe, self.wiring.ffn, u, self.wiring.stand_in)
 
     def of_expert(self, number: int) -> "LayerView":
@@ -185,7 +244,7 @@ class LayerView:
         Returns:
             The view; `layer` and `ffn_branch` remain those of the real layer with all its experts.
         """
-        return replace(self, expert=find_expert(self.probe, self.wiring, number))
+        return replace(self, only=find_expert(self.probe, self.wiring, number))
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What attention adds to one-token sequences, on the real modules; differentiable.

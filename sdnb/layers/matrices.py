@@ -1,6 +1,6 @@
 """The weight matrices of a layer as the model uses them: Q, K, V, attention output, up, gate, down.
 
-A fused matrix is cut by what its rows do (`sdnb.anatomy.roles`), so that GPT-NeoX's blocks per head, Falcon's
+A fused matrix is cut by what its rows do (`sdnb.layers.roles`), so that GPT-NeoX's blocks per head, Falcon's
 per group of keys and Phi-3's plain thirds need no table. The cut is checked on the real weights by a forward
 pass.
 """
@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.roles import Roles, layer_roles
-from sdnb.anatomy.trace import Decoder, find_decoder
-from sdnb.anatomy.weights import as_float32, linear_weight
 from sdnb.errors import LayerUnsupported, ParameterError
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.roles import Roles, layer_roles
+from sdnb.layers.trace import Decoder, find_decoder
+from sdnb.layers.weights import as_float32, linear_weight
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
 AGREES = 2e-3  # relative error up to which a symmetry of the real layer counts as kept

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdnb.anatomy.calls import same
-from sdnb.anatomy.parts import Wiring, module_output
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import relative
-from sdnb.anatomy.rows import zero_and_basis_rows
-from sdnb.anatomy.weights import is_linear, linear_weight
+from sdnb.layers.calls import same
+from sdnb.layers.parts import Wiring, module_output
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.residual import relative
+from sdnb.layers.rows import zero_and_basis_rows
+from sdnb.layers.weights import is_linear, linear_weight
 from sdnb.products import add_product_
 
 AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import RUN_ERRORS, Call, replaced_forward, unwrap
-from sdnb.anatomy.overrides import LAYERS_ONLY, NO_SPECIAL_CASE, OUT_OF_SCOPE
 from sdnb.errors import LayerUnsupported, ModelError
+from sdnb.layers.calls import RUN_ERRORS, Call, replaced_forward, unwrap
+from sdnb.layers.overrides import LAYERS_ONLY, NO_SPECIAL_CASE, OUT_OF_SCOPE
 
 
 class SeenEnough(Exception):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from sdnb.anatomy.calls import RUN_ERRORS, Seen, same
-from sdnb.anatomy.parts import Wiring, module_output
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.residual import ratio, relative
-from sdnb.anatomy.rows import random_rows
-from sdnb.anatomy.weights import is_linear, linear_weight
+from sdnb.layers.calls import RUN_ERRORS, Seen, same
+from sdnb.layers.parts import Wiring, module_output
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.residual import ratio, relative
+from sdnb.layers.rows import random_rows
+from sdnb.layers.weights import is_linear, linear_weight
 
 RECOGNISED = 1e-5  # relative error on random and on normed rows up to which a formula is the module's
 

@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-from sdnb.anatomy.broken import broken_views, caught
-from sdnb.anatomy.overrides import NO_SPECIAL_CASE, OUT_OF_SCOPE
-from sdnb.anatomy.reading import layer_view
-from sdnb.anatomy.small_configs import FORMS, HEADS, small_model
-from sdnb.anatomy.trace import decoder_layers
-from sdnb.anatomy.view import LayerView
 from sdnb.errors import ModelError, SdnbError
+from sdnb.layers.broken import broken_views, caught
+from sdnb.layers.overrides import NO_SPECIAL_CASE, OUT_OF_SCOPE
+from sdnb.layers.reading import layer_view
+from sdnb.layers.small_configs import FORMS, HEADS, small_model
+from sdnb.layers.trace import decoder_layers
+from sdnb.layers.view import LayerView
 
 WORST_FIRST = ("sampled", "approximate", "exact")
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from sdnb.anatomy.attention import AttentionMatrix, read_attention
-from sdnb.anatomy.check import measure, verdict
-from sdnb.anatomy.norms import Norm
-from sdnb.anatomy.parts import Wiring
-from sdnb.anatomy.view import LayerView
-from sdnb.anatomy.weights import is_linear
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.attention import AttentionMatrix, read_attention
+from sdnb.layers.check import measure, verdict
+from sdnb.layers.norms import Norm
+from sdnb.layers.parts import Wiring
+from sdnb.layers.view import LayerView
+from sdnb.layers.weights import is_linear
 
 SIDES = ("attention", "ffn")
 VISIBLE = 1e-3  # a bias, or a deviation of a gain from 1, that is smaller cannot be missed
@@ -111,9 +111,9 @@ def broken_views(view: LayerView, heads: int) -> Iterator[tuple[str, LayerView]]
     if view.attention_bias.abs().max() > VISIBLE:
         bare = replace(view.affine, bias=torch.zeros_like(view.attention_bias))
         yield "bias dropped", replace(view, affine=bare)
-    for name in ("b", "c", "down_bias") if view.ffn is not None else ():
-        if getattr(view.ffn, name) is not None:
-            yield "bias dropped", replace(view, ffn=replace(view.ffn, **{name: None}))
+    for name in ("b", "c", "down_bias") if view.formula is not None else ():
+        if getattr(view.formula, name) is not None:
+            yield "bias dropped", replace(view, formula=replace(view.formula, **{name: None}))
 
 
 def caught(twin: LayerView) -> bool:
@@ -126,7 +126,7 @@ def caught(twin: LayerView) -> bool:
         True if it is refused.
     """
     try:
-        verdict(twin.probe, twin.wiring, measure(twin.probe, twin.wiring, twin.affine, twin.ffn))
+        verdict(twin.probe, twin.wiring, measure(twin.probe, twin.wiring, twin.affine, twin.formula))
     except LayerUnsupported:
         return True
     return False

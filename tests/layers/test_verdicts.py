@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from sdnb.anatomy import decoder_layers, layer_view
-from sdnb.anatomy.check import measure, verdict
-from sdnb.anatomy.residual import coefficients, relative
 from sdnb.errors import LayerUnsupported, ModelError, ParameterError
+from sdnb.layers import decoder_layers, layer_view
+from sdnb.layers.check import measure, verdict
+from sdnb.layers.residual import coefficients, relative
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
 
@@ -33,7 +33,7 @@ class TestApproximate:
         options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
         model = random_model("mixtral", **options)
         view = layer_view(model, 2)
-        assert (view.status, view.ffn, view.ffn_error) == ("sampled", None, None)
+        assert (view.status, view.formula, view.ffn_error) == ("sampled", None, None)
         assert max(view.attention_error, view.layer_error) < 1e-5
         u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
         real = decoder_layers(model)[1].mlp(u[:, None])
@@ -65,7 +65,7 @@ class TestApproximate:
         assert left.norm() / view.attention_module(u).norm() == pytest.approx(view.affine.residual, rel=0.1)
         wrong = replace(view.affine, matrix=view.attention_matrix.roll(1, 0))
         with pytest.raises(LayerUnsupported, match="basis rows"):
-            verdict(view.probe, view.wiring, measure(view.probe, view.wiring, wrong, view.ffn))
+            verdict(view.probe, view.wiring, measure(view.probe, view.wiring, wrong, view.formula))
 
     def test_a_layer_of_attention_alone(self):
         kinds = {"layers_block_type": ["attention", "mlp"], "head_dim": 8, "n_groups": 1}
@@ -113,7 +113,9 @@ class TestBranchesThatWriteZero:
          ("bloom", "self_attention.dense", "self_attention.dense")],
     )  # fmt: skip
     def test_an_attention_leaves_nothing_to_watch(self, family, name, silent):
-        with pytest.raises(LayerUnsupported, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"):
+        with pytest.raises(
+            LayerUnsupported, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"
+        ):
             layer_view(self.silenced(family, name), 2)
 
     def test_both_are_named(self):
@@ -133,7 +135,9 @@ class TestRefused:
         kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         kinds["mamba_n_heads"] = 8
         model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
-        with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn.*does not return its input") as refusal:
+        with pytest.raises(
+            LayerUnsupported, match=r"layer 2, self_attn.*does not return its input"
+        ) as refusal:
             layer_view(model, 2)
         assert refusal.value.layer == 2
 

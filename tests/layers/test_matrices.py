@@ -4,17 +4,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from sdnb.anatomy.matrices import (
+from sdnb.errors import LayerUnsupported
+from sdnb.layers.matrices import (
     check_roles,
     layer_matrices,
     model_matrices,
     parameters_left_out,
     replaced_matrices,
 )
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.roles import layer_roles
-from sdnb.anatomy.trace import find_decoder
-from sdnb.errors import LayerUnsupported
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.roles import layer_roles
+from sdnb.layers.trace import find_decoder
 from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
 
 HEAD = HIDDEN // HEADS

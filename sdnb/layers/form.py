@@ -10,13 +10,13 @@ from types import BuiltinFunctionType, FunctionType
 import torch
 from torch import nn
 
-from sdnb.anatomy.calls import Seen
-from sdnb.anatomy.ffn import Activation, FFNParts
-from sdnb.anatomy.norms import Norm, measure_norm
-from sdnb.anatomy.parts import Branch, Wiring
-from sdnb.anatomy.probe import Behind, LayerProbe
-from sdnb.anatomy.value_path import ValuePath
-from sdnb.anatomy.weights import own_tensors
+from sdnb.layers.calls import Seen
+from sdnb.layers.ffn import Activation, FFNParts
+from sdnb.layers.norms import Norm, measure_norm
+from sdnb.layers.parts import Branch, Wiring
+from sdnb.layers.probe import Behind, LayerProbe
+from sdnb.layers.value_path import ValuePath
+from sdnb.layers.weights import own_tensors
 
 
 @dataclass(frozen=True)

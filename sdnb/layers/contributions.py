@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.parts import additions
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.wiring import find_wiring
+from sdnb.layers.parts import additions
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.trace import find_decoder
+from sdnb.layers.wiring import find_wiring
 
 
 @torch.no_grad()

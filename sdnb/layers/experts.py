@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.parts import Wiring
-from sdnb.anatomy.probe import LayerProbe
 from sdnb.errors import ParameterError
+from sdnb.layers.parts import Wiring
+from sdnb.layers.probe import LayerProbe
 
 
 def _is_routed(values: list[Any]) -> bool:

@@ -1,34 +1,41 @@
 """How a layer's view comes about: watched, read, checked against the layer."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from sdnb.anatomy.attention import FIRST_LOOK, HOPELESS, AttentionMatrix, fit_attention, read_attention
-from sdnb.anatomy.check import EXACT, Errors, measure, verdict
-from sdnb.anatomy.ffn import RECOGNISED, FFNFormula, ffn_formula, recognise_ffn
-from sdnb.anatomy.form import LayerForm, build_of, form_of, wiring_by_form
-from sdnb.anatomy.parts import Wiring
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.trace import find_decoder
-from sdnb.anatomy.value_path import find_value_path
-from sdnb.anatomy.view import LayerView
-from sdnb.anatomy.wiring import find_wiring
+from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.attention import FIRST_LOOK, HOPELESS, AttentionMatrix, fit_attention, read_attention
+from sdnb.layers.check import EXACT, Errors, measure, verdict
+from sdnb.layers.ffn import RECOGNISED, FFNFormula, ffn_formula, recognise_ffn
+from sdnb.layers.form import LayerForm, build_of, form_of, wiring_by_form
+from sdnb.layers.parts import Wiring
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.trace import find_decoder
+from sdnb.layers.value_path import find_value_path
+from sdnb.layers.view import LayerView
+from sdnb.layers.wiring import find_wiring
+
+if TYPE_CHECKING:
+    from sdnb.loading import Loaded
 
 # Forms of layers that passed the check, by model and build; a form is tried, never trusted.
 _forms: WeakKeyDictionary[nn.Module, dict[tuple, LayerForm]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerView:
+def layer_view(model: "nn.Module | Loaded", number: int, *, check: bool = True) -> LayerView:
     """Takes one decoder layer apart by watching a float32 copy of it, and checks the parts against the layer.
 
     Layers of the same build are watched once: the next one is read in the same places, and checked in full.
 
     Args:
-        model: a causal language model of transformers, on any device, in any dtype, offloaded or not.
+        model: a causal language model of transformers, or what `sdnb.load` returned; on any device, in any
+            dtype, offloaded or not.
         number: the layer, 1..L.
         check: raise if the errors are too large; otherwise the status is "refused" and the errors tell why.
             What is not recognised at all is refused either way.
@@ -39,6 +46,7 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     Raises:
         LayerUnsupported: the layer is not recognised, or does not pass the check.
     """
+    model = model if isinstance(model, nn.Module) else model.model
     probe = LayerProbe(find_decoder(model), number)
     forms, build = _forms.setdefault(model, {}), build_of(probe.layer)
     known = _read_by_form(probe, forms[build]) if build in forms else None
@@ -64,6 +72,34 @@ def layer_view(model: nn.Module, number: int, *, check: bool = True) -> LayerVie
     if form is not None:
         forms[build] = form
     return LayerView(probe, wiring, affine, ffn, errors, status)
+
+
+def each_layer(model: "nn.Module | Loaded", unsupported: dict[int, str] | None = None) -> Iterator[LayerView]:
+    """Takes the layers apart one after the other, with a progress bar; one without a linear view is skipped.
+
+    Args:
+        model: a causal language model of transformers, or what `sdnb.load` returned.
+        unsupported: gets the reason for each layer that is skipped, by its number.
+
+    Yields:
+        The views of the layers, in order.
+
+    Raises:
+        LayerUnsupported: no layer has a linear view.
+    """
+    model = model if isinstance(model, nn.Module) else model.model
+    unsupported = {} if unsupported is None else unsupported
+    first, found = None, False
+    for number in progress(range(1, len(find_decoder(model).layers) + 1), desc="layers"):
+        try:
+            view = layer_view(model, number)
+        except LayerUnsupported as error:
+            first, unsupported[number] = first or error, str(error)
+            continue
+        found = True
+        yield view
+    if not found and first is not None:
+        raise first
 
 
 def _read_by_form(probe: LayerProbe, form: LayerForm) -> LayerView | None:

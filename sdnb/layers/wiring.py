@@ -6,15 +6,15 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.attention import find_attention
-from sdnb.anatomy.calls import Seen, outermost, same
-from sdnb.anatomy.norms import Norm, after, before, measure_norm, norms_of
-from sdnb.anatomy.parts import Branch, Wiring, additions, branch_output
-from sdnb.anatomy.probe import Behind, LayerProbe
-from sdnb.anatomy.residual import TOLERANCE, Places, coefficients, find_passages, silencers
-from sdnb.anatomy.trace import named_refusal
-from sdnb.anatomy.weights import is_linear
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.attention import find_attention
+from sdnb.layers.calls import Seen, outermost, same
+from sdnb.layers.norms import Norm, after, before, measure_norm, norms_of
+from sdnb.layers.parts import Branch, Wiring, additions, branch_output
+from sdnb.layers.probe import Behind, LayerProbe
+from sdnb.layers.residual import TOLERANCE, Places, coefficients, find_passages, silencers
+from sdnb.layers.trace import named_refusal
+from sdnb.layers.weights import is_linear
 
 
 def norm_of(probe: LayerProbe, seen: Seen | None) -> Norm | None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.weights import is_linear
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.weights import is_linear
 
 TOKENS, SEQUENCES = 3, 16
 SEEN = 1e-5  # gradient, relative to the leaf's largest, from which a dependence counts

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdnb.anatomy.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, replaced_forward, rewrap, unwrap
-from sdnb.anatomy.rows import FEW, random_rows
-from sdnb.anatomy.trace import Decoder, SeenEnough, plain_token, record_call
-from sdnb.anatomy.weights import as_float32, copy_layer
 from sdnb.errors import LayerUnsupported, ParameterError
+from sdnb.layers.calls import RUN_ERRORS, Call, Seen, is_float, map_tensors, replaced_forward, rewrap, unwrap
+from sdnb.layers.rows import FEW, random_rows
+from sdnb.layers.trace import Decoder, SeenEnough, plain_token, record_call
+from sdnb.layers.weights import as_float32, copy_layer
 
 FILLED = 64  # rows to which smaller batches are filled up by repeating the last one; the smallest only to FEW
 ROWS_AT_ONCE = 1024  # one-token sequences in a batch where a whole basis is fed
