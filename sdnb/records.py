@@ -30,6 +30,7 @@ _OWN_KEYS = ("template", "arrays", "provenance")
 _TRIES = 20
 _PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
 _MIB = 2**20
+_LONG = 12
 PUBLISHED = Path(__file__).resolve().parents[1] / "book" / "published.yaml"
 """Published values; there in a checkout only."""
 
@@ -173,7 +174,7 @@ def beside_published(record: Record) -> Table:
         except (KeyError, IndexError, TypeError):
             mine = "none"
         theirs = [
-            f"{_shown(one['value'], unit)} {one['model']} ({content['sources'][one['source']]})"
+            f"{one['model']} {_published(one['value'], unit)} ({content['sources'][one['source']]})"
             for one in item.get("published", [])
         ]
         rows.append((item["quantity"], mine, "; ".join(theirs) or "not published"))
@@ -232,6 +233,138 @@ def entry(values: dict, key: str) -> object:
     if not values[layers]:
         raise KeyError(f"{layers} is empty")
     return found[values[layers][0] - 1]
+
+
+def stored(results_dir: str | Path) -> dict[str, list[str]]:
+    """List the records in a folder, without opening them.
+
+    Args:
+        results_dir: folder of all results.
+
+    Returns:
+        For each model's folder, in alphabetical order, the notebooks that have a record there.
+
+    Raises:
+        RecordError: there is none.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(results_dir).expanduser().glob("[!.]*/[0-9][0-9]_*.json")):
+        found.setdefault(path.parent.name, []).append(path.stem)
+    if not found:
+        raise RecordError(
+            f"There is no record in {results_dir}: first `sdnb run MODEL --results-dir {results_dir}`."
+        )
+    return found
+
+
+def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.DataFrame:
+    """Collect the key figures of every model from its records; no model is loaded.
+
+    Args:
+        results_dir: folder of all results.
+        models: names or folders of those that are wanted, in this order; all that have a record when None.
+
+    Returns:
+        One row a model, the columns of `KEY_FIGURES`; a gap where a notebook was not run or found nothing.
+
+    Raises:
+        RecordError: a model has no record, or a record is damaged.
+    """
+    there = stored(results_dir)
+    root = Path(results_dir).expanduser()
+    folders = [_path(root, name, "").parent.name for name in models] if models else there
+    missing = [name for name in folders if name not in there]
+    if missing:
+        raise RecordError(
+            f"There is no record of {', '.join(missing)} in {root}; there are: {', '.join(there)}."
+        )
+    rows = []
+    for folder in folders:
+        records = {name: _read_json(root / folder / f"{name}.json") for name in there[folder]}
+        origins = [record["provenance"] for record in records.values()]
+        if models is None and not any(origin.get("fingerprint") for origin in origins):
+            continue  # records over several models, or without any
+        row = {"model": origins[0].get("model"), "folder": folder}
+        for key in ("fingerprint", "hidden_size", "layers"):
+            row[key] = next((origin[key] for origin in origins if origin.get(key)), None)
+        for template, figures in KEY_FIGURES.items():
+            for column, pick in figures.items():
+                row[column] = _picked(records.get(template), pick)
+        rows.append(row | {"records": list(records)})
+    return pd.json_normalize(rows)
+
+
+def _picked(record: dict | None, pick: object) -> object:
+    """A key figure of a record, None where there is no such thing."""
+    try:
+        return None if record is None else pick(record) if callable(pick) else entry(record, pick)
+    except (KeyError, IndexError, TypeError, ValueError, StopIteration):
+        return None
+
+
+def _rounded(record: dict, skip: str) -> float:
+    """Perplexity (12) with weights and inputs in int8, one scale a tensor."""
+    wanted = {"method": "rtn", "number_format": "int8", "weights": "tensor", "inputs": "tensor", "skip": skip}
+    fits = [row for row in record["rows"] if all(row[key] == value for key, value in wanted.items())]
+    return next(row for row in fits if not row.get("static"))["perplexity"]
+
+
+def _given_back(record: dict) -> float | None:
+    """Share of int8's loss that the detected skip list gives back; None where the loss is below 0.2 %."""
+    intact, plain = record["rows"][0]["perplexity"], _rounded(record, "none")
+    return (plain - _rounded(record, "detected")) / (plain - intact) if plain >= 1.002 * intact else None
+
+
+def _outlier_share(record: dict) -> float:
+    matrices = record["matrices"].values()
+    outside = sum(one["outliers_above"] + (one["outliers_below"] or 0) for one in matrices)
+    return outside / sum(min(one["shape"]) for one in matrices)
+
+
+def _mean(values: list) -> float:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there)
+
+
+KEY_FIGURES = {
+    "01_high_norm_tokens": {key: key for key in ("peak_ratio", "explosion_layers", "decay_layers")},
+    "02_empirical_direction": {"pairwise_angle_deg": "mean_pairwise_angle_deg"},
+    "03_linear_layers": {"layer_error": lambda r: _mean(r["layer_error"])},
+    "04_singular_directions": {
+        key: f"{key}@explosion_layers" for key in ("angle_deg", "ffn_angle_deg", "gain_angle_deg")
+    },
+    "05_negative_eigenvalues": {
+        "eigen_angle_deg": "angle_deg@explosion_layers", "eigenvalue": "eigenvalue@explosion_layers",
+        "decay_angle_deg": "angle_deg@decay_layers", "decay_eigenvalue": "eigenvalue@decay_layers",
+        "norm_aware_eigenvalue": "norm_aware_eigenvalue@decay_layers",
+    },
+    "06_initial_tokens": {"exploding_share": "exploding_share"},
+    "07_noninitial_tokens": {"noninitial_share": "exploding_share"},
+    "08_explosion_subspace": {"first_to_second": "first_to_second"},
+    "09_interventions": {
+        "sink_rate": "interventions.none.sink_rate", "perplexity": "interventions.none.perplexity",
+    },
+    "12_quantization": {
+        "intact_perplexity": "rows[0].perplexity",
+        "quantization_loss": lambda r: _rounded(r, "none") / r["rows"][0]["perplexity"] - 1,
+        "regained_share": _given_back,
+    },
+    "14_weight_spectra": {
+        "outliers_above": lambda r: sum(one["outliers_above"] for one in r["matrices"].values()),
+        "outliers_below": lambda r: sum(one["outliers_below"] or 0 for one in r["matrices"].values()),
+        "outlier_share": _outlier_share,
+    },
+    "15_singular_vectors": {
+        "overlap_above": lambda r: _mean([one["overlap_above"] for one in r["matrices"].values()]),
+    },
+    "16_removing_singular_values": {
+        "unpruned_perplexity": "perplexity_intact",
+        "smallest_block_loss": lambda r: max(
+            one["loss_added"][0] for kind, one in r["types"].items() if kind != "all"
+        ),
+    },
+}  # fmt: skip
+"""Columns of the comparison of models by the notebook they come from: a pointer (`entry`) or a function."""
 
 
 @functools.cache
@@ -478,12 +611,21 @@ def _refuse_other_model(path: Path, origin: dict) -> None:
 
 
 def _shown(value: object, unit: str = "") -> str:
-    """A value for a reader: three significant digits, lists joined, "none" for None or an empty list."""
+    """A value for a reader: four significant digits, long lists by their ends, "none" for None or nothing."""
     if value is None or value == []:
         return "none"
     if isinstance(value, list):
-        return ", ".join(_shown(part, unit) for part in value)
+        numbers = [part for part in value if isinstance(part, (int, float))]
+        if len(numbers) > _LONG:
+            return f"{_shown(min(numbers), unit)} to {_shown(max(numbers), unit)} ({len(value)} entries)"
+        return ", ".join(_shown(part, unit) for part in value[:_LONG]) + ", ..." * (len(value) > _LONG)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"{value}{unit}" if unit and str(value)[-1:].isdigit() else str(value)
+        return str(value)
     whole = isinstance(value, int) or abs(value) >= 1000 or float(value).is_integer()
-    return f"{value:,.0f}{unit}" if whole else f"{value:.3g}{unit}"
+    return f"{value:,.0f}{unit}" if whole else f"{value:.4g}{unit}"
+
+
+def _published(value: object, unit: str) -> str:
+    """A published value digit by digit."""
+    parts = value if isinstance(value, list) else [value]
+    return ", ".join(f"{part}{unit}" if str(part)[-1:].isdigit() else str(part) for part in parts)
