@@ -12,6 +12,7 @@ _WHERE = {
         "TextError",
     ),
     "sdnb.loading": ("Loaded", "load"),
+    "sdnb.text": ("Text", "encode", "token_labels"),
     "sdnb.bar": ("progress",),
     "sdnb.layers": (
         "FFNFormula", "LayerView", "Norm", "WeightMatrix", "branch_contributions", "decoder_layers",

