@@ -1,0 +1,437 @@
+"""Signatures: which models descend from one another, by their high-norm direction and their embeddings.
+
+Two kinds of evidence, each with the chance of it between unrelated models:
+
+1. The angle between the empirical directions (paper A). Its null is the larger of two probabilities: all
+   directions equally likely, and random signed permutations of the coordinates, because a direction that is
+   nearly one coordinate coincides with another such one once in d pairs, not once in 1e500.
+2. The alignment of the embeddings: nuclear norm of A^T B over |A| |B|, rows of A and B the tokens that both
+   models know, centred and of unit length. No permutation or rotation of the residual stream changes it, and
+   the rotation that goes with it carries one direction into the other's coordinates. Unrelated models share
+   some order of meaning, so its null is what unrelated models have, not what shuffled tokens have.
+
+The limits of the second are measured on the zoo: five trainings make 10 unrelated pairs, 18 with two
+fine-tunings. On a scale from 0 (shuffled tokens) to 1 (a copy) their input embeddings reach 0.24 to 0.36, a
+fine-tuning 0.98, a checkpoint at 40 % of the training 0.79, at 20 % 0.65, at 10 % 0.52; output embeddings
+0.41 to 0.58 against 0.90, 0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries
+even unrelated directions to within 28 to 66 degrees, since all models answer a first token alike.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import log_ndtr, logsumexp
+from torch import Tensor, nn
+
+from sdnb.activations import find_defect
+from sdnb.decompose import angle_deg, log10_chance
+from sdnb.errors import ParameterError
+
+CHANCE = 1e-6
+"""Two directions speak for a relation when unrelated ones come so close less often than this."""
+INPUT_LIMITS, OUTPUT_LIMITS = (0.5, 0.6), (0.65, 0.75)
+"""Alignment beyond shuffled tokens: from the first number on undecided, from the second on related."""
+MASSIVE_SHARE = 0.1
+"""A coordinate with this share of a direction's squared norm is massive."""
+DIFFERENT_KINDS_DEG = 10.0
+"""Initial and noninitial states further apart than this are not averaged; the initial ones count."""
+_REPLICATES, _TOP, _TOO_FEW_TOKENS = 200, 4, 0.7
+_VERDICTS = ("related", "undecided", "no sign of a relation", "not comparable")
+_NUMBERS = (
+    "angle_deg", "uncertainty_deg", "chance_log10", "isotropic_log10", "permutation_log10",
+    "beyond_massive_deg", "beyond_massive_log10", "shared_tokens", "alignment", "shuffled_alignment",
+    "alignment_beyond_shuffled", "output_alignment", "carried_angle_deg", "carried_log10", "direction",
+    "embeddings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What two models are compared by; it keeps nothing else of the model.
+
+    Args:
+        name: the model as it was asked for.
+        direction: unit vector, (d,), float32; None without a high-norm state.
+        radius_deg: 95 % of the directions of resampled lines lie within this angle; None without one.
+        kind: "all" high-norm states, or the "initial" ones only, where the two kinds differ.
+        count: high-norm states behind the direction.
+        embedding: input embeddings, (V, d).
+        output_embedding: untied output embeddings, (V, d), or None.
+        output_gain: gain of the norm before them, (d,).
+        tokenizer: the model's.
+        text_hash: of the lines that were read.
+    """
+
+    name: str
+    direction: Tensor | None
+    radius_deg: float | None
+    kind: str
+    count: int
+    embedding: Tensor
+    output_embedding: Tensor | None
+    output_gain: Tensor
+    tokenizer: object
+    text_hash: str | None
+
+    @functools.cached_property
+    def pieces(self) -> dict[str, int]:
+        """Row of every piece of the tokenizer's vocabulary."""
+        return {piece: i for piece, i in self.tokenizer.get_vocab().items() if i < len(self.embedding)}
+
+    @functools.cached_property
+    def texts(self) -> dict[str, int]:
+        """Row of every token by the text it stands for, " the" and "the" apart; special ones have none."""
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1]
+        ids = sorted({*self.pieces.values()} - {*self.tokenizer.all_special_ids}, reverse=True)
+        pairs = [[anchor], *([anchor, i] for i in ids)]
+        first, *texts = self.tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
+        found = {text[len(first) :]: i for text, i in zip(texts, ids, strict=True)}
+        return {text: i for text, i in found.items() if text and "\ufffd" not in text}
+
+    @property
+    def massive(self) -> dict[int, float]:
+        """The massive coordinates of the direction, the largest first, with their values."""
+        u = torch.zeros(0) if self.direction is None else self.direction
+        order = u.abs().argsort(descending=True).tolist()
+        return {i: u[i].item() for i in order if u[i] ** 2 >= MASSIVE_SHARE}
+
+
+def signature(loaded: object, text: object, *, defect: object | None = None, seed: int = 0) -> Signature:
+    """Measure a model's signature on a text.
+
+    With a begin token at position 0 the first state is the same in every line, and the radius says nothing.
+
+    Args:
+        loaded: the model (`sdnb.load`).
+        text: encoded lines (`sdnb.encode`).
+        defect: what `sdnb.find_defect` found on that text, its states included; found here when None.
+        seed: of the resampling.
+
+    Returns:
+        The signature; its direction is None where no token of the text is high-norm.
+    """
+    states = (defect or find_defect(loaded, text)).states
+    initial = states.position == 0
+    chosen, kind = torch.ones_like(initial), "all"
+    if initial.any() and not initial.all():
+        means = (states.states[which].double().mean(dim=0) for which in (initial, ~initial))
+        if float(angle_deg(*means)) > DIFFERENT_KINDS_DEG:
+            chosen, kind = initial, "initial"
+    direction = radius = None
+    if len(states.states):
+        lines = len(getattr(text, "lines", text))
+        direction, radius = resampled_mean(states.states[chosen], states.line[chosen], lines, seed=seed)
+    embedding, output = _embeddings(loaded.model)
+    return Signature(
+        loaded.name, direction, radius, kind, int(chosen.sum()), embedding, output,
+        _final_gain(loaded.model, embedding.shape[1]), loaded.tokenizer, getattr(text, "hash", None),
+    )  # fmt: skip
+
+
+def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -> tuple[Tensor, float]:
+    """Return the unit mean of states, and the radius of 95 % of the means over resampled lines.
+
+    A resampled mean draws as many lines with replacement and averages all their states.
+
+    Args:
+        states: (n, d).
+        line: number of the line that each state comes from, 0 to lines - 1, (n,).
+        lines: number of lines, those without a state included.
+        seed: of the draws.
+
+    Returns:
+        The direction, (d,) in float32, and the 95 % quantile of the angles to it, in degrees.
+    """
+    sums = torch.zeros(lines, states.shape[1], dtype=torch.float64).index_add_(0, line, states.double())
+    counts = torch.bincount(line, minlength=lines).double()
+    draws = torch.randint(lines, (_REPLICATES, lines), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(_REPLICATES, lines, dtype=torch.float64)
+    times.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    mean, means = sums.sum(dim=0), (times @ sums)[times @ counts > 0]
+    radius = torch.quantile(angle_deg(means, mean), 0.95).item()
+    return nn.functional.normalize(mean, dim=0).float(), radius
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How alike two tables of embeddings are up to a rotation.
+
+    Args:
+        value: nuclear norm of A^T B over |A| |B|, 0 to 1.
+        shuffled: the same with the rows of B shuffled.
+        rotation: the orthogonal Procrustes solution, (d_a, d_b); it carries a vector of B's space into A's.
+    """
+
+    value: float
+    shuffled: float
+    rotation: Tensor
+
+    @property
+    def beyond_shuffled(self) -> float:
+        """(value - shuffled) / (1 - shuffled): hardly depends on the number of tokens, as the value does."""
+        return (self.value - self.shuffled) / (1 - self.shuffled)
+
+    def says(self, limits: tuple[float, float]) -> str | None:
+        """The verdict by these limits; None where so few tokens are shared that any two tables are alike."""
+        if self.shuffled > _TOO_FEW_TOKENS:
+            return None
+        return _VERDICTS[2 - sum(self.beyond_shuffled >= limit for limit in limits)]
+
+
+def alignment(first: Tensor, second: Tensor, *, seed: int = 0) -> Alignment:
+    """Align two tables of embeddings: sum of the singular values of A^T B, over |A| |B|.
+
+    Rows are centred over the tokens and brought to unit length; with A^T B = U S V^T the rotation is U V^T.
+
+    Args:
+        first: a row for each token, (n, d_a).
+        second: rows of the same tokens in the same order, (n, d_b).
+        seed: of the shuffling.
+
+    Returns:
+        The alignment.
+    """
+    A, B = (nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1) for E in (first, second))
+    size = (A.norm() * B.norm()).item()
+    U, S, Vh = torch.linalg.svd(A.T @ B, full_matrices=False)
+    order = torch.randperm(len(B), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.linalg.svdvals(A.T @ B[order]).sum().item()
+    return Alignment(S.sum().item() / size, shuffled / size, U @ Vh)
+
+
+def shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens that two models share: by their pieces with one tokenizer, else by their texts.
+
+    Args:
+        first: a signature.
+        second: another one.
+
+    Returns:
+        The rows in the first's embedding and in the second's, (n,) each.
+    """
+    same = first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    a, b = (first.pieces, second.pieces) if same else (first.texts, second.texts)
+    both = sorted(a.keys() & b.keys())
+    return tuple(torch.tensor([rows[token] for token in both], dtype=torch.int64) for rows in (a, b))
+
+
+def log10_permutation_chance(first: Tensor, second: Tensor, angle: float) -> float:
+    """Return log10 of how often a random signed permutation brings two directions as close as an angle.
+
+    P(|sum_i s_i a_i b_pi(i)| >= cos angle) for random signs s and a random permutation pi. Where the largest
+    four coordinates of a fall, on which of the largest four of b, is enumerated; the rest of the sum is taken
+    as normal, with its variance.
+
+    Args:
+        first: (d,).
+        second: (d,).
+        angle: acute, in degrees.
+
+    Returns:
+        log10 P, at most 0.
+    """
+    units = (nn.functional.normalize(x.double(), dim=0) for x in (first, second))
+    a, b = (u.abs().sort(descending=True).values.numpy() for u in units)
+    top = min(_TOP, len(a) // 2)
+    rest_a, rest_b = (np.square(x[top:]).mean() for x in (a, b))
+    ways = []
+
+    def place(i: int, left: tuple, log_p: float, matched: float, variance: float) -> None:
+        free = len(a) - i
+        if i == top:
+            ways.append((log_p, matched, variance + sum(b[j] ** 2 for j in left) * rest_a))
+            return
+        place(i + 1, left, log_p + np.log1p(-len(left) / free), matched, variance + a[i] ** 2 * rest_b)
+        for j, sign in itertools.product(left, (1, -1)):
+            others = tuple(k for k in left if k != j)
+            place(i + 1, others, log_p - np.log(2 * free), matched + sign * a[i] * b[j], variance)
+
+    place(0, tuple(range(top)), 0.0, 0.0, (len(a) - top) * rest_a * rest_b)
+    log_p, matched, variance = np.array(ways).T
+    missing = np.cos(np.radians(angle)) - 1e-9 - matched
+    tails = log_ndtr(-missing / np.sqrt(variance.clip(min=1e-30)))
+    return min(float(logsumexp(log_p + tails) + np.log(2)) / np.log(10), 0.0)
+
+
+def compare_signatures(first: Signature, second: Signature, *, chance: float = CHANCE, seed: int = 0) -> dict:
+    """Compare two signatures.
+
+    The angle between the true directions differs from the measured one by at most the sum of both radii. The
+    direction says "related" when even the largest such angle is less likely than `chance` under both nulls,
+    "undecided" when only the smallest is; the embeddings by the limits of this module. One that says
+    "related" decides, unless the other has reasons against it: then the verdict is "undecided", and the note
+    names them.
+
+    Args:
+        first: a signature.
+        second: another one.
+        chance: limit of the chance of the angle.
+        seed: of the shuffled tokens.
+
+    Returns:
+        A row of record 13, with None where there is nothing to tell: `first`, `second`; `angle_deg`,
+        `uncertainty_deg`, `chance_log10` (the larger of `isotropic_log10` and `permutation_log10`),
+        `beyond_massive_deg` and `beyond_massive_log10` (without the massive coordinates of both);
+        `shared_tokens`, `alignment`, `shuffled_alignment`, `alignment_beyond_shuffled`, `output_alignment`;
+        `carried_angle_deg` and `carried_log10` (after the rotation of the embeddings); what `direction` and
+        `embeddings` say; `verdict`, `note`.
+
+    Raises:
+        ParameterError: a chance that is none.
+    """
+    if not 0 < chance < 1:
+        raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
+    limit = float(np.log10(chance))
+    row = {"first": first.name, "second": second.name} | dict.fromkeys(_NUMBERS)
+    row |= _directions(first, second, limit) | _embeddings_of(first, second, seed)
+    sizes = [x.embedding.shape[1] for x in (first, second)]
+    notes = [f"{x.name} has no high-norm token" for x in (first, second) if x.direction is None]
+    notes += [f"widths {sizes[0]} and {sizes[1]}"] if sizes[0] != sizes[1] else []
+    notes += ["different tokenizers"] if first.tokenizer.get_vocab() != second.tokenizer.get_vocab() else []
+    notes += ["measured on different texts"] if first.text_hash != second.text_hash else []
+    notes += [f"{first.kind} and {second.kind} states"] if first.kind != second.kind else []
+    direction, embeddings, carried = row["direction"], row["embeddings"], row["carried_log10"]
+    row["verdict"] = next((v for v in _VERDICTS if v in (direction, embeddings)), "not comparable")
+    if direction == "related" and embeddings == _VERDICTS[2]:
+        row["verdict"] = "undecided"
+        notes.append("the directions agree, the embeddings do not")
+    elif embeddings == "related" and direction != "related" and carried is not None:
+        row["verdict"] = "related" if carried < limit else "undecided"
+        notes.append(
+            "in other coordinates" if carried < limit else "the embeddings agree, the directions do not"
+        )
+    return row | {"note": "; ".join(notes)}
+
+
+def related_groups(names: Sequence[str], pairs: Sequence[dict]) -> list[int]:
+    """Number the groups of related models, groups being chains of related pairs.
+
+    Args:
+        names: the models.
+        pairs: rows of `compare_signatures`.
+
+    Returns:
+        The number of each model's group, from 1 in the order of the names.
+    """
+    group = {name: name for name in names}
+    for row in pairs:
+        if row["verdict"] == "related":
+            old, new = group[row["second"]], group[row["first"]]
+            group = {name: new if value == old else value for name, value in group.items()}
+    numbers = {value: place for place, value in enumerate(dict.fromkeys(group.values()), start=1)}
+    return [numbers[group[name]] for name in names]
+
+
+def describe(names: Sequence[str], pairs: Sequence[dict], groups: Sequence[int]) -> str:
+    """Write a comparison as text for a terminal: the groups, then the pairs, the surest first.
+
+    Args:
+        names: the models.
+        pairs: rows of `compare_signatures`.
+        groups: of `related_groups`.
+
+    Returns:
+        The text.
+    """
+    width = max(map(len, names), default=0)
+    lines = [f"{'group':>5}  model"] + [f"{g:>5}  {name}" for g, name in zip(groups, names, strict=True)]
+    lines += [
+        "",
+        f"{'verdict':<21}  {'angle':>14}  {'chance':>7}  {'embeddings':>10}  {'carried':>7}  models",
+    ]
+    order = {"related": 0, "undecided": 1, "no sign of a relation": 2, "not comparable": 3}
+    for row in sorted(pairs, key=lambda row: order[row["verdict"]]):
+        angle = _shown(row["angle_deg"], "{:.2f}°") + _shown(row["uncertainty_deg"], " ± {:.2f}°", "")
+        lines.append(
+            f"{row['verdict']:<21}  {angle:>14}  {_shown(row['chance_log10'], '1e{:.0f}'):>7}  "
+            f"{_shown(row['alignment'], '{:.3f}'):>10}  {_shown(row['carried_angle_deg'], '{:.1f}°'):>7}  "
+            f"{row['first']:<{width}}  {row['second']:<{width}}  {row['note']}".rstrip()
+        )
+    lines += [
+        "",
+        "chance: of so small an angle between unrelated directions, the larger one of two nulls",
+        "embeddings: alignment, 1 for a rotated copy; 0.38 to 0.49 for the 10 unrelated pairs of the zoo",
+        "carried: the angle after the rotation that aligns the embeddings",
+    ]
+    return "\n".join(lines)
+
+
+def _embeddings(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Copies of the input and the output embeddings, (V, d) each; no output where it is tied or offloaded."""
+    module, head = model.get_input_embeddings(), model.get_output_embeddings()
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    with torch.no_grad():  # by a call, which works for offloaded weights, too
+        rows = module(torch.arange(module.weight.shape[0], device=device)).to("cpu", copy=True)
+    if head is None or head.weight is module.weight or head.weight.is_meta:
+        return rows, None
+    return rows, head.weight.detach().to("cpu", copy=True)
+
+
+def _final_gain(model: nn.Module, d: int) -> Tensor:
+    """The gain of the norm before the output embeddings, (d,), measured; ones where there is no norm."""
+    parts = model.get_decoder().children()
+    norms = [part for part in parts if getattr(getattr(part, "weight", None), "shape", None) == (d,)]
+    if not norms or norms[-1].weight.is_meta:
+        return torch.ones(d)
+    weight = norms[-1].weight
+    x = 1.0 - 2.0 * (torch.arange(d, device=weight.device) % 2).to(weight.dtype)  # its mean is zero
+    with torch.no_grad():
+        return ((norms[-1](x[None, None]) - norms[-1](-x[None, None])) / 2 / x).flatten().float().cpu()
+
+
+def _log10(angle: float, d: int) -> float:
+    """The chance of an angle between isotropic directions; a number for an angle of zero, too."""
+    return max(log10_chance(angle, d), -9999.0)
+
+
+def _directions(first: Signature, second: Signature, limit: float) -> dict:
+    """What the angle between two directions says."""
+    a, b, d = first.direction, second.direction, first.embedding.shape[1]
+    if a is None or b is None or len(a) != len(b):
+        return {}
+    angle, spread = float(angle_deg(a, b)), first.radius_deg + second.radius_deg
+    near, here, far = (
+        (_log10(x, d), log10_permutation_chance(a, b, x))
+        for x in (max(angle - spread, 0.0), angle, min(angle + spread, 90.0))
+    )
+    row = dict(angle_deg=angle, uncertainty_deg=spread, chance_log10=max(here))
+    row |= dict(isotropic_log10=here[0], permutation_log10=here[1])
+    row["direction"] = _VERDICTS[2 - (max(near) < limit) - (max(far) < limit)]
+    rest = sorted({*range(d)} - first.massive.keys() - second.massive.keys())
+    if len(rest) > 1:
+        row["beyond_massive_deg"] = beyond = float(angle_deg(a[rest], b[rest]))
+        row["beyond_massive_log10"] = _log10(beyond, len(rest))
+    return row
+
+
+def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
+    """What the embeddings of two models say, and the angle between the directions after their rotation."""
+    rows, second_rows = shared_tokens(first, second)
+    if len(rows) < 2:
+        return {"shared_tokens": len(rows)}
+    found = alignment(first.embedding[rows], second.embedding[second_rows], seed=seed)
+    row = dict(shared_tokens=len(rows), alignment=found.value, shuffled_alignment=found.shuffled)
+    row |= dict(alignment_beyond_shuffled=found.beyond_shuffled, embeddings=found.says(INPUT_LIMITS))
+    if first.output_embedding is not None and second.output_embedding is not None:
+        output = alignment(
+            first.output_embedding[rows].float() * first.output_gain,
+            second.output_embedding[second_rows].float() * second.output_gain,
+            seed=seed,
+        )
+        row["output_alignment"] = output.value
+        said = {row["embeddings"], output.says(OUTPUT_LIMITS)}  # the one that tells more
+        row["embeddings"] = next((verdict for verdict in _VERDICTS if verdict in said), None)
+    if first.direction is not None and second.direction is not None:
+        row["carried_angle_deg"] = angle = float(
+            angle_deg(first.direction, found.rotation @ second.direction)
+        )
+        row["carried_log10"] = _log10(angle, min(len(first.direction), len(second.direction)))
+    return row
+
+
+def _shown(value: float | None, form: str, none: str = "-") -> str:
+    return none if value is None else form.format(value)
