@@ -46,6 +46,9 @@ _WHERE = {
         "mp_median", "noise_spectrum", "observed_spike", "porter_thomas_cdf", "predicted_spike",
         "singular_values", "spectrum_p_values", "tracy_widom_cdf", "tracy_widom_quantile",
     ),
+    "sdnb.signatures": (
+        "Signature", "alignment", "compare_signatures", "related_groups", "signature",
+    ),
     "sdnb.records": ("Record", "beside_published", "provenance", "read_record", "save_record"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

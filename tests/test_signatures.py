@@ -1,0 +1,380 @@
+"""Signatures: both kinds of evidence against slow references, copies that are related, others not."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import sdnb
+from sdnb.decompose import angle_deg, log10_chance
+from sdnb.errors import ParameterError
+from sdnb.signatures import (
+    Signature,
+    alignment,
+    compare_signatures,
+    describe,
+    log10_permutation_chance,
+    related_groups,
+    resampled_mean,
+    shared_tokens,
+    signature,
+)
+from tests.tiny import planted_model, tiny_model, tiny_tokenizer
+
+LINES = [f"the module number {n} provides a class for {n * n} objects" for n in range(20)]
+ZOO = Path(__file__).resolve().parents[1] / "zoo"
+FAMILY = ("llama", "llama-code", "llama-chat", "llama-steps/step-004000", "llama-steps/step-008000")
+UNRELATED = ("llama-seed2", "llama-batch8k", "neox", "gpt2")
+
+
+def measured(loaded, **options) -> Signature:
+    text = sdnb.encode(loaded, max_lines=30, add_special_tokens=False)
+    return signature(loaded, text, **options)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return sdnb.load("zoo/llama")
+
+
+@pytest.fixture(scope="module")
+def zoo(llama):
+    """The signature of every model of the zoo, by its name."""
+    found = {"llama": measured(llama)}
+    for name in (*FAMILY, *UNRELATED):
+        found[name] = found.get(name) or measured(sdnb.load(str(ZOO / name)))
+    return {name: dataclasses.replace(one, name=name) for name, one in found.items()}
+
+
+# --- the numbers
+
+
+def test_resampled_radius_is_that_of_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(60, 8, generator=generator) + 3
+    line = torch.arange(60) % 15
+    direction, radius = resampled_mean(states, line, 16, seed=5)
+    mean = states.double().mean(dim=0)
+    assert float(angle_deg(direction, mean)) < 1e-4
+    angles = []
+    for draw in torch.randint(16, (2000, 16), generator=torch.Generator().manual_seed(6)).tolist():
+        chosen = torch.cat([states[line == number] for number in draw]).double()
+        angles.append(float(angle_deg(chosen.mean(dim=0), mean)))
+    assert radius == pytest.approx(sorted(angles)[1900], rel=0.15)
+    assert resampled_mean(states[:1].expand(60, 8), line, 16)[1] < 1e-5
+
+
+def powers(d: int, exponent: float, seed: int) -> torch.Tensor:
+    """A direction whose sorted coordinates fall as a power, in random order."""
+    order = torch.randperm(d, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize((torch.arange(d) + 1.0).double() ** -exponent, dim=0)[order]
+
+
+@pytest.mark.parametrize(
+    ("exponent", "share"), [(0.0, 1e-3), (0.5, 1e-3), (1.0, 1e-3), (1.0, 0.05), (2.0, 0.1)]
+)
+def test_permutation_chance_is_that_of_drawn_permutations(exponent, share):
+    d, draws = 64, 60_000
+    a, b = powers(d, exponent, 1), powers(d, exponent, 2)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.rand(draws, d, generator=generator).argsort(dim=1)
+    signs = torch.randint(2, (draws, d), generator=generator) * 2 - 1
+    cosines = (a * signs * b[order]).sum(dim=1).abs()
+    cosine = torch.quantile(cosines, 1 - share).item()
+    drawn = (cosines >= cosine - 1e-12).double().mean().item()
+    found = 10 ** log10_permutation_chance(a, b, math.degrees(math.acos(min(cosine, 1.0))))
+    assert 0.6 < found / drawn < 1.7
+
+
+def test_permutation_chance_of_few_axes_and_of_none():
+    axis = torch.eye(500)[7]
+    assert 10 ** log10_permutation_chance(axis, axis, 0.0) == pytest.approx(1 / 500)
+    pair = torch.nn.functional.normalize(torch.eye(500)[3] + torch.eye(500)[4], dim=0)
+    assert 10 ** log10_permutation_chance(pair, pair, 0.0) == pytest.approx(2 / (500 * 499) / 2, rel=1e-6)
+    assert log10_permutation_chance(axis, axis, 90.0) == 0.0
+    spread = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for angle in (70.0, 80.0, 88.0):
+        assert log10_permutation_chance(spread, spread, angle) == pytest.approx(
+            log10_chance(angle, 500), rel=0.15, abs=0.02
+        )
+
+
+def test_alignment_is_the_procrustes_overlap():
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(200, 6, generator=generator), torch.randn(200, 6, generator=generator)
+    B = 0.5 * B + A @ torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    found = alignment(A, B)
+    a, b = (torch.nn.functional.normalize(E - E.mean(0), dim=1).double() for E in (A, B))
+
+    def overlap(R):
+        return ((a @ R) * b).sum().item() / (a.norm() * b.norm()).item()
+
+    assert overlap(found.rotation.double()) == pytest.approx(found.value, rel=1e-5)
+    assert torch.allclose(found.rotation @ found.rotation.T, torch.eye(6), atol=1e-5)
+    for _ in range(50):  # no other rotation does better, near or far
+        Q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+        near = torch.linalg.qr(found.rotation + 0.05 * Q)[0].double()
+        near = near * torch.sign(torch.diagonal(near.T @ found.rotation.double()))
+        assert overlap(Q) < found.value and overlap(near) < found.value + 1e-6
+    assert found.shuffled < 0.4 < found.value
+
+
+def test_alignment_of_copies_in_other_bases_and_widths():
+    generator = torch.Generator().manual_seed(1)
+    A = torch.randn(300, 16, generator=generator) * torch.linspace(0.1, 2, 16)
+    direction = torch.randn(24, generator=generator)
+    Q = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
+    wide = 3.0 * A @ Q[:16] + 5.0  # another width, another scale, another mean
+    found = alignment(A, wide)
+    assert found.value == pytest.approx(1.0, abs=1e-4) and found.rotation.shape == (16, 24)
+    assert float(angle_deg(found.rotation @ direction, Q[:16] @ direction)) < 0.1
+    assert found.beyond_shuffled == pytest.approx(1.0, abs=1e-3)
+
+
+# --- one against another, on vectors
+
+
+def made(direction=None, embedding=None, radius=0.0, **more) -> Signature:
+    d = 128 if direction is None else len(direction)
+    embedding = (
+        torch.randn(1200, d, generator=torch.Generator().manual_seed(0)) if embedding is None else embedding
+    )
+    known = {
+        "name": "a", "kind": "all", "count": 5, "output_embedding": None, "output_gain": torch.ones(d),
+        "tokenizer": SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(1200)}), "text_hash": "x",
+    }  # fmt: skip
+    unit = None if direction is None else torch.nn.functional.normalize(direction, dim=0)
+    return Signature(direction=unit, radius_deg=radius, embedding=embedding, **(known | more))
+
+
+def at(degrees: float, base: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A direction at an angle to a unit vector."""
+    other = torch.randn(len(base), generator=torch.Generator().manual_seed(seed))
+    other = torch.nn.functional.normalize(other - (other @ base) * base, dim=0)
+    return math.cos(math.radians(degrees)) * base + math.sin(math.radians(degrees)) * other
+
+
+SPREAD = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(9)), dim=0)
+OTHER = torch.randn(1200, 128, generator=torch.Generator().manual_seed(1))
+
+
+def test_direction_rests_on_the_chance_at_the_far_end_of_the_uncertainty():
+    base = made(SPREAD)
+
+    def says(angle, radius=0.0, **options):
+        other = made(at(angle, SPREAD), OTHER, radius)
+        row = compare_signatures(base, other, **options)
+        assert row["angle_deg"] == pytest.approx(angle, abs=1e-3)
+        assert row["chance_log10"] == max(row["isotropic_log10"], row["permutation_log10"])
+        return row["direction"]
+
+    limit = next(
+        angle for angle in range(90)
+        if max(log10_chance(angle, 128), log10_permutation_chance(SPREAD, SPREAD, angle)) > -6
+    )  # fmt: skip
+    assert says(limit - 3) == "related" and says(limit + 3) == "no sign of a relation"
+    assert says(limit - 3, radius=6.0) == says(limit + 3, radius=6.0) == "undecided"
+    assert says(limit + 3, chance=0.5) == "related"
+    assert compare_signatures(base, made(-SPREAD))["angle_deg"] < 1e-3, "a direction has no sign"
+    with pytest.raises(ParameterError):
+        compare_signatures(base, base, chance=2.0)
+
+
+def test_massive_coordinates_alone_relate_nobody():
+    axis = torch.eye(128)[5]
+    first, second = made(at(7, axis, seed=1)), made(at(7, axis, seed=2), OTHER)
+    row = compare_signatures(first, second)
+    assert row["angle_deg"] < 12 and row["isotropic_log10"] < -80
+    assert row["permutation_log10"] == pytest.approx(-math.log10(128), abs=0.3)
+    assert first.massive.keys() == second.massive.keys() == {5} and row["beyond_massive_deg"] > 60
+    assert row["verdict"] == "no sign of a relation"
+    row = compare_signatures(first, made(at(0.5, first.direction), OTHER))
+    assert row["direction"] == "related" and row["beyond_massive_deg"] < 10
+
+
+def test_evidence_against_evidence_is_undecided():
+    base = made(SPREAD)
+    agree = compare_signatures(base, made(at(5, SPREAD)))
+    assert agree["verdict"] == agree["direction"] == agree["embeddings"] == "related"
+    direction_only = compare_signatures(base, made(at(5, SPREAD), OTHER))
+    assert (direction_only["direction"], direction_only["verdict"]) == ("related", "undecided")
+    embeddings_only = compare_signatures(base, made(at(88, SPREAD)))
+    assert (embeddings_only["embeddings"], embeddings_only["verdict"]) == ("related", "undecided")
+    Q = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(4)))[0]
+    rotated = compare_signatures(base, made(Q @ SPREAD, base.embedding @ Q.T))
+    assert rotated["verdict"] == "related" and rotated["direction"] == "no sign of a relation"
+    assert rotated["carried_angle_deg"] < 0.5
+
+
+def test_what_is_missing_leaves_gaps():
+    base, silent = made(SPREAD), made(None, radius=None, name="silent")
+    row = compare_signatures(base, silent)
+    assert row["angle_deg"] is row["carried_angle_deg"] is row["direction"] is None
+    assert row["verdict"] == row["embeddings"] == "related" and "silent" in row["note"]
+    few = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(40)})  # 40 tokens fit any 40 others
+    row = compare_signatures(made(None, radius=None, tokenizer=few), made(None, OTHER, None, tokenizer=few))
+    assert row["shuffled_alignment"] > 0.7 and row["embeddings"] is None
+    assert row["verdict"] == "not comparable" and row["shared_tokens"] == 40
+
+
+def test_output_embeddings_count_where_the_input_ones_do_not_tell():
+    base = made(SPREAD, output_embedding=OTHER)
+    noise = torch.randn(1200, 128, generator=torch.Generator().manual_seed(7))
+    gain = torch.linspace(0.2, 3, 128)
+    other = made(at(10, SPREAD), noise, output_embedding=OTHER / gain, output_gain=gain)
+    row = compare_signatures(base, other)
+    assert row["alignment_beyond_shuffled"] < 0.1 and row["output_alignment"] > 0.99
+    assert row["embeddings"] == row["verdict"] == "related"
+
+
+def test_groups_are_chains_and_the_text_names_everyone():
+    silent = [made(None, radius=None, name=name) for name in "abcd"]
+    rows = [compare_signatures(a, b) for a, b in itertools.combinations(silent, 2)]
+    related = {("a", "c"), ("c", "d")}
+    for row in rows:
+        row["verdict"] = "related" if (row["first"], row["second"]) in related else "undecided"
+    assert related_groups("abcd", rows) == [1, 2, 1, 1] and related_groups("a", []) == [1]
+    lines = describe("abcd", rows, [1, 2, 1, 1]).splitlines()
+    assert len([line for line in lines if line.startswith(("related", "undecided"))]) == 6
+
+
+# --- tokens
+
+
+def metaspace(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes a space as SentencePiece does, and whose decoder strips the first one."""
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "a", "▁a", *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+def test_tokens_of_different_tokenizers_are_matched_by_their_text():
+    byte_level = tiny_tokenizer(384)
+    other = metaspace(["▁the", "the", "▁zebra", "é", "s"])
+    first = made(tokenizer=byte_level, embedding=torch.zeros(384, 128))
+    second = made(tokenizer=other, embedding=torch.zeros(len(other), 128))
+    rows, other_rows = shared_tokens(first, second)
+    pairs = zip(byte_level.convert_ids_to_tokens(rows), other.convert_ids_to_tokens(other_rows), strict=True)
+    found = {ours.replace("Ġ", "▁"): theirs for ours, theirs in pairs}
+    assert {"▁the", "a", "s", "▁a"} <= found.keys()
+    assert all(ours == theirs for ours, theirs in found.items())
+    assert "▁zebra" not in found and "<s>" not in found
+    same = shared_tokens(first, dataclasses.replace(first, embedding=torch.zeros(300, 128)))
+    assert torch.equal(*same) and len(same[0]) == 300, "rows that both have"
+
+
+# --- models
+
+
+def test_signature_of_a_planted_model(tmp_path):
+    truth = planted_model(tmp_path / "planted", "gpt2", d=64, f=64, layers=4, decay_layer=4)
+    loaded = sdnb.load(str(truth.folder))
+    found = signature(loaded, sdnb.encode(loaded, LINES, add_special_tokens=False))
+    assert float(angle_deg(found.direction, truth.direction)) < 5
+    assert found.count >= 20 and found.embedding.shape == (384, 64) and found.output_embedding is None
+    plain = sdnb.load(str(tiny_model(tmp_path / "plain", "llama")))
+    nothing = signature(plain, sdnb.encode(plain, LINES, add_special_tokens=False))
+    assert nothing.direction is None and nothing.count == 0 and nothing.massive == {}
+    norm = plain.model.model.norm.weight
+    assert torch.allclose(nothing.output_gain, norm, atol=1e-5)
+    assert not any(p.requires_grad for p in plain.model.parameters())
+
+
+def test_zoo_is_told_apart(zoo):
+    pairs = [compare_signatures(a, b) for a, b in itertools.combinations(zoo.values(), 2)]
+    groups = dict(zip(zoo, related_groups(list(zoo), pairs), strict=True))
+    assert [groups[name] for name in FAMILY] == [1] * len(FAMILY)
+    assert len({groups[name] for name in UNRELATED} | {1}) == 5
+    for row in pairs:
+        family = {row["first"], row["second"]} <= set(FAMILY)
+        assert row["verdict"] == ("related" if family else "no sign of a relation")
+        assert row["direction"] == row["embeddings"] == row["verdict"], "both kinds of evidence agree"
+        assert (row["alignment"] > 0.8) == family and (family or 0.35 < row["alignment"] < 0.5)
+
+
+@torch.no_grad()
+def in_other_coordinates(loaded, R, fold: bool):
+    """The same function with its residual stream times R, a rotation (gains folded) or a permutation."""
+    copy = sdnb.load(loaded.name)
+    model = copy.model.model
+    for layer in model.layers:
+        for norm, readers in (
+            (layer.input_layernorm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"]),
+            (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+        ):
+            for reader in readers:
+                reader.weight.copy_((reader.weight * norm.weight if fold else reader.weight) @ R)
+            norm.weight.copy_(torch.ones_like(norm.weight) if fold else norm.weight @ R)
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.copy_(R.T @ writer.weight)
+    head, norm = copy.model.lm_head.weight, model.norm.weight
+    head.copy_((head * norm if fold else head) @ R)
+    norm.copy_(torch.ones_like(norm) if fold else norm @ R)
+    model.embed_tokens.weight.copy_(model.embed_tokens.weight @ R)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["permuted", "permuted and folded", "rotated and folded"])
+def test_copies_in_other_coordinates_are_related(llama, zoo, kind):
+    generator = torch.Generator().manual_seed(0)
+    R = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+    if kind.startswith("permuted"):
+        R = torch.eye(128)[torch.randperm(128, generator=generator)]
+    copy = in_other_coordinates(llama, R, kind.endswith("folded"))
+    ids = torch.arange(40)[None]
+    assert torch.allclose(copy.model(ids).logits, llama.model(ids).logits, atol=1e-3), "the same function"
+    found = measured(copy)
+    for name, limit in (("llama", 0.1), ("llama-chat", 10), ("llama-code", 20)):
+        row = compare_signatures(zoo[name], found)
+        assert row["direction"] != "related" and row["angle_deg"] > 60
+        assert row["verdict"] == "related" and row["carried_angle_deg"] < limit
+        assert row["alignment"] > 0.97 and row["output_alignment"] > 0.9
+    for name in UNRELATED:
+        assert compare_signatures(zoo[name], found)["verdict"] == "no sign of a relation"
+
+
+@torch.no_grad()
+def test_noise_and_coarse_weights_leave_a_relative(zoo):
+    generator = torch.Generator().manual_seed(0)
+    noisy, coarse = sdnb.load("zoo/llama"), sdnb.load("zoo/llama")
+    for W in noisy.model.parameters():
+        W += 0.1 * W.std() * torch.randn(W.shape, generator=generator)
+    for W in coarse.model.parameters():  # four bits, one scale a row
+        step = W.abs().amax(dim=-1, keepdim=True) / 7
+        W.copy_((W / step).round() * step)
+    for changed in (noisy, coarse):
+        row = compare_signatures(zoo["llama"], measured(changed))
+        assert row["verdict"] == row["direction"] == row["embeddings"] == "related"
+        assert row["angle_deg"] < 10 and row["alignment"] > 0.97
+
+
+def renumbered(one: Signature, other: Signature, count: int) -> Signature:
+    """`other` with its largest coordinates moved to where those of `one` stand, with their signs."""
+    to, of = (x.direction.abs().argsort(descending=True).tolist() for x in (one, other))
+    to, of = (top[:count] + sorted(top[count:]) for top in (to, of))
+    R = torch.zeros(len(to), len(to))
+    R[to, of] = 1.0
+    R[to[:count]] *= (torch.sign(one.direction) * torch.sign(R @ other.direction))[to[:count], None]
+    return dataclasses.replace(other, direction=R @ other.direction, embedding=other.embedding @ R.T)
+
+
+def test_unrelated_models_with_the_same_massive_dimension_are_no_relatives(zoo):
+    for a, b in itertools.permutations(UNRELATED, 2):
+        row = compare_signatures(zoo[a], renumbered(zoo[a], zoo[b], 1))
+        assert row["verdict"] == "no sign of a relation"
+        assert row["carried_angle_deg"] > 75, "the rotation undoes the renumbering"
+    row = compare_signatures(zoo["gpt2"], renumbered(zoo["gpt2"], zoo["llama-batch8k"], 1))
+    assert row["isotropic_log10"] < -20 and row["permutation_log10"] > -3
+    # all coordinates in the order of their size: the directions meet, the embeddings say that it is another
+    row = compare_signatures(zoo["llama"], renumbered(zoo["llama"], zoo["llama-seed2"], 128))
+    assert row["direction"] == "related" and row["verdict"] == "undecided"
