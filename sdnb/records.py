@@ -205,9 +205,9 @@ def entry(values: dict, key: str) -> object:
 
     Args:
         values: a record's values.
-        key: names joined by dots, each with an index behind it if need be: `[i]` is a list's entry,
-            `[name=value,...]` the first of its objects that says so; `@layers` takes the entry of a per-layer
-            list at the first layer of another list of the record.
+        key: names joined by dots, each with an index behind it if need be: `[i]` is a list's entry or an
+            object's (`matrices[01.q]`), `[name=value,...]` the first object of a list that says so; `@layers`
+            takes the entry of a per-layer list at the first layer of another list of the record.
 
     Returns:
         The value.
@@ -227,7 +227,7 @@ def entry(values: dict, key: str) -> object:
             if found is None:
                 raise KeyError(f"no {inside}")
         else:
-            found = found[int(inside)]
+            found = found[inside] if isinstance(found, dict) else found[int(inside)]
     if not layers:
         return found
     if not values[layers]:
@@ -398,10 +398,7 @@ def versions() -> dict[str, str | None]:
 
 def _path(results_dir: str | Path, model: object, template: str) -> Path:
     """The JSON file of a model's record."""
-    try:
-        from sdnb.loading import slug_of
-    except ImportError:
-        from sdnb.checkpoint import slug_of
+    from sdnb.checkpoint import slug_of
 
     slug = "random_matrix" if model is None else getattr(model, "slug", None) or slug_of(str(model))
     return Path(results_dir).expanduser() / slug / f"{template}.json"
@@ -459,8 +456,9 @@ def _gather(loaded: object, text: object, seed: int | None) -> dict:
         config = loaded.model.config.get_text_config()
         facts = {
             "model": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint,
-            "format": loaded.format, "model_type": config.model_type, "layers": loaded.layer_count,
-            "hidden_size": loaded.hidden_size, "dtype": loaded.dtype, "device": loaded.device,
+            "format": loaded.format, "file_hash": loaded.file_hash, "model_type": config.model_type,
+            "layers": loaded.layer_count, "hidden_size": loaded.hidden_size, "dtype": loaded.dtype,
+            "device": loaded.device,
         }  # fmt: skip
     if text is not None:
         facts |= {
@@ -628,4 +626,4 @@ def _shown(value: object, unit: str = "") -> str:
 def _published(value: object, unit: str) -> str:
     """A published value digit by digit."""
     parts = value if isinstance(value, list) else [value]
-    return ", ".join(f"{part}{unit}" if str(part)[-1:].isdigit() else str(part) for part in parts)
+    return ", ".join(str(part) if isinstance(part, str) else f"{part}{unit}" for part in parts)

@@ -1,0 +1,298 @@
+"""The command `sdnb`: what is heavy is imported inside the functions, so `sdnb --help` answers at once.
+
+A subcommand is a function `_add_NAME` that declares its options, and one `_run_NAME` that does it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdnb.errors import ParameterError, SdnbError
+
+COMMANDS = {
+    "run": "run notebooks on models and keep what is done",
+    "detect": "find high-norm tokens, input spikes and the modules a quantizer should skip",
+    "signature": "say which models descend from one another, and how sure that is",
+    "spectra": "count singular values outside the law of noise, matrix by matrix",
+    "summary": "write the key figures of every model that was run as CSV",
+    "book": "build the book from what was run",
+    "cache": "say what the converted GGUF files take, or remove them",
+}
+PURPOSE = (
+    "Look inside a transformer language model with linear algebra: which tokens carry huge norms, which "
+    "layers make them, what its weight spectra hold, and what follows for quantization and lineage."
+)
+FAILED, INTERRUPTED, UNREAD = 1, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: the words after `sdnb`; None takes the process's own.
+
+    Returns:
+        0 on success, 1 when something was refused or failed, 2 for a wrong command line, 130 when
+        interrupted, 141 when nobody reads on.
+    """
+    try:
+        code = _command(argv)
+        sys.stdout.flush()  # here, where it is noticed that the reader has gone
+        return code
+    except BrokenPipeError:  # `head` has seen enough; the interpreter's own last flush must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        globals()[f"_add_{name}"](commands.add_parser(name, help=text, description=text).add_argument)
+    try:
+        args = parser.parse_args(argv)
+        return globals()[f"_run_{args.command}"](args)
+    except SystemExit as stop:  # argparse has printed what is wrong, or the help
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except SdnbError as error:
+        print(f"sdnb: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("sdnb: interrupted; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _add_trust(add) -> None:
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add("--allow-pickle", action="store_true", help="read weights in pickle form, which can run code")
+
+
+def _add_loading(add) -> None:
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda, or offload")
+    _add_trust(add)
+
+
+def _loading(args: argparse.Namespace) -> dict:
+    """The options of `_add_loading` as `sdnb.load` takes them."""
+    names = ("revision", "dtype", "device", "trust_remote_code", "allow_pickle")
+    return {name: getattr(args, name) for name in names}
+
+
+def _numbers(words: str) -> list[str]:
+    """`01,04` and `01 04` as a list."""
+    return [word for word in words.replace(" ", ",").split(",") if word]
+
+
+# --- sdnb run
+
+
+def _add_run(add) -> None:
+    add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, zoo/<name>, or a models.yaml")
+    add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
+    text = "numbers or names, 01,04; default: those that the book runs on its main model"
+    add("--notebooks", type=_numbers, metavar="NN,...", help=text)
+    add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
+    text = "folder of records and executed notebooks (default: %(default)s)"
+    add("--results-dir", type=Path, default=Path("results"), help=text)
+    option = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    add("-p", dest="pairs", help="a parameter", **option)
+    option = {"type": Path, "action": "append", "default": [], "metavar": "YAML"}
+    add("-f", dest="files", help="a file of parameters", **option)
+    add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: %(default)s)")
+    add("--force", action="store_true", help="run what is done and unchanged again, too")
+    add("--timeout", type=int, metavar="S", help="seconds after which one cell of a notebook is given up")
+    _add_trust(add)
+
+
+def _run_run(args: argparse.Namespace) -> int:
+    """Run the matrix; 1 if a notebook failed."""
+    from sdnb import run
+
+    for name in ("jobs", "timeout"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ParameterError(f"--{name} {value} must be at least 1.")
+    for option in ("trust_remote_code", "allow_pickle"):
+        if getattr(args, option):
+            os.environ[f"SDNB_{option.upper()}"] = "1"  # for the kernels
+    cells = run.matrix(
+        run.models_in(args.models, args.only),
+        run.templates_in(args.templates),
+        run.parameters_of(args.files, args.pairs),
+        args.results_dir.expanduser(),  # otherwise as it was given: the notebooks show it
+        args.notebooks,
+    )
+    outcomes = run.run_all(cells, jobs=args.jobs, force=args.force, timeout_s=args.timeout)
+    return int(any(outcome.status == run.FAILED for outcome in outcomes))
+
+
+# --- sdnb detect
+
+
+def _add_detect(add) -> None:
+    add("model", help="hub id, folder, GGUF file, or zoo/<name>")
+    _add_loading(add)
+    add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
+    add("--no-special-tokens", action="store_true", help="add no begin token to a line")
+    add("--max-lines", type=int, default=64, help="lines of the text (default: %(default)s)")
+    add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
+    text = "largest input over the median token's that puts a module on the list"
+    add("--min-ratio", type=float, help=text)
+    add("--all", action="store_true", help="show every linear module, not the largest ratios")
+    add("--json", action="store_true", help="print everything as JSON, and nothing else")
+
+
+def _run_detect(args: argparse.Namespace) -> int:
+    from sdnb.detect import detect
+
+    return detect(args, **_loading(args))
+
+
+# --- sdnb signature
+
+
+def _add_signature(add) -> None:
+    add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, or zoo/<name>")
+    _add_loading(add)
+    add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
+    add("--max-lines", type=int, default=200, help="lines of the text (default: %(default)s)")
+    add("--chance", type=float, default=1e-6, help="chance below which two models are called related")
+    add("--json", action="store_true", help="print everything as JSON, and nothing else")
+
+
+def _run_signature(args: argparse.Namespace) -> int:
+    from sdnb.signatures import signature_command
+
+    return signature_command(args, **_loading(args))
+
+
+# --- sdnb spectra
+
+
+def _add_spectra(add) -> None:
+    add("model", help="hub id, folder, GGUF file, or zoo/<name>; a decoder or an encoder")
+    _add_loading(add)
+    add("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
+    text = "probability of any outlier in a matrix of noise (default: %(default)s)"
+    add("--rate", type=float, default=0.001, help=text)
+    add("--json", action="store_true", help="print everything as JSON, and nothing else")
+
+
+def _run_spectra(args: argparse.Namespace) -> int:
+    """One line a matrix: shape, sigma, edges of the bulk, values below and above it, distance from the law."""
+    from sdnb import load
+    from sdnb.layers.matrices import layer_matrices_or_reason
+    from sdnb.spectra import NoBulk, fit_spectrum, singular_values
+
+    if not 0 < args.rate < 1:
+        raise ParameterError(f"--rate {args.rate:g}: give a probability between 0 and 1.")
+    loaded = load(args.model, encoders=True, **_loading(args))
+    rows, left_out = {}, {}
+    for layer, found in layer_matrices_or_reason(loaded.model, args.layers):
+        if isinstance(found, str):
+            left_out[f"layer {layer}"] = found
+            continue
+        for matrix in found:
+            try:
+                fit = fit_spectrum(
+                    singular_values(matrix.read()), matrix.shape, false_positive_rate=args.rate
+                )
+            except NoBulk as problem:
+                left_out[matrix.name] = str(problem)
+                continue
+            keys = ("sigma", "edges", "outliers_below", "outliers_above", "hard_edge", "distance")
+            rows[matrix.name] = {"shape": list(fit.shape)} | {key: getattr(fit, key) for key in keys}
+    if args.json:
+        print(
+            json.dumps({"matrices": rows, "false_positive_rate": args.rate, "left_out": left_out}, indent=1)
+        )
+        return 0
+    line = "{:<10}{:>13}{:>10}{:>11}{:>11}{:>7}{:>7}{:>10}"
+    print(line.format("matrix", "shape", "sigma", "bulk from", "to", "below", "above", "distance"))
+    for name, row in rows.items():
+        numbers = [f"{value:.4g}" for value in (row["sigma"], *row["edges"])]
+        below = "hard" if row["hard_edge"] else row["outliers_below"]
+        shape, distance = "x".join(map(str, row["shape"])), f"{row['distance']:.3f}"
+        print(line.format(name, shape, *numbers, below, row["outliers_above"], distance))
+    print(
+        f"\nA matrix of noise shows an outlier on one side with probability {args.rate:g}. hard: nearly "
+        "square, nothing is\ncounted below its bulk."
+    )
+    for name, reason in left_out.items():
+        print(f"left out: {name} ({reason})")
+    return 0
+
+
+# --- sdnb summary, book, cache
+
+
+def _add_summary(add) -> None:
+    add("--results-dir", default="results", help="where the records are (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="the CSV file (default: print it)")
+
+
+def _run_summary(args: argparse.Namespace) -> int:
+    """One line a model; lists are separated by blanks, an empty list is "none"."""
+    from sdnb.files import atomic_write
+    from sdnb.records import summary
+
+    def plain(value: object) -> object:
+        return (" ".join(map(str, value)) or "none") if isinstance(value, list) else value
+
+    text = summary(args.results_dir).map(plain).to_csv(index=False, lineterminator="\n")
+    if args.out is None:
+        print(text, end="")
+    else:
+        atomic_write(args.out.expanduser(), text.encode())
+    return 0
+
+
+def _add_book(add) -> None:
+    text = (
+        "models that were run, or files of models, first that of the main pages (default: book/models.yaml)"
+    )
+    add("models", nargs="*", metavar="MODEL", help=text)
+    add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
+    add(
+        "--results-dir", type=Path, default=Path("results"), help="where they were run (default: %(default)s)"
+    )
+    text = "the pages go to OUT/_build/html (default: %(default)s)"
+    add("--out", type=Path, default=Path(), help=text)
+    text = "build nothing, but put the first model's results of these notebooks into book/stored"
+    add("--store", type=_numbers, metavar="NN,...", help=text)
+
+
+def _run_book(args: argparse.Namespace) -> int:
+    """Print the path of the built book's index.html, or of the folder that took what was stored."""
+    from sdnb import book, run
+
+    models = run.models_in(args.models or [str(book.checkout() / "book" / "models.yaml")], args.only)
+    if args.store:
+        for template in run.pick(run.templates_in(book.checkout() / "notebooks"), args.store):
+            print(book.store(args.results_dir.expanduser(), models[0].slug, template))
+        return 0
+    print(book.make(models, args.results_dir.expanduser(), args.out.resolve()))
+    return 0
+
+
+def _add_cache(add) -> None:
+    add("--clear", action="store_true", help="remove them; they are made again when they are needed")
+
+
+def _run_cache(args: argparse.Namespace) -> int:
+    from sdnb import gguf
+
+    if args.clear:
+        print(f"{gguf.clear_cache() / 2**20:,.0f} MiB removed from {gguf.cache_folder()}")
+    else:
+        print(f"{gguf.cache_folder()}: {gguf.cache_size() / 2**20:,.0f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

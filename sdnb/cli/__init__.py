@@ -1,1 +1,0 @@
-"""The command `sdnb`; papermill and Jupyter Book are used only here."""

@@ -1,0 +1,640 @@
+"""`sdnb run`: papermill over a matrix of notebooks and models; what is done and unchanged is not run again.
+
+An executed notebook carries in its metadata the key of all that it depends on, and the hashes of what came
+out beside it. It is executed under another name and renamed into place at the end; its record is atomic, too,
+so a run may be killed at any moment, and the next one goes on. A lock per cell of the matrix lets two runs
+share a results folder.
+"""
+
+import ast
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from sdnb.checkpoint import locate, path_of, slug_of
+from sdnb.errors import ParameterError, SdnbError
+from sdnb.files import atomic_write, content_hash, locked, sweep
+
+DONE, UNCHANGED, FAILED = "done", "unchanged", "failed"
+NO_MODEL = "random_matrix"
+"""Folder of a notebook that looks at no model."""
+_OWN = ("model", "results_dir")
+_TYPES = {"int": int, "float": (int, float), "str": (str, list), "bool": bool, "list": list}
+_LARGE = 64 * 2**20
+_START_TIMEOUT_S = 180
+_LOST = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the matrix, with the parameters and the notebooks that a models' file gives it."""
+
+    name: str
+    revision: str | None = None
+    parameters: dict = field(default_factory=dict)
+    notebooks: tuple[str, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name as a person reads it."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
+    def slug(self) -> str:
+        """Its folder of results."""
+        return slug_of(self.name, self.revision)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One notebook on one model (None: it has no parameter `model`), with its parameters and defaults."""
+
+    model: Model | None
+    source: Path
+    parameters: dict
+    defaults: dict
+    results: Path
+
+    @property
+    def label(self) -> str:
+        """Model and notebook, as a person reads them."""
+        return f"{self.model.label if self.model else 'no model'}  {self.source.stem}"
+
+    @property
+    def slug(self) -> str:
+        """The folder of its results."""
+        return self.model.slug if self.model else NO_MODEL
+
+    @property
+    def notebook(self) -> Path:
+        """Where the executed notebook goes."""
+        return self.results / self.slug / self.source.name
+
+    @functools.cached_property
+    def reads_records(self) -> bool:
+        """Whether it reads what the other notebooks write, and so runs after them."""
+        text = self.source.read_text(encoding="utf-8")
+        return "records.summary(" in text or "records.stored(" in text
+
+    def note(self) -> dict:
+        """What the executed notebook says of its run: key, files, seconds, finished, machine."""
+        try:
+            return dict(json.loads(self.notebook.read_text(encoding="utf-8"))["metadata"]["sdnb"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def products(self) -> dict[str, str]:
+        """Hashes of what stands beside the notebook under its number: record, arrays, figures."""
+        found = sorted(self.notebook.parent.glob(f"{number(self.source)}_*"))
+        return {path.name: content_hash(path) for path in found if path.suffix != ".ipynb"}
+
+    def unchanged(self) -> bool:
+        """Whether it is done and nothing that it depends on has changed; False where that cannot be known."""
+        note = self.note()
+        try:
+            return bool(note) and note["files"] == self.products() and note["key"] == cell_key(self)
+        except (SdnbError, OSError, KeyError):
+            return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell."""
+
+    cell: Cell
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+# --- the matrix
+
+
+def models_in(names: Iterable[str], only: Iterable[str] | None = None) -> list[Model]:
+    """Read the models of a command line; a `.yaml` file stands for those that it lists under `models`.
+
+    Args:
+        names: hub ids, folders, `zoo/<name>`, or paths of YAML files.
+        only: those to take, by name or name@revision; None takes all.
+
+    Returns:
+        The models, in order.
+
+    Raises:
+        ParameterError: a file says something else, two models share a folder, or `only` names none of them.
+    """
+    found = []
+    for name in names:
+        entries = read_yaml(Path(name)).get("models") if name.endswith((".yaml", ".yml")) else [name]
+        if not isinstance(entries, list) or not entries:
+            raise ParameterError(f"{name} must hold a list under `models`.")
+        found += [_model(entry, name) for entry in entries]
+    slugs = [model.slug for model in found]
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise ParameterError(f"Several models would share the folder {', '.join(twice)}: name each once.")
+    unknown = sorted({*(only or ())} - {name for model in found for name in (model.name, model.label)})
+    if unknown:
+        there = ", ".join(model.label for model in found)
+        raise ParameterError(f"--only {' '.join(unknown)}: not among the models, which are {there}.")
+    return [model for model in found if not only or model.name in only or model.label in only]
+
+
+def _model(entry: object, file: str) -> Model:
+    entry = {"model": entry} if isinstance(entry, str) else entry
+    keys = ("model", "revision", "parameters", "notebooks")
+    if not isinstance(entry, dict) or not isinstance(entry.get("model"), str) or {*entry} - {*keys}:
+        raise ParameterError(f"{file}: a model is a name or an object with {', '.join(keys)}, not {entry!r}.")
+    revision, chosen = entry.get("revision"), entry.get("notebooks")
+    listed = tuple(str(name).zfill(2) for name in chosen) if chosen else None
+    revision = None if revision is None else str(revision)
+    return Model(entry["model"], revision, entry.get("parameters") or {}, listed)
+
+
+def templates_in(folder: Path | None = None) -> list[Path]:
+    """The templates in a folder (None: the checkout's `notebooks`) by number, those without one last."""
+    folder = folder or Path(__file__).resolve().parents[1] / "notebooks"
+    found = sorted(folder.glob("*.ipynb"), key=lambda path: (not path.stem[:2].isdigit(), path.stem))
+    if not found:
+        raise ParameterError(
+            f"There is no notebook in {folder}: run from a checkout that sdnb was installed from "
+            "(pip install -e .), or give --templates."
+        )
+    return found
+
+
+def number(template: Path) -> str:
+    """A template's number, or the name of one that has none."""
+    return template.stem.partition("_")[0]
+
+
+def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
+    """Choose templates.
+
+    Args:
+        there: all of them.
+        names: numbers or names; None for those that the book runs on its main model, the first one of
+            `book/models.yaml` beside the templates, or all with a number where there is no such file.
+
+    Returns:
+        The chosen ones, in order.
+
+    Raises:
+        ParameterError: there is no such template.
+    """
+    if names is None:
+        listed = there[0].parent.parent / "book" / "models.yaml"
+        main = models_in([str(listed)])[0].notebooks if listed.is_file() else None
+        return [p for p in there if p.stem[:2].isdigit() and (main is None or number(p) in main)]
+    found = set()
+    for name in names:
+        wanted = name.removesuffix(".ipynb")
+        matches = {path for path in there if wanted == path.stem or wanted.zfill(2) == number(path)}
+        if not matches:
+            listed = ", ".join(path.stem for path in there)
+            raise ParameterError(f"There is no notebook {name!r}; there are: {listed}.")
+        found |= matches
+    return [path for path in there if path in found]
+
+
+def matrix(
+    models: list[Model], there: list[Path], given: dict, results: Path, asked: Iterable[str] | None = None
+) -> list[Cell]:
+    """Cross models with templates, and refuse parameters that no notebook of the run knows.
+
+    Args:
+        models: the models; one with a list of notebooks runs those, the others what `pick` chooses.
+        there: all templates.
+        given: parameters of the command line; each goes to the templates that have it.
+        results: folder of all results.
+        asked: numbers or names of templates, to which every model's list is narrowed; None for no wish.
+
+    Returns:
+        The cells, model by model, each once.
+
+    Raises:
+        ParameterError: a parameter is unknown or of the wrong type, or nothing is left to run.
+    """
+    wished, known = pick(there, asked), {path: declared(path) for path in there}
+    chosen = [pick(there, model.notebooks) if model.notebooks else wished for model in models]
+    chosen = [[path for path in paths if asked is None or path in wished] for paths in chosen]
+    _refuse_unknown(given, known, {path for paths in chosen for path in paths})
+    cells = {}
+    for model, paths in zip(models, chosen, strict=True):
+        _refuse_unknown(model.parameters, known, {*there})
+        own = given | model.parameters | ({"revision": model.revision} if model.revision else {})
+        for path in paths:
+            names = known[path]
+            values = {key: _as_declared(path, key, own[key], names[key]) for key in own if key in names}
+            fixed = {"model": model.name, "results_dir": str(results)}
+            values |= {key: value for key, value in fixed.items() if key in names}
+            rest = {key: _literal(entry) for key, entry in names.items() if key not in values}
+            cell = Cell(model if "model" in names else None, path, values, rest, results)
+            cells.setdefault(cell.notebook, cell)
+    if not cells:
+        raise ParameterError("No notebook is left to run: check --notebooks and the models' file.")
+    return list(cells.values())
+
+
+# --- parameters
+
+
+def parameters_of(files: Iterable[Path], pairs: Iterable[tuple[str, str]]) -> dict:
+    """Parameters from YAML files (-f) and from the command line (-p NAME VALUE, the value as YAML)."""
+    given = {}
+    for path in files:
+        given |= read_yaml(path)
+    for name, text in pairs:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ParameterError(f"-p {name} {text!r} is no YAML ({error}).") from error
+        given[name] = text if name == "revision" and value is not None else value
+    return given
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a YAML file that holds an object."""
+    try:
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParameterError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{path} must hold names with values.")
+    return content
+
+
+def declared(source: Path) -> dict[str, dict]:
+    """The parameters of a template as papermill reads them: inferred_type_name, default, help by name."""
+    import papermill
+
+    try:
+        return papermill.inspect_notebook(str(source))
+    except Exception as error:  # whatever a damaged notebook makes nbformat raise
+        raise ParameterError(f"The notebook {source} cannot be read: {error}") from error
+
+
+def _literal(entry: dict) -> object:
+    try:
+        return ast.literal_eval(entry["default"])
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _refuse_unknown(given: dict, known: dict[Path, dict], run: set[Path]) -> None:
+    for name in given:
+        if name in _OWN:
+            raise ParameterError(f"{name} is no parameter to pass: give MODEL and --results-dir instead.")
+        holders = [path for path, names in known.items() if name in names]
+        if not holders:
+            everything = {*().union(*known.values())} if not known else set().union(*known.values()) - {*_OWN}
+            near = difflib.get_close_matches(name, everything, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
+            raise ParameterError(f"No notebook has a parameter {name!r}: {hint}")
+        if not {*holders} & run:
+            numbers = [", ".join(sorted(map(number, paths))) for paths in (run, holders)]
+            raise ParameterError(
+                f"None of the notebooks {numbers[0]} has a parameter {name!r}; {numbers[1]} do."
+            )
+
+
+def _as_declared(source: Path, name: str, value: object, entry: dict) -> object:
+    """Check a value against its declared type; one thing alone is a list of one, a text may be lines."""
+    kind = entry["inferred_type_name"].strip("\"' ")
+    allowed = _TYPES.get(kind)
+    if allowed is None or (value is None and entry["default"].strip() == "None"):
+        return value
+    if kind == "list" and isinstance(value, (str, int, float)) and "," not in str(value):
+        return [value]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
+        raise ParameterError(f"{source.stem}: {name} must be of type {kind}, not {value!r}.")
+    return value
+
+
+# --- what a cell depends on
+
+
+def cell_key(cell: Cell) -> str:
+    """SHA-256 over all that a cell's result depends on.
+
+    These are the template, the package, versions, parameters, the files of the model and of every local model
+    or text that a parameter names, and the records of the others for a notebook that reads them. Files above
+    64 MiB count by size, time of change and their first MiB; a model on the hub by its commit.
+
+    Args:
+        cell: the cell.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    from sdnb.records import package_fingerprint, versions
+
+    values = {key: value for key, value in (cell.defaults | cell.parameters).items() if key not in _OWN}
+    words = [word for value in values.values() for word in (value if isinstance(value, list) else [value])]
+    parts = {
+        "template": content_hash(cell.source), "package": package_fingerprint(), "versions": versions(),
+        "parameters": values, "model": cell.model and _model_marks(cell.model),
+        "named": {word: _named_marks(word) for word in words if isinstance(word, str) and len(word) < 4096},
+    }  # fmt: skip
+    if cell.reads_records:
+        records = cell.results.glob("*/[0-9][0-9]_*.json")
+        parts["records"] = {str(p): content_hash(p) for p in sorted(records) if p.stem != cell.source.stem}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _model_marks(model: Model) -> object:
+    found = locate(model.name, model.revision)
+    if found.sha256 or found.folder is None:
+        return found.sha256 or found.revision
+    marks = {name: _mark(found.folder / name) for name in found.files}
+    steps = found.folder.with_name(f"{found.folder.name}-steps").glob("*/*")  # its checkpoints in training
+    return marks | {f"{path.parent.name}/{path.name}": _mark(path) for path in sorted(steps)}
+
+
+def _named_marks(word: str) -> object:
+    """Marks of a local file, or of a local model's files; None for all other texts."""
+    path = path_of(word)
+    if path is not None and path.is_file():
+        return _mark(path)
+    if not word.startswith("zoo/") and (path is None or not path.is_dir()):
+        return None
+    try:
+        return _model_marks(Model(word))
+    except SdnbError:
+        return None  # whether it may be missing is the notebook's affair
+
+
+def _mark(path: Path) -> str:
+    about = path.stat()
+    if about.st_size <= _LARGE:
+        return content_hash(path)
+    with path.open("rb") as file:
+        return f"{about.st_size} {about.st_mtime_ns} {hashlib.sha256(file.read(2**20)).hexdigest()}"
+
+
+# --- running
+
+
+def run_all(
+    cells: list[Cell], *, jobs: int = 1, force: bool = False, timeout_s: int | None = None
+) -> list[Outcome]:
+    """Run cells in a pool of processes, those that read records last; a line as each ends, then a table.
+
+    Args:
+        cells: the matrix.
+        jobs: how many cells at a time.
+        force: run what is done and unchanged again, too.
+        timeout_s: seconds after which one cell of a notebook is given up; None for no limit.
+
+    Returns:
+        One outcome a cell; a failing one does not stop the others.
+    """
+    context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
+    events, outcomes, show = context.Queue(), [], None
+    show = _Progress(cells, events)
+    pool = ProcessPoolExecutor(min(jobs, len(cells)), context, _prepare, (jobs, events))
+    try:
+        for late in (False, True):
+            chosen = [cell for cell in cells if cell.reads_records == late]
+            futures = {pool.submit(_work, cells.index(cell), cell, force, timeout_s): cell for cell in chosen}
+            while futures:
+                show.refresh()
+                for future in wait(futures, timeout=0.3, return_when="FIRST_COMPLETED").done:
+                    cell = futures.pop(future)
+                    try:
+                        outcomes.append(future.result())
+                    except BrokenProcessPool:
+                        outcomes.append(Outcome(cell, FAILED, reason=_LOST))
+                    show.ended(outcomes[-1], len(outcomes))
+    except BaseException:  # an interrupt: what runs is given up, kernels end when they miss their parent
+        for worker in {*multiprocessing.active_children()} - others:
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        show.close()
+    print(_table(outcomes))
+    return outcomes
+
+
+class _Progress:
+    """One line for each running cell: which cell of its notebook, seconds, and what it took last time."""
+
+    def __init__(self, cells: list[Cell], events: object):
+        self.cells, self.events, self.bars = cells, events, {}
+        self.seen = sys.stderr.isatty()
+
+    def refresh(self) -> None:
+        """Take in what the workers told, and draw the seconds anew."""
+        from tqdm import tqdm
+
+        while True:
+            try:
+                index, place, total, before = self.events.get_nowait()
+            except queue.Empty:
+                break
+            label, last = self.cells[index].label, f", {before:.0f} s last time" if before else ""
+            if index not in self.bars:
+                form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed} min{postfix}"
+                self.bars[index] = tqdm(
+                    total=total, desc=label, bar_format=form, leave=False, disable=not self.seen
+                )
+                self.bars[index].set_postfix_str(last.lstrip(", "), refresh=False)
+                if not self.seen and before and before > 20:
+                    print(f"{label}  started{last}", flush=True)
+            self.bars[index].n = place
+        for bar in self.bars.values():
+            bar.refresh()
+
+    def ended(self, outcome: Outcome, count: int) -> None:
+        """Print the line of a cell that has ended."""
+        from tqdm import tqdm
+
+        self.refresh()
+        bar = self.bars.pop(self.cells.index(outcome.cell), None)
+        if bar is not None:
+            bar.close()
+        seconds = f"  {outcome.seconds:.1f} s" if outcome.status == DONE else ""
+        tqdm.write(f"[{count}/{len(self.cells)}] {outcome.cell.label}  {outcome.status}{seconds}", sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Remove the lines of cells that did not end."""
+        for bar in self.bars.values():
+            bar.close()
+
+
+def _table(outcomes: list[Outcome]) -> str:
+    """Models by notebooks, the counts, and why cells failed."""
+    names = sorted({number(outcome.cell.source) for outcome in outcomes})
+    rows: dict[str, dict] = {}
+    for outcome in outcomes:
+        model = outcome.cell.label.partition("  ")[0]
+        rows.setdefault(model, {})[number(outcome.cell.source)] = outcome.status
+    wide, column = max(map(len, [*rows, "model"])), len(UNCHANGED)
+    lines = ["", f"{'model':<{wide}}  " + "  ".join(f"{name:<{column}}" for name in names)]
+    for model, row in rows.items():
+        lines.append(f"{model:<{wide}}  " + "  ".join(f"{row.get(name, ''):<{column}}" for name in names))
+    counts = {status: sum(o.status == status for o in outcomes) for status in (DONE, UNCHANGED, FAILED)}
+    lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    lines += [f"  {outcome.cell.label}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --- one cell, in a process of the pool
+
+_EVENTS = None
+
+
+def _prepare(jobs: int, events: object) -> None:
+    """A worker's share of the machine; it ends with its parent, to which alone an interrupt is addressed."""
+    global _EVENTS
+    _EVENTS = events
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which kernels would inherit
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        gpus = ",".join(str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU"))
+    if gpus:
+        names = gpus.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[
+            multiprocessing.current_process()._identity[0] % len(names)
+        ]
+
+
+def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
+    """Run one cell unless it is done and unchanged; failures are told, not raised."""
+    start = time.perf_counter()
+    try:
+        if cell.model:
+            locate(cell.model.name, cell.model.revision)  # first: what is no model leaves no folder behind
+        with locked(cell.notebook.parent / ".runs" / f"{cell.source.stem}.lock"):
+            if not force and cell.unchanged():
+                return Outcome(cell, UNCHANGED)
+            sweep(cell.notebook)
+            key, before = cell_key(cell), cell.note().get("seconds")
+            content, problem = _execute(
+                cell, timeout_s, lambda n, total: _EVENTS.put((index, n, total, before))
+            )
+            seconds = time.perf_counter() - start
+            failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
+            if content and not problem:
+                content["metadata"]["sdnb"] = {
+                    "key": key, "files": cell.products(), "seconds": round(seconds, 1),
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                }  # fmt: skip
+            if content:
+                text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                atomic_write(failed if problem else cell.notebook, text.encode())
+            if problem:
+                return Outcome(cell, FAILED, seconds, f"{problem} (see {failed})" if content else problem)
+            failed.unlink(missing_ok=True)
+    except SdnbError as error:
+        return Outcome(cell, FAILED, time.perf_counter() - start, str(error))
+    except Exception as error:  # whatever it is, the other cells and the table come all the same
+        return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
+    return Outcome(cell, DONE, seconds)
+
+
+def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | None, str | None]:
+    """Run a template through papermill: the executed notebook, if there is one, and what went wrong."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    class Engine(NBClientEngine):
+        """Papermill's own, which also tells where it is."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: object, kernel_name: str, **kwargs: object) -> object:
+            start, total = nb_man.cell_start, len(nb_man.nb.cells)
+
+            def told(cell: object, cell_index: int | None = None, **more: object) -> object:
+                tell((cell_index or 0) + 1, total)
+                return start(cell, cell_index, **more)
+
+            nb_man.cell_start = told
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    papermill_engines.register("sdnb", Engine)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and told
+    folder = _scratch(cell.notebook)
+    running, log, problem = folder / cell.source.name, folder / "log", None
+    # Sockets in the file system: no race for ports, nothing that another user could reach.
+    own = {"transport": "ipc", "ip": str(folder / "k"), "connection_file": str(folder / "connection.json")}
+    config = Config({} if os.name == "nt" else {"KernelManager": own, "AsyncKernelManager": own})
+    os.environ.update({
+        "JUPYTER_RUNTIME_DIR": str(folder), "IPYTHONDIR": str(folder / "ipython"), "TMPDIR": str(folder),
+        "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    })  # fmt: skip
+    stderr, told = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(told, 2)  # the kernel's own stderr would stand between the lines of progress
+    try:
+        for _ in range(2):
+            try:
+                papermill.execute_notebook(
+                    str(cell.source), str(running), parameters=cell.parameters, engine_name="sdnb",
+                    kernel_name="python3", language="python", progress_bar=False, config=config,
+                    start_timeout=_START_TIMEOUT_S, execution_timeout=timeout_s,
+                )  # fmt: skip
+                problem = None
+                break
+            except PapermillExecutionError as error:
+                problem = f"{error.ename}: {error.evalue}"
+                break
+            except CellTimeoutError:
+                problem = f"a cell ran for more than {timeout_s} s (--timeout)"
+                break
+            except (DeadKernelError, RuntimeError, TimeoutError) as error:
+                words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                problem = f"the kernel did not start or died, twice ({error}) {' '.join(words[-1:])}".rstrip()
+        content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(told)
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in (content, *content["cells"]) if content else ():  # what differs from run to run
+        part["metadata"].pop("papermill", None)
+        part["metadata"].pop("execution", None)
+    return content, problem
+
+
+def _scratch(notebook: Path) -> Path:
+    """A folder for one cell's run, always the same one: what a killed run leaves, the next removes."""
+    mark = hashlib.sha256(str(notebook.resolve()).encode()).hexdigest()[:12]
+    folder = _TEMPORARY / f"sdnb-{os.getuid() if hasattr(os, 'getuid') else 'run'}-{mark}"
+    if len(os.fsencode(folder)) > 90 and os.name != "nt":  # a socket's path has at most 103 bytes
+        folder = Path("/tmp", folder.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+_TEMPORARY = Path(tempfile.gettempdir())  # before a cell's own TMPDIR is set
