@@ -1,9 +1,22 @@
 """What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
 
-from sdnb.activations.capture import hidden_norms, hidden_states, input_device, token_batches, visit_states
-from sdnb.activations.defect import Defect, Exploded, find_defect
-from sdnb.activations.detection import Detection, detect, layer_steps
-from sdnb.activations.direction import HighNormStates, collect_high_norm_states, mean_pairwise_angle
+from sdnb.activations.capture import (
+    hidden_norms,
+    hidden_states,
+    input_device,
+    text_norms,
+    token_batches,
+    visit_states,
+)
+from sdnb.activations.defect import (
+    Defect,
+    Exploded,
+    HighNormStates,
+    StateReader,
+    find_defect,
+    mean_pairwise_angle,
+)
+from sdnb.activations.detection import Detection, detect
 from sdnb.activations.interventions import (
     project_out,
     set_dimensions,
@@ -12,11 +25,12 @@ from sdnb.activations.interventions import (
     zero_output,
 )
 from sdnb.activations.ledger import Ledger, ledger
-from sdnb.activations.perplexity import Perplexity, perplexity, window_length
+from sdnb.activations.perplexity import Perplexity, perplexity, text_windows, window_length
 from sdnb.activations.sampling import continuation
 from sdnb.activations.sinks import SinkRate, attention_maps, eager_attention, sink_rate
 from sdnb.activations.sweep import (
     Coefficients,
+    VocabularySample,
     embedding_norms,
     ffn_input_coefficients,
     item_norms,
@@ -35,8 +49,9 @@ __all__ = [
     "Ledger",
     "Perplexity",
     "SinkRate",
+    "StateReader",
+    "VocabularySample",
     "attention_maps",
-    "collect_high_norm_states",
     "continuation",
     "detect",
     "eager_attention",
@@ -48,7 +63,6 @@ __all__ = [
     "input_device",
     "item_norms",
     "item_trajectories",
-    "layer_steps",
     "ledger",
     "mean_pairwise_angle",
     "perplexity",
@@ -56,6 +70,8 @@ __all__ = [
     "random_norms",
     "set_dimensions",
     "sink_rate",
+    "text_norms",
+    "text_windows",
     "token_batches",
     "visit_states",
     "vocabulary_sample",

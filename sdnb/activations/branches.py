@@ -1,6 +1,6 @@
 """Where in the real model the branches of a layer begin and end, so that a hook can be put there.
 
-What a layer's modules are for is found on a float32 copy of it (`sdnb.anatomy`); here the same modules are
+What a layer's modules are for is found on a float32 copy of it (`sdnb.layers`); here the same modules are
 looked up by name in the model itself.
 """
 
@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from sdnb.anatomy.form import BranchForm, branch_form, build_of
-from sdnb.anatomy.probe import LayerProbe
-from sdnb.anatomy.trace import Decoder, find_decoder
-from sdnb.anatomy.wiring import find_wiring
 from sdnb.errors import LayerUnsupported, ParameterError
+from sdnb.layers.form import BranchForm, branch_form, build_of
+from sdnb.layers.probe import LayerProbe
+from sdnb.layers.trace import Decoder, find_decoder
+from sdnb.layers.wiring import find_wiring
 
 _Form = tuple[BranchForm | None, BranchForm | None]
 # Of layers that were watched, by model and build.

@@ -1,19 +1,27 @@
-"""Which tokens are high-norm, and which layers make and unmake them: one rule, no threshold per model.
+"""Which states are high-norm, and which layers make and unmake them: one rule, no number per model.
 
-The rule, for norms N[l, t] of hidden states (layers l = 1..L, tokens t):
+N[l, t] is the norm of token t after layer l (l = 0: what enters layer 1), m[l] the median of N[l] over the
+tokens, or over ordinary tokens of another text where those are shorter: where most of the tokens given are
+high-norm, so is their own median.
 
-1. A token is high-norm when at some layer its norm is at least `MIN_RATIO` times that layer's median over
-   all tokens that are given, of whatever line. Where more than half of them are high-norm (two of three,
-   say), so is the median, and none is found: give more ordinary tokens, or a threshold.
-2. The peak of a token is its largest norm, and `threshold` half the lower decile of the peaks of the
-   high-norm tokens. A *state* is high-norm above the threshold and above `MIN_RATIO` times the same median
-   of its layer: in some models ordinary tokens grow late, past the threshold and past the peaks themselves,
-   and no state of theirs may count. A threshold that is given stands alone, as in paper A: norm > threshold.
-3. The step of a high-norm token at layer l is N[l] - N[l-1], less what the ordinary tokens' median does there
-   in the same direction, over the token's own peak: what all tokens do is no explosion. Layer l is an
-   explosion (decay) layer when the step is at least `MIN_STEP` (at most -`MIN_STEP`) for at least a quarter
-   of the high-norm tokens of one kind, initial or noninitial: a layer that moves the one kind only is found
-   where the other is more frequent. Lists are sorted by the mean step of both, the largest first.
+1. A state, not a token, is high, and relative to its layer. A *wave* of a token begins with a state that is
+   longer than five medians of its layer (or than the threshold, where one is given) and ends when the state
+   is ordinary again, shorter than two. One token can have several waves, one after the other; a norm that
+   triples once more, two or more layers after its wave began, begins a new one.
+2. `threshold` is half the lower decile of the waves' peaks, taken for initial and for noninitial tokens, the
+   smaller of the two, and limits[l] the larger of it and five medians. A state is *high-norm* above
+   limits[l]: what a token passes on its way to a peak far above is not. A threshold that is given stands
+   alone, as in paper A. A token is high-norm when one of its states is.
+3. The *step* of a token at layer l is N[l] - N[l-1], less what m does there in the same direction (what all
+   tokens do is no explosion), over the peak of the wave that the layer begins, moves or ends. Elsewhere a
+   token makes no step: before its wave begins and after it has ended it is as ordinary as any other.
+4. Neighbouring steps up of 2 % or more are looked at together. Four or more of which none is more than twice
+   as large as the others are on average, 30 % together, are a *climb* from the first to the last of these
+   layers: no cut tells one of them from its neighbours. The others are *sudden* where they make 15 % of the
+   wave's peak and a fifth of the norm after them. Steps down are read the same way, with the norm before.
+5. A layer is an explosion (decay) layer when a quarter of the high-norm tokens of one kind, initial or
+   noninitial, make a sudden step up (down) there; so is a layer part of a climb (a descent). Lists are sorted
+   by the length of the mean step, the largest first.
 """
 
 from dataclasses import dataclass
@@ -23,23 +31,34 @@ from torch import Tensor
 
 from sdnb.errors import ParameterError, TextError
 
-MIN_RATIO = 5.0
-MIN_STEP = 0.15
-MIN_SHARE = 0.25
+MIN_RATIO = 5.0  # medians of a layer: from here on a state is high-norm
+END_RATIO = 2.0  # medians: below, a wave has ended
+REGROWTH = 3.0  # a wave whose norm grows by this factor at one layer begins anew
+MIN_STEP = 0.15  # of the wave's peak: a sudden step
+MIN_CHANGE = 0.2  # of the norm after a step up, of the norm before a step down: a sudden step
+SMALL_STEP = 0.02  # smaller steps are none
+CLIMB_LAYERS, MIN_CLIMB = 4, 0.3  # a climb's layers, and what they make in all, of the wave's peak
+STANDS_OUT = 2.0  # times the mean of the neighbouring steps
+MIN_SHARE = 0.25  # of the high-norm tokens of one kind
+ALIKE = 1.25  # norms within this factor of one another have nothing ordinary among them to compare with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detection:
-    """What the rule found.
+    """What the rule of this module finds.
 
     Args:
-        peak_ratio: the largest ratio of a token's norm to its layer's median over tokens, layers 1..L.
-        threshold: norm above which a hidden state is high-norm; None when no token is.
-        limits: the same for every layer 0..L, with the median of rule 2, (L+1,) in float64; infinite
+        peak_ratio: the largest N[l, t] / m[l], layers 1..L.
+        threshold: the smallest norm of a high-norm state; None where no state is.
+        limits: norm above which a state is high-norm, for every layer 0..L, (L+1,) in float64; infinite
             without a threshold.
         explosion_layers: layers (1..L) where the norm jumps, the largest step first.
         decay_layers: layers (1..L) where it collapses, the largest step first.
-        high_norm: which tokens are high-norm, (T,) bool.
+        climbs: pairs of layers (a, b), from which to which the norm climbs without a jump.
+        descents: the same for a norm that falls.
+        high: which states are high-norm, (L+1, T) bool.
+        steps: every token's step at every layer in units of its wave's peak, 0 outside waves, (L, T).
+        undecided: why it cannot be told whether states are high-norm; None where it can.
     """
 
     peak_ratio: float
@@ -47,27 +66,42 @@ class Detection:
     limits: Tensor
     explosion_layers: list[int]
     decay_layers: list[int]
-    high_norm: Tensor
+    climbs: list[tuple[int, int]]
+    descents: list[tuple[int, int]]
+    high: Tensor
+    steps: Tensor
+    undecided: str | None
+
+    @property
+    def high_norm(self) -> Tensor:
+        """Which tokens have a high-norm state after some layer 1..L, (T,) bool."""
+        return self.high[1:].any(dim=0)
 
 
-def detect(norms: Tensor, *, initial: Tensor | None = None, threshold: float | None = None) -> Detection:
-    """Find the high-norm tokens, the threshold and the explosion and decay layers by the rule of this module.
+def detect(
+    norms: Tensor,
+    *,
+    initial: Tensor | None = None,
+    threshold: float | None = None,
+    reference: Tensor | None = None,
+) -> Detection:
+    """Find high-norm states, the threshold and the layers that make and unmake them, by this module's rule.
 
     Args:
         norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
         initial: which tokens stand at position 0 of their line, (T,) bool; without it all are of one kind.
-        threshold: a norm that replaces the automatic one: tokens that pass it at some layer 1..L are high-
-            norm.
+        threshold: a norm that replaces the automatic one.
+        reference: median norm of ordinary tokens of another text, (L+1,).
 
     Returns:
-        The detection; without a high-norm token its lists are empty and its threshold None (or the one
+        The detection; without a high-norm state its lists are empty and its threshold None (or the one
         given).
 
     Raises:
-        TextError: fewer than three tokens: a median over them means nothing.
+        TextError: fewer than three tokens and no reference: a median over them means nothing.
         ParameterError: norms that are not finite, or a threshold that is not positive.
     """
-    if norms.shape[1] < 3:
+    if norms.shape[1] < (3 if reference is None else 1):
         raise TextError(
             f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give at least 3"
         )
@@ -75,51 +109,126 @@ def detect(norms: Tensor, *, initial: Tensor | None = None, threshold: float | N
         raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
     if threshold is not None and threshold <= 0:
         raise ParameterError(f"threshold is {threshold}; give a positive norm, or null for the automatic one")
+    norms = norms.double()
     medians = norms.median(dim=1).values
-    ratio = norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)
-    peaks = norms[1:].amax(dim=0)
-    high = ratio.amax(dim=0) >= MIN_RATIO if threshold is None else peaks > threshold
-    peak_ratio = ratio.max().item()
-    limits = torch.full_like(medians, torch.inf if threshold is None else threshold, dtype=torch.float64)
-    if not high.any():
-        return Detection(peak_ratio, threshold, limits, [], [], high)
+    if reference is not None:
+        medians = torch.minimum(medians, reference.double())
+    peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
+    first = torch.zeros(norms.shape[1], dtype=torch.bool) if initial is None else initial
     if threshold is None:
-        threshold = torch.quantile(peaks[high].double(), 0.1).item() / 2
-        limits = (MIN_RATIO * medians.double()).clamp(min=threshold)
-    first = torch.zeros_like(high) if initial is None else initial
-    explosion, decay = _moving_layers(layer_steps(norms, high), first[high])
-    return Detection(peak_ratio, threshold, limits, explosion, decay, high)
+        waves = _Waves(norms, MIN_RATIO * medians, medians)
+        threshold = waves.threshold(first)
+        limits = (MIN_RATIO * medians).clamp(min=threshold or torch.inf)
+    else:
+        limits = torch.full_like(medians, threshold)
+        waves = _Waves(norms, limits, medians)
+    steps = _steps(norms, medians, waves)
+    high = norms > limits[:, None]
+    which = high[1:].any(dim=0)
+    before, after, own = norms[:-1, which], norms[1:, which], steps[:, which]
+    explosion, climbs = _moving_layers(own, after - before, after, first[which])
+    decay, descents = _moving_layers(-own, before - after, before, first[which])
+    undecided = None
+    if not which.any() and reference is None and (norms.amax(dim=1) < ALIKE * norms.amin(dim=1)).all():
+        undecided = (
+            "It cannot be told whether states are high-norm: after every layer all of them have nearly the "
+            "same norm, and no ordinary token is there to compare with. Give a text of more different tokens."
+        )
+    return Detection(
+        peak_ratio, threshold, limits, explosion, decay, climbs, descents, high, steps, undecided
+    )
 
 
-def _moving_layers(steps: Tensor, initial: Tensor) -> tuple[list[int], list[int]]:
-    """Rule 3: steps (L, n), initial (n,) bool -> explosion and decay layers 1..L, the largest first."""
+class _Waves:
+    """Rule 1: where the waves of every token are, and how high.
+
+    Args:
+        norms: (L+1, T).
+        limits: (L+1,).
+        medians: (L+1,).
+    """
+
+    def __init__(self, norms: Tensor, limits: Tensor, medians: Tensor):
+        high = norms > limits[:, None]
+        lasting = norms > torch.minimum(END_RATIO * medians, limits)[:, None]
+        self.inside, self.begins = torch.zeros_like(high), torch.zeros_like(high)
+        self.peak = torch.zeros_like(norms)
+        inside = before = torch.zeros_like(high[0])
+        age, peak, last = torch.zeros_like(norms[0]), torch.zeros_like(norms[0]), norms[0]
+        for layer, state in enumerate(norms):
+            again = before & (age >= 2) & (state >= REGROWTH * last)
+            begins = high[layer] & (~before | again)
+            inside = high[layer] | (inside & lasting[layer])
+            age = torch.where(begins, 1, age + 1)
+            peak = torch.where(inside, torch.where(begins, state, torch.maximum(peak, state)), 0.0)
+            self.inside[layer], self.begins[layer], self.peak[layer] = inside, begins, peak
+            before, last = high[layer], state
+        for layer in range(len(norms) - 2, -1, -1):  # the peak so far becomes the peak of the whole wave
+            same = self.inside[layer + 1] & ~self.begins[layer + 1]
+            self.peak[layer] = torch.where(same, self.peak[layer + 1], self.peak[layer])
+
+    def threshold(self, initial: Tensor) -> float | None:
+        """Rule 2's threshold, or None without a wave behind some layer 1..L."""
+        peaks = (self.peak[1:][self.begins[1:] & kind] for kind in (initial, ~initial))
+        deciles = [torch.quantile(found, 0.1).item() for found in peaks if len(found)]
+        return min(deciles) / 2 if deciles else None
+
+
+def _steps(norms: Tensor, medians: Tensor, waves: _Waves) -> Tensor:
+    """Rule 3: every token's step at every layer, (L, T); 0 outside its waves."""
+    own, common = norms.diff(dim=0), medians.diff(dim=0)[:, None]
+    own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
+    ends = waves.inside[:-1] & ~waves.inside[1:]
+    falls = own.clamp(max=0) / waves.peak[:-1].clamp(min=1e-300)  # a layer that ends a wave raises nothing
+    return torch.where(
+        waves.inside[1:], own / waves.peak[1:].clamp(min=1e-300), torch.where(ends, falls, 0.0)
+    )
+
+
+def _moving_layers(
+    steps: Tensor, lengths: Tensor, whole: Tensor, initial: Tensor
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rules 4 and 5 for steps up: the layers of sudden steps, the largest first, and the climbs."""
+    sudden, slow = torch.zeros(2, *steps.shape, dtype=torch.bool)
+    for token, column in enumerate(steps.T.tolist()):
+        run: list[tuple[int, float]] = []
+        for layer, step in [*enumerate(column), (len(column), 0.0)]:
+            if step >= SMALL_STEP:
+                run.append((layer, step))
+            elif run:
+                jumps, climb = _read_run(run)
+                sudden[jumps, token], slow[climb, token], run = True, True, []
+    sudden &= (steps >= MIN_STEP) & (lengths >= MIN_CHANGE * whole)
     kinds = [kind for kind in (initial, ~initial) if kind.any()]
 
     def enough(moved: Tensor) -> bool:
         return any(moved[kind].double().mean() >= MIN_SHARE for kind in kinds)
 
-    order = steps.mean(dim=1).argsort(descending=True).tolist()
-    explosion = [layer + 1 for layer in order if enough(steps[layer] >= MIN_STEP)]
-    decay = [layer + 1 for layer in reversed(order) if enough(steps[layer] <= -MIN_STEP)]
-    return explosion, decay
+    layers = [layer for layer in range(len(steps)) if enough(sudden[layer])]
+    layers.sort(key=lambda layer: -lengths[layer, sudden[layer]].mean())
+    return [layer + 1 for layer in layers], _runs([enough(row) for row in slow])
 
 
-def layer_steps(norms: Tensor, high: Tensor) -> Tensor:
-    """Rule 3: how far each layer moves the norm of high-norm tokens, in units of their peak.
+def _read_run(run: list[tuple[int, float]]) -> tuple[list[int], list[int]]:
+    """Rule 4: the layers of single steps and those of climbs in a run of neighbouring steps (layer, step)."""
+    if len(run) < CLIMB_LAYERS:
+        return [layer for layer, _ in run], []
+    place = max(range(len(run)), key=lambda i: run[i][1])
+    layer, largest = run[place]
+    total = sum(step for _, step in run)
+    if largest * (len(run) - 1) > STANDS_OUT * (total - largest):
+        (left, first), (right, last) = _read_run(run[:place]), _read_run(run[place + 1 :])
+        return [*left, layer, *right], first + last
+    return [], [layer for layer, _ in run] * (total >= MIN_CLIMB)
 
-    With D[l] = N[l] - N[l-1] and M[l] the median of D[l] over ordinary tokens (0 without any), the step is
-    (D[l] - C[l]) / max_l N, where C[l] is M[l] cut to lie between 0 and D[l].
 
-    Args:
-        norms: norms of all tokens, (L+1, T).
-        high: which of them are high-norm, (T,) bool.
-
-    Returns:
-        The step of every high-norm token at every layer, (L, n), layer 1 first.
-    """
-    moves = norms.diff(dim=0)
-    own = moves[:, high]
-    if not high.all():
-        common = moves[:, ~high].median(dim=1, keepdim=True).values
-        own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
-    return own / norms[1:, high].amax(dim=0)
+def _runs(chosen: list[bool]) -> list[tuple[int, int]]:
+    """First and last layer, 1..L, of every run of chosen layers."""
+    pairs, start = [], None
+    for layer, inside in enumerate([*chosen, False], start=1):
+        if inside and start is None:
+            start = layer
+        elif not inside and start is not None:
+            pairs.append((start, layer - 1))
+            start = None
+    return pairs

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.activations.branches import BranchModules, layer_modules
-from sdnb.anatomy import decoder_layers
-from sdnb.anatomy.calls import Call, rewrap, unwrap
 from sdnb.errors import ParameterError
+from sdnb.layers import decoder_layers
+from sdnb.layers.calls import Call, rewrap, unwrap
 
 BRANCHES = ("attention", "ffn")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.activations.capture import hidden_states
-from sdnb.anatomy import branch_contributions
+from sdnb.layers import branch_contributions
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sdnb.activations.branches import layer_modules
 from sdnb.activations.capture import hidden_norms, input_device
-from sdnb.anatomy import Norm, decoder_layers
-from sdnb.anatomy.calls import Call, unwrap
-from sdnb.anatomy.trace import SeenEnough
 from sdnb.errors import ParameterError
+from sdnb.layers import Norm, decoder_layers
+from sdnb.layers.calls import Call, unwrap
+from sdnb.layers.trace import SeenEnough
 from sdnb.memory import free_memory
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
