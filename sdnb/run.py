@@ -307,7 +307,7 @@ def _refuse_unknown(given: dict, known: dict[Path, dict], run: set[Path]) -> Non
             raise ParameterError(f"{name} is no parameter to pass: give MODEL and --results-dir instead.")
         holders = [path for path, names in known.items() if name in names]
         if not holders:
-            everything = {*().union(*known.values())} if not known else set().union(*known.values()) - {*_OWN}
+            everything = set().union(*known.values()) - {*_OWN}
             near = difflib.get_close_matches(name, everything, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
             raise ParameterError(f"No notebook has a parameter {name!r}: {hint}")
@@ -410,12 +410,13 @@ def run_all(
         One outcome a cell; a failing one does not stop the others.
     """
     context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
-    events, outcomes, show = context.Queue(), [], None
+    events, outcomes = context.Queue(), []
     show = _Progress(cells, events)
     pool = ProcessPoolExecutor(min(jobs, len(cells)), context, _prepare, (jobs, events))
     try:
         for late in (False, True):
             chosen = [cell for cell in cells if cell.reads_records == late]
+            chosen.sort(key=lambda cell: -cell.note().get("seconds", 0))  # the longest first
             futures = {pool.submit(_work, cells.index(cell), cell, force, timeout_s): cell for cell in chosen}
             while futures:
                 show.refresh()
@@ -429,6 +430,8 @@ def run_all(
     except BaseException:  # an interrupt: what runs is given up, kernels end when they miss their parent
         for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
+        for index in show.bars:
+            shutil.rmtree(_scratch(cells[index].notebook), ignore_errors=True)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -584,6 +587,8 @@ def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | No
     papermill_engines.register("sdnb", Engine)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and told
     folder = _scratch(cell.notebook)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
     running, log, problem = folder / cell.source.name, folder / "log", None
     # Sockets in the file system: no race for ports, nothing that another user could reach.
     own = {"transport": "ipc", "ip": str(folder / "k"), "connection_file": str(folder / "connection.json")}
@@ -632,8 +637,6 @@ def _scratch(notebook: Path) -> Path:
     folder = _TEMPORARY / f"sdnb-{os.getuid() if hasattr(os, 'getuid') else 'run'}-{mark}"
     if len(os.fsencode(folder)) > 90 and os.name != "nt":  # a socket's path has at most 103 bytes
         folder = Path("/tmp", folder.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
     return folder
 
 
