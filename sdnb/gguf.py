@@ -5,6 +5,8 @@ llama.cpp's format: a header (metadata, then names, shapes, types and offsets of
 the user's cache, named by the file's SHA-256, and every later load reads that.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -18,11 +20,21 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from sdnb import checkpoint as files
 from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError
+from sdnb.memory import GIB, free_memory
+from sdnb.refusal import refuse_not_causal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -34,6 +46,13 @@ _LOWEST_BITS = {
     "Q8_0": (2, 34, 0x01), "Q2_K": (16, 80, 0x55), "Q3_K": (32, 96, 0x55), "Q4_K": (16, 144, 0x11),
     "Q5_K": (48, 176, 0x11), "Q6_K": (0, 128, 0x11),
 }  # fmt: skip
+_LEFT_OUT = {
+    "head_dim": "attention.key_length", "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length", "n_positions": "context_length",
+    "n_inner": "feed_forward_length",
+}  # fmt: skip
+_BEGIN = ("llama3", "llama-v3", "llama-bpe")
+_NOTE = "gguf.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -275,7 +294,11 @@ def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkp
         raise ModelError(
             f"{path} is not the file that {found.name} stands for (its SHA-256 differs): install it again."
         )
-    _refuse(found.name, path, metadata, tensors, base)
+    if _setting(metadata, "split.count", 1) > 1:
+        raise ModelError(
+            f"{found.name} is one of {metadata['split.count']} shards, which cannot be read: merge them first "
+            "with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
+        )
     folder = cache_folder() / _key(digest, base)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -292,30 +315,10 @@ def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkp
 
 def _key(digest: str, base: Checkpoint | None) -> str:
     """The name of a copy: the file, the configuration in use, and the versions that made it."""
-    import gguf
     import transformers
 
     made = [transformers.__version__, base.config if base else None]
     return f"{digest}-{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def _refuse(name: str, path: Path, metadata: dict, tensors: list[Tensor], base: Checkpoint | None) -> None:
-    """Refuse what would come out wrong without a word."""
-    kind = metadata["general.architecture"]
-    if metadata.get("split.count", 0) > 1:
-        raise ModelError(
-            f"{name} is one of {metadata['split.count']} shards, which cannot be read: merge them first with "
-            "llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
-        )
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
-    factors = [t for t in tensors if re.match(r"rope_(freqs|factors)", t.name) and t.kind == "F32"]
-    bent = any(np.any(_raw(path, tensor).view("<f4") != 1) for tensor in factors)
-    if base is None and (bent or (scaling != "none" and metadata.get(f"{kind}.rope.scaling.factor", 0) != 1)):
-        raise ModelError(
-            f"{name} has scaled rotary positions, which transformers does not take over from a GGUF file: give "
-            "base=ORG/REPO (SDNB_BASE in a notebook's environment), the model that the file was made from, whose "
-            "config.json says how they are scaled."
-        )
 
 
 def _raw(path: Path, tensor: Tensor) -> np.ndarray:
@@ -323,25 +326,26 @@ def _raw(path: Path, tensor: Tensor) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", tensor.start, (tensor.size,))
 
 
-def _make(found, path, metadata, tensors, base, folder, digest) -> None:
+def _make(
+    found: Checkpoint, path: Path, metadata: dict, tensors: list[Tensor], base: Checkpoint | None,
+    folder: Path, digest: str,
+) -> None:  # fmt: skip
     """Convert into a folder beside the last one, and rename it when it is whole."""
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
     try:
         network = _network(found, path, metadata, tensors, base)
         network.save_pretrained(aside)
-        noise = {
-            key: None if math.isnan(v) else v for key, v in _rounding_noise(path, tensors, network).items()
-        }
+        noise = _rounding_noise(path, metadata, tensors, network)
         if "tokenizer.ggml.model" in metadata and base is None:
             _tokenizer(found, path, metadata).save_pretrained(aside)
-        note = {"format": f"gguf {format_of(metadata, tensors)}", "sha256": digest, "rounding_noise": noise}
-        (aside / "gguf.json").write_text(json.dumps(note))
+        note = {"format": f"gguf {format_of(metadata, tensors)}", "rounding_noise": noise}
+        (aside / _NOTE).write_text(json.dumps(note))  # NaN included, which Python reads back
         aside.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{found.name} could not be converted into {folder.parent}: {error}. The copy takes up to 4 bytes a "
-            "parameter; XDG_CACHE_HOME moves the cache, sdnb cache --clear empties it."
+            f"{found.name} could not be converted into {folder.parent}: {error}. The copy takes up to 4 bytes "
+            "a parameter; XDG_CACHE_HOME moves the cache, sdnb cache --clear empties it."
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -352,89 +356,158 @@ def _make(found, path, metadata, tensors, base, folder, digest) -> None:
     )
 
 
-def _network(found, path, metadata, tensors, base):
+def _network(
+    found: Checkpoint, path: Path, metadata: dict, tensors: list[Tensor], base: Checkpoint | None
+) -> nn.Module:
     """The dequantized model, an ordinary one in the narrowest dtype that loses nothing."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    from sdnb.memory import check_memory
-
-    check_memory(found.name, {t.name: {"dtype": "F32", "shape": t.shape} for t in tensors}, "float32", "cpu")
+    kind, total = metadata["general.architecture"], sum(math.prod(tensor.shape) for tensor in tensors)
+    if 1.1 * 4 * total > free_memory("cpu"):
+        raise MemoryShortage(
+            f"{found.name} needs {4.4 * total / GIB:.3g} GiB of memory while it is converted, and "
+            f"{free_memory('cpu') / GIB:.3g} GiB are free: convert it on a larger machine, or give the checkpoint "
+            'that it was made from, with device="offload".'
+        )
     where = {"gguf_file": path.name, "local_files_only": True}
     try:
+        if _setting(metadata, f"{kind}.block_count", 0) > len(tensors):
+            raise ValueError("its header announces more layers than tensors.")
         if base is None:
             config = AutoConfig.from_pretrained(path.parent, **where)
             config.tie_word_embeddings = _tied(path, tensors)
+            _complete(config, metadata)
         else:
             config = AutoConfig.from_pretrained(base.target, local_files_only=True)
+        refuse_not_causal(replace(found, config=config.to_dict()))
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+        if size > 2 * total:  # its missing weights would be drawn at random, all of them
+            raise ValueError(f"its header announces {size:.2g} parameters, and it holds {total:.2g}.")
         network, report = AutoModelForCausalLM.from_pretrained(
             path.parent, **where, config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True), ignore_mismatched_sizes=True,
         )  # fmt: skip
+        wrong = [
+            f"{key} of {tuple(here)} for {tuple(asked)}" for key, here, asked in report["mismatched_keys"]
+        ]
+        if lacking := sorted([*report["missing_keys"], *wrong]):
+            raise ValueError(f"it lacks {len(lacking)} weights ({', '.join(lacking[:3])}).")
+        if unused := _unused(network, metadata, tensors):
+            raise ValueError(
+                f"transformers leaves out {len(unused)} of its tensors ({', '.join(unused[:3])})."
+            )
+        if not _turns_right(network, path, metadata, tensors, base):
+            raise ValueError("its rotary positions are scaled in a way that transformers does not take over.")
+    except ModelError:
+        raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryShortage(f"{found.name} does not fit into the memory while it is converted.") from error
     except Exception as error:  # each architecture fails in its own way
+        way = (
+            f"The configuration of {base.name} may not be the one that it was made from."
+            if base
+            else "Give base=ORG/REPO (SDNB_BASE in a notebook's environment), the model that it was made from, "
+            "whose configuration and tokenizer are used instead, or that model itself."
+        )
         raise ModelError(
-            f"{found.name} (GGUF architecture {metadata['general.architecture']!r}) could not be converted: "
-            f"{str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__}. Give the "
-            "checkpoint that it was made from, or try base=ORG/REPO."
+            f"{found.name}, a GGUF file of the architecture {kind!r}, could not be converted: {first_line(error)} {way}"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = [
-            *sorted(report["missing_keys"]),
-            *(f"{k} of {a} for {b}" for k, a, b in report["mismatched_keys"]),
-        ]
-        raise ModelError(
-            f"{found.name} lacks weights that its header{' or base' if base else ''} asks for: {', '.join(wrong[:3])}."
-        )
-    names = {name for names in parameter_tensors(network, metadata).values() for name in names}
-    extra = sorted(t.name for t in tensors if t.name not in names and not t.name.startswith("rope_f"))
-    if extra:
-        raise ModelError(
-            f"{found.name} holds {len(extra)} tensors that transformers does not use ({', '.join(extra[:3])}): the "
-            "model would compute something else. Give the checkpoint that the file was made from."
-        )
     network.hf_quantizer = None  # an ordinary model, which save_pretrained takes
     vars(network.config).pop("quantization_config", None)
+    floats = [weight for weight in network.state_dict().values() if weight.is_floating_point()]
     for dtype in (torch.bfloat16, torch.float16):
-        if all(
-            torch.equal(w.to(dtype).float(), w)
-            for w in network.state_dict().values()
-            if w.is_floating_point()
-        ):
+        if all(torch.equal(weight.to(dtype).float(), weight) for weight in floats):
             return network.to(dtype)
     return network
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _setting(metadata: dict, key: str, default: float) -> float:
+    """A number among the metadata, the default where there is none."""
+    value = metadata.get(key, default)
+    return value if isinstance(value, (int, float)) else default
+
+
 def _tied(path: Path, tensors: list[Tensor]) -> bool:
     """Whether the output embedding is the input's: not there, or the same bytes."""
-    pair = {t.name: t for t in tensors if t.name in ("output.weight", "token_embd.weight")}
-    if len(pair) < 2:
-        return "output.weight" not in pair
-    first, second = pair.values()
-    return (first.kind, first.size) == (second.kind, second.size) and np.array_equal(
-        _raw(path, first), _raw(path, second)
+    found = {tensor.name: tensor for tensor in tensors}
+    out, embedding = found.get("output.weight"), found.get("token_embd.weight")
+    if out is None or embedding is None:
+        return out is None
+    same = (out.kind, out.size) == (embedding.kind, embedding.size)
+    return same and np.array_equal(_raw(path, out), _raw(path, embedding))
+
+
+def _complete(config: PretrainedConfig, metadata: dict) -> None:
+    """Set what a file says of its sizes and transformers leaves at a default."""
+    kind = metadata["general.architecture"]
+    for key, name in _LEFT_OUT.items():
+        value = metadata.get(f"{kind}.{name}")
+        if (
+            isinstance(value, int) and key in config.to_dict() and kind != "gemma4"
+        ):  # which has two head sizes
+            setattr(config, key, value)
+
+
+def _unused(network: nn.Module, metadata: dict, tensors: list[Tensor]) -> list[str]:
+    """Tensors that went into no parameter; without them the model computes something else."""
+    kind = metadata["general.architecture"]
+    used = {name for names in parameter_tensors(network, metadata).values() for name in names}
+    last = _setting(metadata, f"{kind}.block_count", 0)
+    ahead = _setting(metadata, f"{kind}.nextn_predict_layers", 0)  # multi-token prediction, beside the model
+    spare = ("rope_", *(f"blk.{layer}." for layer in range(last - ahead, last)))
+    return sorted(
+        tensor.name for tensor in tensors if tensor.name not in used and not tensor.name.startswith(spare)
     )
 
 
-def _tokenizer(found, path, metadata):
-    """The tokenizer of the file, which adds a begin token where llama.cpp would."""
+def _turns_right(
+    network: nn.Module, path: Path, metadata: dict, tensors: list[Tensor], base: Checkpoint | None
+) -> bool:
+    """Whether the model's rotary frequencies are those that the file describes.
+
+    These are base^(-2 i / n), divided by the factors in `rope_freqs.weight` and by a linear scaling's factor.
+    Other scalings cannot be checked, and are taken from `base` on trust.
+    """
+    kind = metadata["general.architecture"]
+    models = [buffer.double() for name, buffer in network.named_buffers() if name.endswith("inv_freq")]
+    if not models:
+        return True  # learned positions, or none
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear") or any(tensor.name.startswith("rope_factors") for tensor in tensors):
+        return base is not None
+    n = int(_setting(metadata, f"{kind}.rope.dimension_count", 2 * len(models[0])))
+    turns = torch.arange(0, n, 2, dtype=torch.float64) / n
+    frequencies = _setting(metadata, f"{kind}.rope.freq_base", 10_000.0) ** -turns
+    if scaling == "linear":
+        frequencies = frequencies / _setting(metadata, f"{kind}.rope.scaling.factor", 1.0)
+    for tensor in tensors:
+        if tensor.name == "rope_freqs.weight" and tensor.kind == "F32" and tensor.shape == frequencies.shape:
+            frequencies = frequencies / torch.from_numpy(_raw(path, tensor).view("<f4").astype(np.float64))
+    return any(
+        len(own) == len(frequencies) and torch.allclose(own, frequencies, rtol=1e-3, atol=1e-12)
+        for own in models
+    )
+
+
+def _tokenizer(found: Checkpoint, path: Path, metadata: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of the file; Llama 3's adds a begin token without the file saying so."""
     from transformers import AutoTokenizer
 
-    begins = {}
-    if "tokenizer.ggml.add_bos_token" not in metadata and metadata.get("tokenizer.ggml.pre") in (
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-    ):
-        begins = {"add_bos_token": True}
+    silent = "tokenizer.ggml.add_bos_token" not in metadata
+    begins = {"add_bos_token": True} if silent and metadata.get("tokenizer.ggml.pre") in _BEGIN else {}
     try:
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, **begins
         )
     except Exception as error:  # every tokenizer fails in its own way
         raise ModelError(
-            f"The tokenizer in {found.name} could not be read ({str(error)[:200]}): give base=ORG/REPO, the model "
+            f"The tokenizer in {found.name} could not be read ({first_line(error)}): give base=ORG/REPO, the model "
             "that the file was made from."
         ) from error
 
@@ -442,7 +515,7 @@ def _tokenizer(found, path, metadata):
 # --- rounding noise
 
 
-def parameter_tensors(network, metadata: dict) -> dict[str, list[str]]:
+def parameter_tensors(network: nn.Module, metadata: dict) -> dict[str, list[str]]:
     """Which tensors of the file each parameter of the model comes from.
 
     Args:
@@ -459,11 +532,19 @@ def parameter_tensors(network, metadata: dict) -> dict[str, list[str]]:
     names = get_tensor_name_map(numbers[metadata["general.architecture"]], layers)
     found = {}
     for parameter in network.state_dict():
-        stem, _, ending = parameter.rpartition(".")
+        plain = parameter.replace(".dt_bias", ".dt_proj.bias").replace("correction_bias", "correction.bias")
+        stem, _, ending = plain.rpartition(".")
+        if ending == "gate_up_proj":
+            block = re.search(r"\d+", parameter).group()
+            found[parameter] = [f"blk.{block}.ffn_{part}_exps.weight" for part in ("gate", "up")]
+            continue
         tries = (stem, stem.partition(".")[2], parameter, parameter.partition(".")[2])
         name = next((name for name in map(names.get_name, filter(None, tries)) if name), None)
         if name:
-            found[parameter] = [f"{name}.{ending}"]
+            found[parameter] = [
+                f"{name}.{ending}" if ending in ("weight", "bias") else f"{name}.weight",
+                name,
+            ]
     return found
 
 
@@ -495,11 +576,11 @@ def step_rms(kind: str, raw: np.ndarray) -> float:
     return math.sqrt(total / count / 12)
 
 
-def _rounding_noise(path: Path, tensors: list[Tensor], network) -> dict[str, float]:
-    """`step_rms` of each quantized parameter by its name in the model."""
-    metadata, _ = read_header(path)
-    by_name = {tensor.name: tensor for tensor in tensors}
-    noise = {}
+def _rounding_noise(
+    path: Path, metadata: dict, tensors: list[Tensor], network: nn.Module
+) -> dict[str, float]:
+    """`step_rms` of each quantized parameter by its name in the model; of fused ones, over all parts."""
+    by_name, noise = {tensor.name: tensor for tensor in tensors}, {}
     for parameter, names in parameter_tensors(network, metadata).items():
         parts = [by_name[name] for name in names if name in by_name and by_name[name].kind not in _FLOATS]
         if parts:

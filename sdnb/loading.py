@@ -1,4 +1,4 @@
-"""Loading a causal decoder: by hub id, folder or `zoo/<name>`, quietly, completely, or not at all.
+"""Loading a causal decoder: by hub id, folder, GGUF file or `zoo/<name>`, quietly, completely, or not at all.
 
 What can be refused is refused before a weight is read (`sdnb.refusal`); what loads is checked: no weight
 missing, none left over, none NaN. A model is never trained here, so it comes in evaluation mode without
@@ -6,6 +6,7 @@ gradients.
 """
 
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pickle import UnpicklingError
 
 import torch
@@ -25,7 +26,6 @@ from sdnb import checkpoint as files
 from sdnb import gguf
 from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
-from sdnb.fingerprint import first_not_finite, weights_fingerprint
 from sdnb.memory import check_memory, free_memory, offload_budget
 from sdnb.refusal import allowed, has_tokenizer, is_encoder, refuse, refuse_codes
 
@@ -34,6 +34,7 @@ _LOADING_ERRORS = (
     ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError, EOFError,
     SafetensorError, UnpicklingError,
 )  # fmt: skip
+_BLOCK, _SAMPLE = 1 << 20, 64  # words, for the fingerprint
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
@@ -85,7 +86,7 @@ class Loaded:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the weights in memory, see `sdnb.fingerprint`; computed once."""
+        """The fingerprint of the weights in memory, see `weights_fingerprint`; computed once."""
         return weights_fingerprint(self.model)
 
 
@@ -140,6 +141,8 @@ def load(
         basis = files.fetch(files.locate(base), weights=False) if base else None
         if found.is_gguf:
             found, stored = gguf.converted(files.fetch(found), basis)
+        elif basis:
+            found = replace(found, config=basis.config)
         refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, encoders=encoders)
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
@@ -147,8 +150,8 @@ def load(
         refuse_codes(model, entries)
         kept = _dtype(dtype, entries, place)
         check_memory(model, entries, kept, place)
-        network = _network(found, kept, place, trust_remote_code, pickled, basis)
-        tokenizer = _tokenizer(basis or found, trust_remote_code)
+        network = _network(found, kept, place, trust_remote_code, pickled, (basis or found).target)
+        tokenizer = _tokenizer(basis if basis and has_tokenizer(basis) else found, trust_remote_code)
     network.eval().requires_grad_(False)
     bad = first_not_finite(network)
     if bad:
@@ -228,9 +231,9 @@ def _format(entries: dict) -> str:
 
 
 def _network(
-    found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool, basis: Checkpoint | None
+    found: Checkpoint, dtype: str, place: str, trust: bool, pickled: bool, settings: str
 ) -> nn.Module:
-    """The model with all its weights, or a `ModelError`."""
+    """The model with all its weights, configured by the folder `settings`, or a `ModelError`."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     encoder = is_encoder(found)
@@ -241,21 +244,16 @@ def _network(
     elif place != "cpu":
         options |= {"device_map": {"": place}}
     try:
-        if basis:
-            options["config"] = AutoConfig.from_pretrained(basis.target, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(settings, local_files_only=True, trust_remote_code=trust)
         network, report = auto.from_pretrained(
-            found.target,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+            found.target, config=config, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise MemoryShortage(f'{found.name} does not fit on {place}: use device="offload".') from error
     except _LOADING_ERRORS as error:
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{found.name} could not be loaded: {first} Either its files are damaged or do not fit its "
+            f"{found.name} could not be loaded: {gguf.first_line(error)} Either its files are damaged or do not fit its "
             "config.json (fetch or save it again), or this version of transformers does not support it."
         ) from error
     if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
@@ -302,8 +300,96 @@ def _tokenizer(found: Checkpoint, trust: bool):
     try:
         return AutoTokenizer.from_pretrained(found.target, local_files_only=True, trust_remote_code=trust)
     except Exception as error:  # every tokenizer library fails in its own way
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"The tokenizer of {found.name} could not be loaded ({first}): fetch or save it again, or "
+            f"The tokenizer of {found.name} could not be loaded ({gguf.first_line(error)}): fetch or save it again, or "
             "remove its files and pass token_ids."
         ) from error
+
+
+# --- the weights in memory
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a model's parameters and saved buffers by name, shared ones once, offloaded ones from disk.
+
+    Args:
+        model: any module; accelerate's offload is undone one leaf module at a time.
+
+    Yields:
+        `(name, tensor)`, the tensor detached.
+
+    Raises:
+        ModelError: a tensor has no data (it is on the meta device).
+    """
+    from accelerate.utils import align_module_device
+
+    seen = set()
+    for prefix, module in model.named_modules():
+        own = {**module._parameters, **{k: b for k, b in module._buffers.items()
+                                        if k not in module._non_persistent_buffers_set}}  # fmt: skip
+        names = [name for name, tensor in own.items() if tensor is not None and id(tensor) not in seen]
+        seen.update(id(own[name]) for name in names)
+        if not names:
+            continue
+        with align_module_device(module):
+            for name in names:
+                tensor = getattr(module, name).detach()
+                full = f"{prefix}.{name}" if prefix else name
+                if tensor.is_meta:
+                    raise ModelError(f"The weight {full} has no data: the model was loaded only in part.")
+                yield full, tensor
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Fingerprint a model's weights, whatever the device, the order of summation and the layout of the files.
+
+    For every parameter and every saved buffer, in the order of their names, a line goes into one SHA-256:
+
+        name | dtype | shape | sum_i w_i mod 2^64 | sum_i (2 c + 1)(i + 1) w_i mod 2^64 | 64 words at even strides
+
+    where the tensor's bytes are read as signed 64-bit words (the last one filled up with zeros) in blocks of
+    2^20, w_i is word i of block c. Integer sums are exact in any order, so a GPU and a CPU agree; the weighted
+    sum sees words that changed places. A tensor that several names share counts once, under the first of them.
+    The dtype is part of it: the same model loaded in another dtype has another fingerprint.
+
+    Args:
+        model: the loaded model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in weights(model))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the first weight that holds a NaN or an infinity; offloaded ones are skipped."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor.detach())  # a NaN anywhere makes both NaN
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            return name
+    return None
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes as int64 words, filled up with zeros."""
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if len(raw) % 8:
+        raw = torch.cat([raw, raw.new_zeros(-len(raw) % 8)])
+    if raw.data_ptr() % 8 or raw.storage_offset() % 8:
+        raw = raw.clone()  # a view into a file may start anywhere
+    return raw.view(torch.int64)
+
+
+def _line(tensor: torch.Tensor) -> str:
+    words = _words(tensor)
+    place = torch.arange(1, min(_BLOCK, len(words)) + 1, device=words.device)
+    plain = weighted = 0
+    for block, start in enumerate(range(0, len(words), _BLOCK)):
+        piece = words[start : start + _BLOCK]
+        plain += int(piece.sum())
+        weighted += (2 * block + 1) * int((piece * place[: len(piece)]).sum())  # wraps at 2^64, as it should
+    sample = words[:: max(1, len(words) // _SAMPLE)][:_SAMPLE].tolist()
+    return f"{tensor.dtype}|{tuple(tensor.shape)}|{plain % 2**64}|{weighted % 2**64}|{sample}"

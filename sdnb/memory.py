@@ -8,37 +8,33 @@ from sdnb.checkpoint import weight_bytes
 from sdnb.errors import MemoryShortage
 
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-_GIB = 2**30
+GIB = 2**30
 _MARGIN = 1.1  # hidden states and float32 copies of single layers
 
 
 def free_memory(place: str) -> int:
-    """Bytes that can still be taken on a device.
+    """Bytes that can still be taken on a device; on a CPU a container's limit counts too.
 
     Args:
         place: "cpu" or "cuda:<n>".
 
     Returns:
-        The free bytes; on a CPU the control group's limit counts too.
+        The free bytes.
     """
     if place.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(place))[0]
     import psutil
 
-    return min(psutil.virtual_memory().available, _group_limit())
-
-
-def _group_limit() -> int:
-    """Free bytes under a container's limit (control groups 2 and 1), or a number too large to matter."""
-    for limit, used in (
+    free = psutil.virtual_memory().available
+    for limit, used in (  # control groups 2 and 1
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
         except (OSError, ValueError):
             continue  # no such group, or "max"
-    return 2**62
+    return free
 
 
 def check_memory(name: str, entries: dict, dtype: str, place: str) -> None:
@@ -60,19 +56,14 @@ def check_memory(name: str, entries: dict, dtype: str, place: str) -> None:
     if need <= free:
         return
     half = int(_MARGIN * weight_bytes(entries, 2))
-    smaller = f'dtype="bfloat16" lowers that to {half / _GIB:.3g} GiB; ' if half < need else ""
+    smaller = f'dtype="bfloat16" lowers that to {half / GIB:.3g} GiB; ' if half < need else ""
     raise MemoryShortage(
-        f"{name} needs {need / _GIB:.3g} GiB on {place} and {free / _GIB:.3g} GiB are free: {smaller}"
+        f"{name} needs {need / GIB:.3g} GiB on {place} and {free / GIB:.3g} GiB are free: {smaller}"
         'device="offload" keeps on disk what does not fit and brings it one layer at a time.'
     )
 
 
 def offload_budget() -> dict:
-    """How much accelerate may keep in memory under offload: most of each GPU, little of the CPU's memory.
-
-    Returns:
-        The `max_memory` argument of `from_pretrained`; what exceeds it stays in the safetensors files on
-        disk.
-    """
+    """The `max_memory` of `from_pretrained` under offload: most of each GPU, little of the CPU's memory."""
     budget = {number: int(0.8 * free_memory(f"cuda:{number}")) for number in range(torch.cuda.device_count())}
     return {**budget, "cpu": 0}

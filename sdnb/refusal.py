@@ -13,36 +13,15 @@ _OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "image_token_i
 
 
 def allowed(option: str) -> bool:
-    """Whether the environment allows what else is refused; so `sdnb run` tells its notebooks.
-
-    Args:
-        option: "trust_remote_code" or "allow_pickle".
-
-    Returns:
-        True if `SDNB_TRUST_REMOTE_CODE`, or `SDNB_ALLOW_PICKLE`, is 1.
-    """
-    return os.environ.get(_variable(option)) == "1"
-
-
-def allow(option: str) -> None:
-    """Allow it for the notebooks that this process runs.
-
-    Args:
-        option: as for `allowed`.
-    """
-    os.environ[_variable(option)] = "1"
-
-
-def _variable(option: str) -> str:
-    return f"SDNB_{option.upper()}"
+    """Whether the environment allows it: `SDNB_TRUST_REMOTE_CODE=1`, `SDNB_ALLOW_PICKLE=1`."""
+    return os.environ.get(f"SDNB_{option.upper()}") == "1"
 
 
 def _how(option: str) -> str:
     """How to allow it, for the command line, for Python and for a notebook that is run by other means."""
-    switch = f"--{option.replace('_', '-')}"
     return (
-        f"{switch} on the command line, {option}=True in Python, or {_variable(option)}=1 in a notebook's "
-        "environment"
+        f"--{option.replace('_', '-')} on the command line, {option}=True in Python, or "
+        f"SDNB_{option.upper()}=1 in a notebook's environment"
     )
 
 
@@ -61,22 +40,44 @@ def refuse(
         allow_pickle: allow weights in pickle form, which can run code while they are read.
         encoders: allow an encoder.
     """
-    refuse_files(checkpoint, allow_pickle=allow_pickle)
-    _refuse_remote_code(checkpoint, trust_remote_code)
-    if not (encoders and is_encoder(checkpoint)):
-        _refuse_not_causal(checkpoint)
-
-
-def refuse_files(checkpoint: Checkpoint, *, allow_pickle: bool = False) -> None:
-    """Refuse what its files alone give away; this part of `refuse` needs neither torch nor transformers.
-
-    Args:
-        checkpoint: what is known before loading.
-        allow_pickle: allow weights in pickle form.
-    """
     _refuse_not_a_model(checkpoint)
     _refuse_quantized(checkpoint)
     _refuse_weights(checkpoint, allow_pickle)
+    _refuse_remote_code(checkpoint, trust_remote_code)
+    if not (encoders and is_encoder(checkpoint)):
+        refuse_not_causal(checkpoint)
+
+
+def _refuse_not_a_model(checkpoint: Checkpoint) -> None:
+    name = checkpoint.name
+    if "adapter_config.json" in checkpoint.files:
+        base = checkpoint.adapter.get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"{name} is an adapter (LoRA or similar) for {base}, not a model: merge it first with peft, "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), save the "
+            "tokenizer there too, and give that folder."
+        )
+    if not checkpoint.config:
+        raise ModelError(
+            f"{name} has no config.json, so it is no from_pretrained folder: give a folder written by "
+            "save_pretrained, a GGUF file, a hub id (org/name), or zoo/<name>. (A folder here hides a hub id "
+            "of the same name.)"
+        )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    parts = [config] + [part for part in config.values() if isinstance(part, dict)]
+    found = [part.get("quantization_config") or part.get("compression_config") for part in parts]
+    settings = next(filter(None, found), {"quant_method": "gptq"})
+    if not any(found) and "quantize_config.json" not in checkpoint.files:
+        return
+    method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "unknown")
+    raise ModelError(
+        f"{checkpoint.name} is quantized ({method}): its weights are codes, not the numbers that the "
+        "analysis is about. Give the checkpoint that it was made from, or dequantize it and save it in 16 "
+        "or 32 bits."
+    )
 
 
 def refuse_codes(name: str, entries: dict[str, dict]) -> None:
@@ -98,56 +99,23 @@ def refuse_codes(name: str, entries: dict[str, dict]) -> None:
             )
 
 
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint comes with a tokenizer's files.
-
-    Args:
-        checkpoint: what is known before loading.
-
-    Returns:
-        True if one of the usual files is there.
-    """
-    return any(name in checkpoint.files for name in _TOKENIZER_FILES)
-
-
-def _refuse_not_a_model(checkpoint: Checkpoint) -> None:
-    name = checkpoint.name
-    if "adapter_config.json" in checkpoint.files:
-        base = checkpoint.adapter.get("base_model_name_or_path") or "its base model"
-        raise ModelError(
-            f"{name} is an adapter (LoRA or similar) for {base}, not a model: merge it first with peft, "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), save the "
-            "tokenizer there too, and give that folder."
-        )
-    if checkpoint.config:
+def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
+    files = checkpoint.files
+    if INDEX in files or SINGLE in files:
         return
-    if any(file.endswith(".gguf") for file in checkpoint.files):
-        raise ModelError(f"{name} holds GGUF files, which are quantized: give the original checkpoint.")
-    raise ModelError(
-        f"{name} has no config.json, so it is no from_pretrained folder: give a folder written by "
-        "save_pretrained, a hub id (org/name), or zoo/<name>. (A folder here hides a hub id of the same "
-        "name.)"
-    )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    parts = [config] + [part for part in config.values() if isinstance(part, dict)]
-    for part in parts:
-        settings = part.get("quantization_config") or part.get("compression_config")
-        if settings:
-            method = settings.get("quant_method") or (
-                "bitsandbytes" if settings.get("load_in_4bit") else "unknown"
-            )
-            break
-    else:
-        if "quantize_config.json" not in checkpoint.files:
+    if PICKLE_INDEX in files or PICKLE_SINGLE in files:
+        if allow_pickle:
             return
-        method = "gptq"
+        raise ModelError(
+            f"{checkpoint.name} has its weights in pickle form only ({PICKLE_SINGLE}), which can run code "
+            f"while it is read. If you trust its author give {_how('allow_pickle')}; or save it once more as "
+            "safetensors."
+        )
+    found = [file for file in files if file.endswith((".h5", ".msgpack", ".safetensors", ".bin", ".pth"))]
     raise ModelError(
-        f"{checkpoint.name} is quantized ({method}): its weights are codes, not the numbers that the "
-        "analysis is about. Give the checkpoint that it was made from, or dequantize it and save it in 16 "
-        "or 32 bits."
+        f"{checkpoint.name} has no weights that can be loaded ({SINGLE} or {INDEX} is missing"
+        f"{', there is ' + ', '.join(found[:3]) if found else ''}): save it with save_pretrained, or fetch "
+        "it again."
     )
 
 
@@ -168,15 +136,13 @@ def _refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None
     )
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with a tokenizer's files."""
+    return any(name in checkpoint.files for name in _TOKENIZER_FILES)
+
+
 def is_encoder(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of a BERT-shaped kind, which sees the tokens on both sides.
-
-    Args:
-        checkpoint: what is known before loading.
-
-    Returns:
-        True for an encoder.
-    """
+    """Whether a checkpoint is of a BERT-shaped kind, which sees the tokens on both sides."""
     from transformers.models.auto import modeling_auto as auto
 
     config = checkpoint.config
@@ -185,22 +151,26 @@ def is_encoder(checkpoint: Checkpoint) -> bool:
     return masked and not both
 
 
-def _refuse_not_causal(checkpoint: Checkpoint) -> None:
+def refuse_not_causal(checkpoint: Checkpoint) -> None:
+    """Refuse what is no causal decoder of text, by a `ModelError`.
+
+    Args:
+        checkpoint: what is known before loading.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     config, name = checkpoint.config, checkpoint.name
     kind = config.get("model_type")
-    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if any(key in config for key in _OTHER_SENSES):
         _refuse_several_senses(checkpoint)
         return
-    if config.get("is_encoder_decoder") or (kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and
-                                            not config.get("is_decoder")):  # fmt: skip
+    pairs = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if config.get("is_encoder_decoder") or pairs:
         raise ModelError(
             f"{name} ({kind}) is an encoder-decoder: these analyses are about causal decoders only."
         )
-    encoder = is_encoder(checkpoint)
-    if encoder or (kind not in causal and not config.get("auto_map")):
+    known = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("auto_map")
+    if is_encoder(checkpoint) or not known:
         raise ModelError(
             f"{name} ({kind}) is no causal decoder: an encoder sees the tokens on both sides. Give a causal "
             "language model; the weight spectra (14 and 15) take encoders too."
@@ -214,37 +184,14 @@ def _refuse_several_senses(checkpoint: Checkpoint) -> None:
     kind = checkpoint.config.get("model_type")
     try:  # both mappings import on access, and do so by [] only
         settings = CONFIG_MAPPING[kind]
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[settings]
+        if MODEL_FOR_CAUSAL_LM_MAPPING[settings].config_class is settings.sub_configs.get("text_config"):
+            return
     except KeyError:
-        model = None
-    if model is not None and model.config_class is settings.sub_configs.get("text_config"):
-        return
+        pass
     raise ModelError(
         f"{checkpoint.name} ({kind}) takes images or sound as well as text. Save its text part as a model "
         "of its own and give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
         "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
         "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
         "the tokenizer there too."
-    )
-
-
-def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
-    files = checkpoint.files
-    if INDEX in files or SINGLE in files:
-        return
-    if PICKLE_INDEX in files or PICKLE_SINGLE in files:
-        if allow_pickle:
-            return
-        raise ModelError(
-            f"{checkpoint.name} has its weights in pickle form only ({PICKLE_SINGLE}), which can run code "
-            f"while it is read. If you trust its author give {_how('allow_pickle')}; or save it once more as "
-            "safetensors."
-        )
-    found = [
-        file for file in files if file.endswith((".h5", ".msgpack", ".gguf", ".safetensors", ".bin", ".pth"))
-    ]
-    raise ModelError(
-        f"{checkpoint.name} has no weights that can be loaded ({SINGLE} or {INDEX} is missing"
-        f"{', there is ' + ', '.join(found[:3]) if found else ''}): save it with save_pretrained, or fetch "
-        "it again."
     )
