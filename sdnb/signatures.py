@@ -19,6 +19,8 @@ even unrelated directions to within 28 to 66 degrees, since all models answer a 
 
 import functools
 import itertools
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +30,12 @@ from scipy.special import log_ndtr, logsumexp
 from torch import Tensor, nn
 
 from sdnb.activations import find_defect
+from sdnb.bar import progress
+from sdnb.checkpoint import locate
 from sdnb.decompose import angle_deg, log10_chance
 from sdnb.errors import ParameterError
+from sdnb.loading import load
+from sdnb.text import encode
 
 CHANCE = 1e-6
 """Two directions speak for a relation when unrelated ones come so close less often than this."""
@@ -172,7 +178,7 @@ class Alignment:
 
     @property
     def beyond_shuffled(self) -> float:
-        """(value - shuffled) / (1 - shuffled): hardly depends on the number of tokens, as the value does."""
+        """(value - shuffled) / (1 - shuffled), which depends on the number of tokens less than the value."""
         return (self.value - self.shuffled) / (1 - self.shuffled)
 
     def says(self, limits: tuple[float, float]) -> str | None:
@@ -196,7 +202,7 @@ def alignment(first: Tensor, second: Tensor, *, seed: int = 0) -> Alignment:
         The alignment.
     """
     A, B = (nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1) for E in (first, second))
-    size = (A.norm() * B.norm()).item()
+    size = (A.norm(dtype=torch.float64) * B.norm(dtype=torch.float64)).item()
     U, S, Vh = torch.linalg.svd(A.T @ B, full_matrices=False)
     order = torch.randperm(len(B), generator=torch.Generator().manual_seed(seed))
     shuffled = torch.linalg.svdvals(A.T @ B[order]).sum().item()
@@ -254,7 +260,7 @@ def log10_permutation_chance(first: Tensor, second: Tensor, angle: float) -> flo
     log_p, matched, variance = np.array(ways).T
     missing = np.cos(np.radians(angle)) - 1e-9 - matched
     tails = log_ndtr(-missing / np.sqrt(variance.clip(min=1e-30)))
-    return min(float(logsumexp(log_p + tails) + np.log(2)) / np.log(10), 0.0)
+    return min((logsumexp(log_p + tails) + np.log(2)).item() / math.log(10), 0.0)
 
 
 def compare_signatures(first: Signature, second: Signature, *, chance: float = CHANCE, seed: int = 0) -> dict:
@@ -285,7 +291,7 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     """
     if not 0 < chance < 1:
         raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
-    limit = float(np.log10(chance))
+    limit = math.log10(chance)
     row = {"first": first.name, "second": second.name} | dict.fromkeys(_NUMBERS)
     row |= _directions(first, second, limit) | _embeddings_of(first, second, seed)
     sizes = [x.embedding.shape[1] for x in (first, second)]
@@ -326,13 +332,38 @@ def related_groups(names: Sequence[str], pairs: Sequence[dict]) -> list[int]:
     return [numbers[group[name]] for name in names]
 
 
-def describe(names: Sequence[str], pairs: Sequence[dict], groups: Sequence[int]) -> str:
+def signature_command(args: object, **loading: object) -> int:
+    """Do what `sdnb signature` does: compare the models, two by two, and print what was found.
+
+    Args:
+        args: `models`, `text`, `max_lines`, `chance`, `json`.
+        loading: options of `sdnb.load`.
+
+    Returns:
+        0; a model without a high-norm token is no failure.
+    """
+    names, found = list(dict.fromkeys(args.models)), []
+    for name in names:
+        locate(name, loading.get("revision"))  # all of them, before the first is measured
+    for name in progress(names, desc="signatures"):
+        loaded = load(name, **loading)
+        found.append(signature(loaded, encode(loaded, args.text, max_lines=args.max_lines)))
+        del loaded
+    pairs = [compare_signatures(a, b, chance=args.chance) for a, b in itertools.combinations(found, 2)]
+    groups = related_groups(names, pairs)
+    values = {"names": names, "groups": groups, "pairs": pairs}
+    text = json.dumps(values, indent=1, ensure_ascii=False) if args.json else describe(**values)
+    print(text)  # noqa: T201
+    return 0
+
+
+def describe(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict]) -> str:
     """Write a comparison as text for a terminal: the groups, then the pairs, the surest first.
 
     Args:
         names: the models.
-        pairs: rows of `compare_signatures`.
         groups: of `related_groups`.
+        pairs: rows of `compare_signatures`.
 
     Returns:
         The text.

@@ -240,7 +240,7 @@ def test_groups_are_chains_and_the_text_names_everyone():
     for row in rows:
         row["verdict"] = "related" if (row["first"], row["second"]) in related else "undecided"
     assert related_groups("abcd", rows) == [1, 2, 1, 1] and related_groups("a", []) == [1]
-    lines = describe("abcd", rows, [1, 2, 1, 1]).splitlines()
+    lines = describe("abcd", [1, 2, 1, 1], rows).splitlines()
     assert len([line for line in lines if line.startswith(("related", "undecided"))]) == 6
 
 
