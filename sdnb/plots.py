@@ -103,8 +103,7 @@ def annotate(
     """
     figure = ax.figure
     figure.draw_without_rendering()  # so that the layout stands and texts have a size
-    renderer = figure.canvas.get_renderer()
-    taken = [text.get_window_extent(renderer) for text in ax.texts]
+    taken = [text.get_window_extent() for text in ax.texts]
     dots = [
         line.get_transform().transform(line.get_xydata()) for line in ax.lines if len(line.get_xdata()) > 2
     ]
@@ -120,8 +119,8 @@ def annotate(
         best = None
         for dx, dy, ha, va in _PLACES:
             note.set(position=(dx, dy), ha=ha, va=va)
-            box = note.get_window_extent(renderer).padded(1.0)
-            cost = sum(_shared(box, other) for other in taken) + _outside(box, ax.get_window_extent(renderer))
+            box = note.get_window_extent().padded(1.0)
+            cost = sum(_shared(box, other) for other in taken) + _outside(box, ax.get_window_extent())
             cost += 20 * int(((dots > box.min) & (dots < box.max)).all(axis=1).sum())
             if best is None or cost < best[0]:
                 best = cost, (dx, dy, ha, va), box

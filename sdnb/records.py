@@ -138,7 +138,7 @@ def read_record(template: str, model: object, results_dir: str | Path = "results
 
     path = _path(results_dir, model, template)
     for _ in range(_TRIES):  # a writer may come between the two reads
-        content = _read_json(path)
+        content = read_json(path)
         data = _read_arrays(path, content)
         if data is not None:
             break
@@ -280,7 +280,7 @@ def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.Data
         )
     rows = []
     for folder in folders:
-        records = {name: _read_json(root / folder / f"{name}.json") for name in there[folder]}
+        records = {name: read_json(root / folder / f"{name}.json") for name in there[folder]}
         origins = [record["provenance"] for record in records.values()]
         if models is None and not any(origin.get("fingerprint") for origin in origins):
             continue  # records over several models, or without any
@@ -563,12 +563,13 @@ def _png(figure: object) -> bytes:
 def _named_hash(path: Path) -> str | None:
     """The hash of the arrays that the present JSON names, or None."""
     try:
-        return (_read_json(path)["arrays"] or {}).get("sha256")
+        return (read_json(path)["arrays"] or {}).get("sha256")
     except RecordError:
         return None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A record's JSON file as it is; what is missing or damaged is a `RecordError`."""
     if not path.is_file():
         raise RecordError(f"There is no record {path}: run the notebook {path.stem} on this model first.")
     try:
@@ -598,7 +599,7 @@ def _read_arrays(path: Path, content: dict) -> bytes | None:
 def _refuse_other_model(path: Path, origin: dict) -> None:
     """Two models whose folders have the same name must not overwrite each other's records."""
     try:
-        old = _read_json(path)["provenance"]
+        old = read_json(path)["provenance"]
     except RecordError:
         return
     if old.get("model") and not any(old.get(key) == origin.get(key) for key in ("model", "fingerprint")):

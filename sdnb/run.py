@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -94,7 +95,7 @@ class Cell:
     def reads_records(self) -> bool:
         """Whether it reads what the other notebooks write, and so runs after them."""
         text = self.source.read_text(encoding="utf-8")
-        return "records.summary(" in text or "records.stored(" in text
+        return re.search(r"\b(records|sdnb)\.(summary|stored)\(", text) is not None
 
     def note(self) -> dict:
         """What the executed notebook says of its run: key, files, seconds, finished, machine."""

@@ -11,9 +11,9 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
-from sdnb import records
 from sdnb.checkpoint import slug_of
 from sdnb.errors import SdnbError
+from sdnb.records import entry, read_json
 
 LOGGER = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"
@@ -23,75 +23,40 @@ RECORDS = "records"  # where `sdnb book` stages them
 class RecordRole(SphinxRole):
     """``{record}`01_high_norm_tokens:peak_ratio:.1f` ``: a number from a record of the book, formatted.
 
-    Within a key, `[i]` is a list's entry, `[name=value,...]` the first of its objects that says so, and `.`
-    goes one deeper: `rows[1].perplexity`. `key@layers` is the entry of a per-layer list at the first layer
-    that the record's list `layers` names. The page shows the source when the pointer rests on the number.
-    What is missing is a warning, and so a failed build.
+    The key is a pointer as `sdnb.records.entry` reads it. The page shows the source when the pointer rests on
+    the number. What is missing is a warning, and so a failed build.
 
-    `zoo/neox/01_high_norm_tokens:...` reads the record of another model. A build without that record shows a
-    dash, and so does a number that the model does not have.
+    `zoo/neox/01_high_norm_tokens:...` reads the record of another model than that of the notebook's page. A
+    number that this model does not have shows a dash, and so do records that are not in a build of only some
+    of the book's models.
     """
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Return the number as an abbreviation whose explanation names its record."""
         name, key, form = [*self.text.split(":", 2), "", ""][:3]
         model, _, template = name.rpartition("/")
-        folder = Path(self.env.srcdir, RECORDS, slug_of(model) if model else "")
-        path = folder / f"{template}.json"
+        records = Path(self.env.srcdir, RECORDS)
+        path = records / (slug_of(model) if model else "main") / f"{template}.json"
         # A dependency that is missing would have the page read again each time; with it, its page would come.
         self.env.note_dependency(str(path) if path.is_file() else "_toc.yml")
-        if model and template in records.SCHEMAS and not path.is_file():
+        if not path.is_file() and (records / "partial").exists():
             return [nodes.abbreviation(self.rawtext, "–", explanation=f"{name}: not in this build")], []
         try:
-            record = records.read(folder.parent, folder.name, template)
-            shown = self.formatted(record.values, key, form, or_none=bool(model))
+            content = read_json(path)
+            shown = formatted(content, key, form, or_none=bool(model))
         except (SdnbError, KeyError, IndexError, ValueError, TypeError) as problem:
             LOGGER.warning("no number for {record}`%s`: %s", self.text, problem, location=self.get_location())
             return [], []
-        source = f"{template}: {key}, {record.provenance.get('model', 'no single model')}"
+        source = f"{template}: {key}, {content['provenance'].get('model') or 'no model'}"
         return [nodes.abbreviation(self.rawtext, shown, explanation=source)], []
 
-    @staticmethod
-    def formatted(values: dict, key: str, form: str, or_none: bool) -> str:
-        """The number as text, or a dash where there is none and that is allowed."""
-        if or_none and "@" in key and not values[key.split("@")[1]]:
-            return "–"
-        number = entry(values, key)
-        return "–" if number is None and or_none else format(number, form)
 
-
-def entry(values: dict, key: str) -> object:
-    """Return what a key names in a record: `key`, `key[i]`, `key[name=value].inner`, or `key@layers`.
-
-    Args:
-        values: a record's values.
-        key: names joined by dots, each with indices behind it if need be; `@layers` takes the entry of a
-            per-layer list at the first layer of another list.
-
-    Returns:
-        The value.
-
-    Raises:
-        KeyError: no such key, or no layer in the list that `@` names.
-    """
-    key, _, layers = key.partition("@")
-    found = values
-    for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
-        wanted = dict(part.split("=") for part in inside.split(",") if "=" in part)
-        if name:
-            found = found[name]
-        elif wanted:
-            fits = (row for row in found if all(str(row[key]) == value for key, value in wanted.items()))
-            found = next(fits, None)
-            if found is None:
-                raise KeyError(f"no {inside}")
-        else:
-            found = found[int(inside)]
-    if layers:
-        if not values[layers]:
-            raise KeyError(f"{layers} is empty")
-        found = found[values[layers][0] - 1]
-    return found
+def formatted(values: dict, key: str, form: str, or_none: bool) -> str:
+    """A number of a record as text, or a dash where there is none and that is allowed."""
+    if or_none and "@" in key and not values[key.split("@")[1]]:
+        return "–"
+    number = entry(values, key)
+    return "–" if number is None and or_none else format(number, form)
 
 
 def ship_mathjax(app: Sphinx) -> None:

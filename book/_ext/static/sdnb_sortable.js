@@ -1,7 +1,12 @@
-/* Heads of a table.sdnb-sortable become buttons that sort its lines: once upwards, again downwards. */
+/* Heads of a table.sortable become buttons that sort its lines: once upwards, again downwards. */
 document.addEventListener("DOMContentLoaded", () => {
-  for (const table of document.querySelectorAll("table.sdnb-sortable")) {
-    const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  for (const table of document.querySelectorAll("table.sortable")) {
+    /* pandas writes the name of the first column into a row of its own */
+    const rows = [...table.tHead.rows].map((row) => [...row.cells]);
+    const named = (row) => row.filter((cell) => cell.textContent.trim() !== "").length;
+    const heads = rows.reduce((best, row) => (named(row) > named(best) ? row : best));
+    if (heads[0].textContent.trim() === "") heads[0].textContent = rows.at(-1)[0].textContent;
+    rows.filter((row) => row !== heads).forEach((row) => row[0].parentElement.remove());
     heads.forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -20,11 +25,12 @@ document.addEventListener("DOMContentLoaded", () => {
     table.tBodies[0].append(...lines.map((entry) => entry.line));
   }
 
-  /* The full number where a cell has one; null where it is empty. */
+  /* A number where a cell holds one; null where it is empty or a dash. */
   function valueOf(cell) {
-    const text = cell.dataset.value ?? cell.textContent.trim();
-    if (text === "") return null;
-    return Number.isNaN(Number(text)) ? text : Number(text);
+    const text = cell.textContent.trim();
+    if (["", "–"].includes(text)) return null;
+    const number = Number(text.replaceAll(",", ""));
+    return Number.isNaN(number) ? text : number;
   }
 
   /* Numbers by size, before texts by alphabet; what is missing stays at the end either way. */

@@ -1,0 +1,450 @@
+"""`sdnb book`: lay executed notebooks, prose and records side by side, and build the pages strictly.
+
+Papermill has run the notebooks, Sphinx only renders them. A notebook of the table of contents has its page
+at the path of its template, by the first model that lists it; further models' pages stand under `models/`,
+outside the side bar, and are reached by links. What a build does not compute may be stored in `book/stored`,
+with hashes of the code and of the weights that it belongs to.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdnb.checkpoint import locate
+from sdnb.errors import RecordError, SdnbError
+from sdnb.files import atomic_write, content_hash
+from sdnb.run import NO_MODEL, Model, pick, templates_in
+
+_CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
+_DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
+_GALLERY, _STATUS = "<!-- cards -->", "<!-- pages -->"
+_THUMBNAIL = 480
+
+
+@dataclass(frozen=True)
+class Page:
+    """A notebook's page: model and folder of results, template, staged path without ending, executed file."""
+
+    model: str
+    slug: str
+    template: str
+    name: str
+    executed: Path
+    stored_on: str | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether it stands at the path of its template."""
+        return self.name.startswith("notebooks/")
+
+    @property
+    def files(self) -> list[Path]:
+        """The record and its arrays."""
+        found = (self.executed.with_suffix(ending) for ending in (".json", ".safetensors"))
+        return [path for path in found if path.is_file()]
+
+
+def make(models: list[Model], results: Path, out: Path) -> Path:
+    """Stage the book of some models and build it.
+
+    Args:
+        models: the models; main pages are those of the first that lists a notebook.
+        results: folder of all results.
+        out: the folder whose `_build/html` receives the pages.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        RecordError: a model has no results.
+    """
+    for model in models:
+        if not (results / model.slug).is_dir():
+            order = f"sdnb run {model.name} --results-dir {results}"
+            raise RecordError(f"{results / model.slug} does not exist: first `{order}`")
+    source = out / "_build" / "source"
+    stage(staged_files(checkout(), results, models), source)
+    return build(source, out)
+
+
+def checkout() -> Path:
+    """The root of the checkout that this package was installed from."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "_toc.yml").is_file():
+        raise SdnbError(f"no _toc.yml in {root}: the book builds from a git checkout only (pip install -e .)")
+    return root
+
+
+def build(source: Path, out: Path) -> Path:
+    """Build the staged book with Jupyter Book; any warning is an error.
+
+    Args:
+        source: the staging folder.
+        out: the folder whose `_build/html` receives the pages.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        SdnbError: Jupyter Book is not there, warned, failed, or left a page out.
+    """
+    command = Path(sys.executable).with_name("jupyter-book")
+    if not command.exists():
+        raise SdnbError("Jupyter Book is not installed: pip install -e '.[notebooks,book]'")
+    words = [command, "build", source, "-n", "-W", "--keep-going", "-q", "--path-output", out]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    html = out / "_build" / "html"
+    missing = [page for page in toc_pages(source / "_toc.yml") if not (html / f"{page}.html").is_file()]
+    if done.returncode or missing:
+        # Pages that were read with a warning would not be read again, and their warnings not be seen.
+        shutil.rmtree(out / "_build" / ".doctrees", ignore_errors=True)
+        absent = f"\npages that are missing: {', '.join(missing)}" if missing else ""
+        raise SdnbError(f"the book does not build:\n{done.stdout}{done.stderr}{absent}")
+    return html / "index.html"
+
+
+def stage(files: dict[str, Path | bytes], folder: Path) -> None:
+    """Make a folder hold exactly these files, and write only those that differ.
+
+    Args:
+        files: staged path -> file or content, as from `staged_files`.
+        folder: the staging folder.
+    """
+    for old in [path for path in folder.rglob("*") if path.is_file()]:
+        if old.relative_to(folder).as_posix() not in files and old.suffix != ".pyc":
+            old.unlink()
+    for name, source in files.items():
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        target = folder / name
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+
+def toc_pages(toc: Path) -> list[str]:
+    """The pages that a table of contents names, without their endings, root first."""
+    from sphinx_external_toc.parsing import parse_toc_yaml
+
+    return list(parse_toc_yaml(toc))
+
+
+# --- what is staged
+
+
+def staged_files(root: Path, results: Path, models: list[Model]) -> dict[str, Path | bytes]:
+    """Say what the staged book consists of.
+
+    Args:
+        root: the checkout.
+        results: folder of all results, with executed notebooks, records and figures.
+        models: those of the book.
+
+    Returns:
+        Staged path -> the file that is copied there, or its content. A `RecordError` says that a notebook of
+        a model's list was not run, or that a stored one no longer matches.
+    """
+    paths = [root / "_config.yml", root / "_toc.yml", *(root / "book").rglob("*")]
+    paths += [path for name in _CARDS for path in (root / "zoo").glob(name)]
+    found = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    out = ("book/stored/", "zoo/runs/")
+    files: dict[str, Path | bytes] = {
+        name: path for name, path in found.items() if path.suffix != ".pyc" and not name.startswith(out)
+    }
+    everything = pages(root, results, models)
+    contents = {page: json.loads(_bare(page.executed, results)) for page in everything}
+    for page in everything:
+        if page.stored_on:
+            _take_prose(contents[page], root / "notebooks" / f"{page.template}.ipynb")
+        others = [other for other in everything if other.template == page.template]
+        files[f"{page.name}.ipynb"] = _page(contents[page], page, others)
+        for folder in (page.slug, *(["main"] if page.main else [])):
+            files |= {f"records/{folder}/{path.name}": path for path in page.files}
+    main = {page.template: page for page in everything if page.main}
+    for template in _notebooks_of(root / "_toc.yml"):
+        if template not in main:  # only some of the book's models: references to it must lead somewhere
+            files["records/partial"] = b""
+            files[f"notebooks/{template}.md"] = _placeholder(root, template)
+    for name, mark, text in (
+        ("gallery", _GALLERY, _gallery(list(main.values()), contents, files)),
+        ("status", _STATUS, _status(everything)),
+    ):
+        page_text = (root / "book" / f"{name}.md").read_text(encoding="utf-8")
+        files[f"book/{name}.md"] = page_text.replace(mark, text).encode()
+    figures = [
+        path for page in main.values() for path in page.executed.parent.glob(f"{page.template[:2]}_*.png")
+    ]
+    return files | {f"book/figures/{path.name}": path for path in figures}
+
+
+def pages(root: Path, results: Path, models: list[Model]) -> list[Page]:
+    """The pages of a book, those at the path of a template first.
+
+    Args:
+        root: the checkout.
+        results: folder of all results.
+        models: those of the book.
+
+    Returns:
+        The pages, in the order of the table of contents, then model by model.
+
+    Raises:
+        RecordError: a notebook of a model's list was not run.
+    """
+    there, listed = templates_in(root / "notebooks"), _notebooks_of(root / "_toc.yml")
+    found: dict[str, list[Page]] = {name: [] for name in listed}
+    for model in models:
+        chosen = (
+            [path.stem for path in pick(there, model.notebooks)]
+            if model.notebooks
+            else [path.stem for path in there if (results / model.slug / path.name).is_file()]
+        )
+        for name in chosen:
+            slug, label = model.slug, model.label
+            executed = results / slug / f"{name}.ipynb"
+            if not executed.is_file() and (results / NO_MODEL / executed.name).is_file():
+                slug, label, executed = NO_MODEL, "no model", results / NO_MODEL / executed.name
+            if not executed.is_file():
+                raise RecordError(f"{executed} is missing: first `sdnb run` this notebook on {model.label}")
+            own = found.setdefault(name, [])
+            first = name in listed and not own
+            own.append(
+                Page(label, slug, name, f"{'notebooks' if first else f'models/{slug}'}/{name}", executed)
+            )
+    for name in [name for name in listed if not found[name]]:
+        found[name] = [_kept(root, path) for path in (root / "book" / "stored").glob(f"*/{name}.stored.json")]
+    flat = [page for group in found.values() for page in group]
+    return sorted(flat, key=lambda page: not page.main)
+
+
+def _notebooks_of(toc: Path) -> list[str]:
+    return [Path(name).name for name in toc_pages(toc) if name.startswith("notebooks/")]
+
+
+def _bare(notebook: Path, results: Path) -> str:
+    """An executed notebook without the machine that it ran on: no timings, no path of the results' folder."""
+    content = json.loads(notebook.read_text(encoding="utf-8").replace(str(results.resolve()), str(results)))
+    for part in (content, *content["cells"]):
+        for key in ("papermill", "sdnb"):
+            part["metadata"].pop(key, None)
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _page(content: dict, page: Page, others: list[Page]) -> bytes:
+    """An executed notebook as a page: its model in the title of a further page, links and downloads below."""
+    first, heads = content["cells"][0], []
+    if not page.main:
+        content["metadata"]["orphan"] = True  # no place in the side bar
+        lines = "".join(first["source"]).splitlines(keepends=True)
+        first["source"] = [f"{lines[0].rstrip()} · {page.model}\n", *lines[1:]]
+    if page.stored_on:
+        heads.append(
+            ":::{admonition} A stored result\n:class: note stored\n"
+            f"This page was computed on {page.stored_on}, not in this build: running it takes too long to be "
+            "repeated every time. The model's weights and the code of the notebook are those it was computed "
+            f"with. `sdnb run MODEL --notebooks {page.template[:2]}` computes it again.\n:::"
+        )
+    same = [
+        f"**{other.model}**" if other == page else f"{{doc}}`{other.model} </{other.name}>`"
+        for other in others
+    ]
+    endings = {".json": "its record", ".safetensors": "its arrays"}
+    loads = [f"{{download}}`the notebook </{page.name}.ipynb>`"]
+    loads += [f"{{download}}`{endings[p.suffix]} </records/{page.slug}/{p.name}>`" for p in page.files]
+    also = f"This page on {' · '.join(same)}. " if len(others) > 1 else ""
+    heads.append(f":::{{div}} page-line\n{also}Download {', '.join(loads)}.\n:::")
+    new = {"cell_type": "markdown", "metadata": {}}
+    new = [new | {"source": text, "id": f"staged-{n}"} for n, text in enumerate(heads)]
+    content["cells"][1:1] = new
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    return (text if page.main else _DOC.sub(_from_root, text)).encode()
+
+
+def _from_root(found: re.Match) -> str:
+    """A reference of a template as it reads from any folder: to the main page."""
+    words, target = found.groups()
+    if target.startswith("/"):
+        return found.group(0)
+    parts: list[str] = []
+    for part in ("notebooks", *target.split("/")):
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    place = f"/{'/'.join(parts)}"
+    return "{doc}" + (f"`{words}<{place}>`" if words else f"`{place}`")
+
+
+def _placeholder(root: Path, template: str) -> bytes:
+    content = json.loads((root / "notebooks" / f"{template}.ipynb").read_text(encoding="utf-8"))
+    return (
+        f"# {_title(content)}\n\nThis page is not part of this build: "
+        f"`sdnb run MODEL --notebooks {template.partition('_')[0]}` makes it.\n"
+    ).encode()
+
+
+def _title(content: dict) -> str:
+    return "".join(content["cells"][0]["source"]).splitlines()[0].lstrip("# ")
+
+
+def _gallery(main: list[Page], contents: dict[Page, dict], files: dict[str, Path | bytes]) -> str:
+    """One card a page: a thumbnail of its first figure, which joins the staged files, and its claim."""
+    cards = []
+    for page in main:
+        picture, options = _first_picture(contents[page]), f":link: /{page.name}\n:link-type: doc\n"
+        if picture:
+            files[f"book/thumbnails/{page.template}.png"] = _thumbnail(picture)
+            options += f":img-top: thumbnails/{page.template}.png\n:img-alt: {_title(contents[page])}\n"
+        cards.append(
+            f":::{{grid-item-card}} {_title(contents[page])}\n{options}\n{_claim(contents[page])}\n:::"
+        )
+    return "::::{grid} 1 2 3 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n::::\n"
+
+
+def _claim(content: dict) -> str:
+    """The first sentence below a notebook's title, without its citation."""
+    text = " ".join("".join(content["cells"][0]["source"]).splitlines()[1:])
+    text = re.sub(r"\s*\(?\{cite:\w+\}`[^`]*`\)?", "", text.replace("**Claim.**", "")).strip()
+    return re.split(r"(?<=[.?!]) ", text)[0] if text else ""
+
+
+def _first_picture(content: dict) -> bytes | None:
+    for cell in content["cells"]:
+        for output in cell.get("outputs", []):
+            picture = output.get("data", {}).get("image/png")
+            if picture:
+                return base64.b64decode("".join(picture))
+    return None
+
+
+def _thumbnail(picture: bytes) -> bytes:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.quantize(128).save(file, "PNG")
+    return file.getvalue()
+
+
+def _status(everything: list[Page]) -> str:
+    """A table: page, model, when it was run, on what machine, how long it took."""
+    lines = ["| page | model | run on (UTC) | machine | seconds |", "|---|---|---|---|---|"]
+    for page in everything:
+        note = json.loads(page.executed.read_text(encoding="utf-8"))["metadata"].get("sdnb", {})
+        record = page.executed.with_suffix(".json")
+        origin = json.loads(record.read_text(encoding="utf-8"))["provenance"] if record.is_file() else {}
+        when = page.stored_on or note.get("finished", "")[:16].replace("T", " ")
+        machine = note.get("machine") or origin.get("device_name") or ""
+        took = "stored" if page.stored_on else note.get("seconds", "")
+        lines.append(
+            f"| {{doc}}`{page.template} </{page.name}>` | {page.model} | {when} | {machine} | {took} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# --- stored results
+
+
+def store(results: Path, slug: str, template: Path) -> Path:
+    """Put a run's result into `book/stored`.
+
+    Args:
+        results: folder of all results.
+        slug: the model's folder in it.
+        template: the notebook's template.
+
+    Returns:
+        The folder that holds it.
+
+    Raises:
+        RecordError: it was not run, or not with this template, or its record names no single model.
+    """
+    executed, name = results / slug / template.name, template.stem
+    if not executed.is_file():
+        raise RecordError(f"{executed} is missing: first `sdnb run` this notebook")
+    origin = _json(executed.with_suffix(".json"))["provenance"]
+    text = _bare(executed, results)
+    if _code_hash(json.loads(text)) != _code_hash(_json(template)):
+        raise RecordError(f"{executed} was run with another {template.name}: run it again")
+    if not origin.get("fingerprint"):
+        raise RecordError(f"the record of {name} names no single model, so it cannot be stored")
+    text = text.replace(str(results), "results") if results.is_absolute() else text
+    parts = {f"{name}.ipynb": text.encode() + b"\n"}
+    for path in (executed.with_suffix(ending) for ending in (".json", ".safetensors")):
+        parts |= {path.name: path.read_bytes()} if path.is_file() else {}
+    note = {key: origin[key] for key in ("model", "revision", "dtype", "fingerprint", "written")}
+    hashes = {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
+    weights = _weights_hash(origin["model"], origin["revision"])
+    note |= {"code": _code_hash(json.loads(text)), "weights": weights, "files": hashes}
+    folder = template.parent.parent / "book" / "stored" / slug
+    for path in folder.glob(f"{name}.*"):
+        path.unlink()
+    for part, data in (parts | {f"{name}.stored.json": (json.dumps(note, indent=1) + "\n").encode()}).items():
+        atomic_write(folder / part, data)
+    return folder
+
+
+def _kept(root: Path, path: Path) -> Page:
+    """The page of a stored result, which must still match the template's code and the model's weights."""
+    name, note = path.name.removesuffix(".stored.json"), _json(path)
+    again = f"run {name} again and `sdnb book --store {name[:2]}`"
+    damaged = [
+        part for part, mark in note["files"].items()
+        if not (path.parent / part).is_file() or content_hash(path.parent / part) != mark
+    ]  # fmt: skip
+    if damaged:
+        raise RecordError(
+            f"{', '.join(damaged)} in {path.parent} is not as it was stored: restore it, or {again}"
+        )
+    if _code_hash(_json(root / "notebooks" / f"{name}.ipynb")) != note["code"]:
+        raise RecordError(f"the stored result in {path.parent} belongs to older code of {name}: {again}")
+    if _weights_hash(note["model"], note["revision"]) != note["weights"]:
+        raise RecordError(
+            f"the stored result of {name} was computed with other weights of {note['model']}: {again}"
+        )
+    return Page(
+        note["model"],
+        path.parent.name,
+        name,
+        f"notebooks/{name}",
+        path.with_name(f"{name}.ipynb"),
+        note["written"][:10],
+    )
+
+
+def _take_prose(content: dict, template: Path) -> None:
+    """Prose may have changed since a result was stored; it is the template's."""
+    prose = [cell["source"] for cell in _json(template)["cells"] if cell["cell_type"] == "markdown"]
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = prose.pop(0)
+
+
+def _code_hash(notebook: dict) -> str:
+    """SHA-256 over the source of code cells and the places of prose; injected parameters do not count."""
+    cells = [
+        [cell["cell_type"], "".join(cell["source"]) if cell["cell_type"] == "code" else None]
+        for cell in notebook["cells"]
+        if "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def _weights_hash(model: str, revision: str | None) -> str:
+    """SHA-256 over a local model's weights, or the commit of one on the hub."""
+    found = locate(model, revision)
+    if found.folder is None:
+        return str(found.revision)
+    weights = [name for name in found.files if name.endswith((".safetensors", ".gguf", ".bin"))]
+    return hashlib.sha256("".join(content_hash(found.folder / name) for name in weights).encode()).hexdigest()
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from error
