@@ -1,14 +1,14 @@
 """Where a model's files are, and what can be known about them before any weight is read.
 
-A model's name is a folder, a GGUF file, `zoo/<name>`, an id on the Hugging Face hub, or `org/repo:FILE.gguf` and
-`org/repo:Q4_K_M` for one GGUF file of a repository. Nothing here imports torch.
+A model's name is a folder, a GGUF file, `zoo/<name>`, an id on the Hugging Face hub, or `org/repo:FILE.gguf`
+and `org/repo:Q4_K_M` for one GGUF file of a repository. Nothing here imports torch.
 """
 
 import hashlib
 import json
 import logging
+import math
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,8 @@ from sdnb.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_POINTER = "pointer.json"  # to the file of an installed package
+_DESCRIPTIONS = ("config.json", "adapter_config.json", _POINTER)
 _SMALL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -72,6 +74,17 @@ def zoo_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "zoo"
 
 
+def _local(name: str) -> Path | None:
+    """The file or folder that a model's name stands for; None for a hub id, or where nothing is there."""
+    path = path_of(name)
+    if not name.startswith("zoo/"):
+        return path.resolve() if path is not None and path.exists() else None
+    for place in (path, path_of(str(zoo_folder() / name.removeprefix("zoo/")))):
+        if place is not None and any((place / key).is_file() for key in _DESCRIPTIONS):
+            return place.resolve()  # a folder zoo/... here that is no model does not hide the project's
+    return None
+
+
 def slug_of(name: str, revision: str | None = None) -> str:
     """Name a model's folder of results: `org__name` in lower case, with `@revision` if one was asked for.
 
@@ -85,29 +98,25 @@ def slug_of(name: str, revision: str | None = None) -> str:
     Returns:
         A name of letters, digits and `._@-`.
     """
-    path, zoo = path_of(name), zoo_folder()
-    local = path.resolve() if path is not None and path.exists() else None
+    local, digest = _local(name), ""
     cached = re.search(r"/models--(.+?)/snapshots/[^/]+/?(.*)$", (local or Path(name)).as_posix())
-    digest = ""
     if cached:
         parts = [*cached.group(1).split("--"), *cached.group(2).split("/")]
-    elif local is not None and local.is_relative_to(zoo) and local != zoo:
-        parts = ["zoo", *local.relative_to(zoo).parts]
+    elif local is not None and local.is_relative_to(zoo_folder()):
+        parts = ["zoo", *local.relative_to(zoo_folder()).parts]
     elif local is not None:
         parts = local.parts[-2:]
         digest = "-" + hashlib.sha256(str(local).encode("utf-8", "surrogateescape")).hexdigest()[:6]
     else:
-        parts = name.split("/")
+        parts = re.split("[/:]", name)
     slug = "__".join(filter(None, parts)) + (f"@{revision}" if revision else "")
     return re.sub(r"[^a-z0-9._@-]+", "-", slug.lower()).lstrip(".-")[-120:] + digest or "model"
 
 
 def title_of(name: str) -> str:
     """A short name for figures: the last part of a local path, any other name as it is."""
-    path = path_of(name)
-    if path is None or not path.exists() or name.startswith("zoo/"):
-        return name
-    return path.resolve().name.removesuffix(".gguf")
+    local = None if name.startswith("zoo/") else _local(name)
+    return local.name.removesuffix(".gguf") if local else name
 
 
 def locate(name: str, revision: str | None = None) -> Checkpoint:
@@ -126,33 +135,32 @@ def locate(name: str, revision: str | None = None) -> Checkpoint:
     """
     if not name.strip():
         raise ModelError("MODEL is empty: give a hub id, a folder, a GGUF file or zoo/<name>.")
-    path, wanted = path_of(name), ""
-    if name.startswith("zoo/") and (path is None or not path.exists()):
-        path = _in_zoo(name)
-    elif path is None or not path.exists():
+    path, wanted = _local(name), ""
+    if path is None and name.startswith("zoo/"):
+        _refuse_zoo(name)
+    if path is None:
         before, _, wanted = name.rpartition(":")
-        path = path_of(before) if before and "\0" not in before else None
-        if path is None or not path.is_dir():
+        path = _local(before) if before else None
+        if path is None or path.is_file():
             return _on_hub(name, before or name, wanted if before else "", revision)
     if revision is not None:
         raise ModelError(
             f"{name} is local and has no revisions, but revision={revision!r} was asked for: leave "
             "revision at null, or give the hub id."
         )
-    path = path.resolve()
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
-            f"{name} is a file, but no .gguf: give the folder that holds config.json, the weights and the "
+            f"{name} is a file, and no .gguf: give the folder that holds config.json, the weights and the "
             "tokenizer."
         )
     if path.is_file():
         return Checkpoint(name, str(path.parent), (_choose(name, [path.name], path.name),), {})
-    if (path / "pointer.json").is_file():
-        return _pointed_at(name, _read_json(path / "pointer.json"))
+    if (path / _POINTER).is_file():
+        return _pointed_at(name, _read_json(path / _POINTER))
     files = tuple(sorted(file.name for file in path.iterdir() if file.is_file()))
     if wanted or _only_gguf(files):
         return Checkpoint(name, str(path), (_choose(name, files, wanted),), {})
-    config, adapter = (_read_json(path / key) for key in ("config.json", "adapter_config.json"))
+    config, adapter = (_read_json(path / key) for key in _DESCRIPTIONS[:2])
     return Checkpoint(name, str(path), files, config, None, adapter)
 
 
@@ -167,13 +175,14 @@ def _choose(name: str, files: Iterable[str], wanted: str) -> str:
     files = sorted(file for file in files if file.endswith(".gguf"))
     hits = [file for file in files if file == wanted]
     if not hits and wanted:
-        hits = [f for f in files if re.search(rf"(^|[-._/]){re.escape(wanted)}(?=[-./]|$)", f, re.IGNORECASE)]
+        part = rf"(^|[-._/]){re.escape(wanted)}(?=[-./]|$)"  # Q4_0 is no part of IQ4_0 or Q4_0_4_4
+        hits = [file for file in files if re.search(part, file, re.IGNORECASE)]
     elif not hits:  # not the image part that comes beside the text part
         hits = [file for file in files if not file.rpartition("/")[2].startswith("mmproj")]
     if any(re.search(r"-\d{5}-of-\d{5}\.gguf$", file) for file in hits):
         raise ModelError(
             f"{name} is a GGUF file in several shards ({', '.join(hits[:3])}), which cannot be read: merge "
-            "them first with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
+            "them with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
         )
     if len(hits) == 1:
         return hits[0]
@@ -183,7 +192,7 @@ def _choose(name: str, files: Iterable[str], wanted: str) -> str:
     )
 
 
-def _in_zoo(name: str) -> Path:
+def _refuse_zoo(name: str) -> None:
     zoo = zoo_folder()
     if not zoo.is_dir():
         raise ModelError(
@@ -191,17 +200,8 @@ def _in_zoo(name: str) -> Path:
             "installed outside a checkout. Clone the repository and install from it (pip install -e .), or "
             "give the path of the model's folder."
         )
-    folder = path_of(str(zoo / name.removeprefix("zoo/")))
-    if folder is None or not any((folder / key).is_file() for key in ("config.json", "pointer.json")):
-        there = sorted(
-            f"zoo/{path.parent.name}"
-            for key in ("config.json", "pointer.json")
-            for path in zoo.glob(f"*/{key}")
-        )
-        raise ModelError(
-            f"There is no model {name}; there are: {', '.join(there) or 'none, train one first'}."
-        )
-    return folder
+    there = sorted(f"zoo/{path.parent.name}" for key in _DESCRIPTIONS for path in zoo.glob(f"*/{key}"))
+    raise ModelError(f"There is no model {name}; there are: {', '.join(there) or 'none, train one first'}.")
 
 
 def _pointed_at(name: str, pointer: dict) -> Checkpoint:
@@ -243,34 +243,23 @@ def _on_hub(name: str, repo: str, wanted: str, revision: str | None) -> Checkpoi
             f"There is no folder or file {name}, and it is no hub id (org/name) either: check the spelling."
         )
     with _hub_errors(repo, revision):
-        files, commit = _listing(repo, revision)
-        if wanted or ("config.json" not in files and _only_gguf(files)):
-            return Checkpoint(name, repo, (_choose(name, files, wanted),), {}, commit)
-        from huggingface_hub import hf_hub_download
-
-        small = ("config.json", "adapter_config.json")
-        here = [Path(hf_hub_download(repo, key, revision=commit)) if key in files else None for key in small]
-    config, adapter = (_read_json(path) if path else {} for path in here)
+        folder, files = _small_files(repo, revision)
+        if wanted or (_DESCRIPTIONS[0] not in files and _only_gguf(files)):
+            return Checkpoint(name, repo, (_choose(name, files, wanted),), {}, folder.name)
+    config, adapter = (_read_json(folder / key) for key in _DESCRIPTIONS[:2])
     files = tuple(sorted(file for file in files if "/" not in file))
-    return Checkpoint(name, repo, files, config, commit, adapter)
+    return Checkpoint(name, repo, files, config, folder.name, adapter)
 
 
-def _listing(repo: str, revision: str | None) -> tuple[list[str], str]:
-    """The files of a repository and its commit; where the hub cannot be reached the local cache answers."""
+def _small_files(repo: str, revision: str | None) -> tuple[Path, list[str]]:
+    """A repository's descriptions in a folder of the local cache, named by the commit, and all of its files."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_DESCRIPTIONS[:2]))
     try:
-        info = HfApi().model_info(repo, revision=revision)
-        return [file.rfilename for file in info.siblings], info.sha
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-        raise
-    except (
-        errors.HfHubHTTPError.__bases__
-    ):  # whatever HTTP library the client uses, its errors are among them
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        return [
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-        ], folder.name
+        return folder, HfApi().list_repo_files(repo, revision=folder.name)
+    except errors.HfHubHTTPError.__bases__:  # no network, whatever library the client uses: what the cache holds
+        return folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def fetch(checkpoint: Checkpoint, pickles: bool = False, weights: bool = True) -> Checkpoint:
@@ -307,25 +296,26 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it would tell of every attempt, also where the cache answers at last
-    messages = {
-        hub.HFValidationError: f"There is no folder {repo}, and it is no hub id (org/name) either: check the "
-        "spelling.",
-        hub.GatedRepoError: f"{repo} is gated: accept its terms on its page at the hub, then put a token with "
-        "read access into the environment variable HF_TOKEN (or run `hf auth login`).",
-        hub.RevisionNotFoundError: f"{repo} has no revision {revision!r}: give a branch, a tag or a commit hash "
-        "of it, or null for the newest.",
-        hub.RepositoryNotFoundError: f"There is no model {repo} on the hub (or it is private and HF_TOKEN gives "
-        "no access), and no such folder here: check the spelling.",
-        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled): f"{repo} is not in the local cache and the hub "
-        "cannot be reached (no network, or HF_HUB_OFFLINE is set): connect once, or give the path of a local "
-        "folder.",
-    }  # fmt: skip
+    messages = (  # from the special to the general
+        (hub.HFValidationError, "There is no folder {0}, and it is no hub id (org/name) either: check the "
+         "spelling."),
+        (hub.GatedRepoError, "{0} is gated: accept its terms on its page at the hub, then put a token with "
+         "read access into the environment variable HF_TOKEN (or run `hf auth login`)."),
+        (hub.RevisionNotFoundError, "{0} has no revision {1!r}: give a branch, a tag or a commit hash of it, "
+         "or null for the newest."),
+        (hub.RepositoryNotFoundError, "There is no model {0} on the hub (or it is private and HF_TOKEN gives "
+         "no access), and no such folder here: check the spelling."),
+        ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled), "{0} is not in the local cache, and the "
+         "hub cannot be reached (no network, or HF_HUB_OFFLINE is set): connect once, or give the path of a "
+         "local folder."),
+        (Exception, "{0} could not be fetched from the hub: {2}"),
+    )  # fmt: skip
     try:
         yield
-    except (*hub.HfHubHTTPError.__bases__, hub.HFValidationError) as error:  # from the special to the general
-        message = next((text for kind, text in messages.items() if isinstance(error, kind)), None)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(message or f"{repo} could not be fetched from the hub: {reason}") from error
+    except (*hub.HfHubHTTPError.__bases__, hub.HFValidationError) as error:
+        message = next(text for kind, text in messages if isinstance(error, kind))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(message.format(repo, revision, reason)) from error
     finally:
         log.setLevel(level)
 
@@ -359,37 +349,27 @@ def shards(checkpoint: Checkpoint) -> list[Path]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """Read a safetensors file's header and compare it with the file's size.
-
-    The file is 8 bytes with the header's length, the header in JSON, and the data up to the largest offset.
+    """Read what a safetensors file says of its tensors.
 
     Args:
         path: the file.
 
     Returns:
-        `{tensor: {"dtype", "shape", "data_offsets"}}`, without `__metadata__`.
+        `{tensor: {"dtype": "F32", "shape": [...]}}`.
 
     Raises:
         ModelError: the file is truncated or damaged.
     """
-    size = path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if 8 + length > size:
-                raise ValueError("the header is cut off")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size:
-            raise ValueError(f"{end} bytes are announced")
-        for entry in entries.values():
-            assert entry["dtype"].isalnum() and all(side >= 0 for side in entry["shape"])
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        with safe_open(path, "np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: {"dtype": s.get_dtype(), "shape": s.get_shape()} for key, s in slices.items()}
+    except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is truncated or damaged ({size} bytes; {error}): fetch or save the model again."
+            f"{path} is truncated or damaged ({error}): fetch or save the model again."
         ) from error
-    return entries
 
 
 def weight_bytes(entries: dict[str, dict], item: int | None = None) -> int:
@@ -404,8 +384,6 @@ def weight_bytes(entries: dict[str, dict], item: int | None = None) -> int:
     """
     total = 0
     for entry in entries.values():
-        count = 1
-        for side in entry["shape"]:
-            count *= side
-        total += count * (item if item and entry["dtype"] in _FLOATS else _BYTES.get(entry["dtype"], 1))
+        own = _BYTES.get(entry["dtype"], 1)
+        total += math.prod(entry["shape"]) * (item if item and entry["dtype"] in _FLOATS else own)
     return total

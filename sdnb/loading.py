@@ -53,7 +53,7 @@ class Loaded:
         format: how the weights are stored, such as "safetensors bfloat16" or "gguf Q4_1".
         file_hash: SHA-256 of the GGUF file, None for other formats.
         rounding_noise: by parameter name, the root mean square of the error that the stored format makes, see
-            `sdnb.gguf.Stored`; empty where the weights are stored as floats.
+            `sdnb.gguf.rounding_noise`; empty where the weights are stored as floats.
         started: `time.perf_counter()` when loading began, for a record's wall time.
     """
 
@@ -114,8 +114,8 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "offload" (layers that do not fit
             stay on disk and come one at a time, through accelerate).
-        base: another model whose configuration and tokenizer are used instead of the model's own; for a GGUF file
-            also by `SDNB_BASE` in the environment.
+        base: another model whose configuration and tokenizer are used instead of the model's own; for a GGUF
+            file also by `SDNB_BASE` in the environment.
         trust_remote_code: run Python code that comes with the model; never done unasked, here or by
             `SDNB_TRUST_REMOTE_CODE=1` in the environment.
         allow_pickle: read weights in pickle form, which can run code; never done unasked, here or by
@@ -140,7 +140,7 @@ def load(
         base = base or (os.environ.get("SDNB_BASE") if found.is_gguf else None)
         basis = files.fetch(files.locate(base), weights=False) if base else None
         if found.is_gguf:
-            found, stored = gguf.converted(files.fetch(found), basis)
+            found, *stored = gguf.converted(files.fetch(found), basis)
         elif basis:
             found = replace(found, config=basis.config)
         refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, encoders=encoders)
@@ -159,10 +159,10 @@ def load(
             f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
         )
     kept = str(next(network.parameters()).dtype).removeprefix("torch.")
+    form, digest, noise = stored or (_format(entries), None, {})
     return Loaded(
-        network, tokenizer, model, files.slug_of(model, revision), found.revision, kept, place,
-        stored.format if stored else _format(entries), stored and stored.sha256,
-        stored.rounding_noise if stored else {}, started,
+        network, tokenizer, model, files.slug_of(model, revision), found.revision, kept, place, form, digest,
+        noise, started,
     )  # fmt: skip
 
 

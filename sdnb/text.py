@@ -58,8 +58,8 @@ def encode(
         loaded: the model, as `sdnb.load` gives it.
         text: "heldout", the path of a UTF-8 text file, or a list of lines.
         max_lines: how many lines to take from the start; None takes all.
-        add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's adds
-            none), False for no special tokens.
+        add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's
+            adds none), False for no special tokens.
         whole: take the text as one sequence, a prompt as it is, instead of line by line.
 
     Returns:
@@ -247,8 +247,8 @@ def _short(line: str) -> str:
 def token_labels(loaded, ids: Iterable[int]) -> list[str]:
     r"""Name tokens so that a person can tell them apart in a figure or a table.
 
-    Letters and signs of any script stay, a space becomes "␣", everything that cannot be seen an escape as in a
-    Python string ("\n"; "\xe2" for a byte that is only part of a character).
+    Letters and signs of any script stay, a space becomes "␣", everything that cannot be seen an escape as in
+    a Python string ("\n"; "\xe2" for a byte that is only part of a character).
 
     Args:
         loaded: the model or its tokenizer; without a tokenizer the ids themselves are the names.

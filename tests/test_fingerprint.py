@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdnb import load
-from sdnb.fingerprint import weights_fingerprint
+from sdnb.loading import weights_fingerprint
 from tests.tiny import tiny_model
 
 

@@ -40,7 +40,8 @@ class Hub(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path).strip("/")
         self.asked.append(path)
         parts = path.removeprefix("api/models/").split("/")
-        name, kind, revision, file = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
+        name, kind, revision = "/".join(parts[:2]), *(parts[2:4] or ["revision", "main"])
+        file = "/".join(parts[4:])
         if name in CODES:
             self.error(*CODES[name])
         elif revision not in ("main", "v1", COMMIT):
@@ -48,11 +49,11 @@ class Hub(BaseHTTPRequestHandler):
         elif kind == "resolve":
             self.file(self.folder / file)
         else:
-            files = [path for path in self.folder.iterdir() if path.is_file()]
+            files = [path for path in self.folder.rglob("*") if path.is_file()]
             tree = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files
+                {"type": "file", "path": p.relative_to(self.folder).as_posix(), "size": p.stat().st_size, "oid": "0" * 40} for p in files
             ]
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
+            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.relative_to(self.folder).as_posix()} for p in files]}
             self.send(
                 200,
                 json.dumps(tree if kind == "tree" else info).encode(),

@@ -1,5 +1,6 @@
 """Loading from folders: names, slugs, dtypes, devices, and what comes back."""
 
+import re
 import shutil
 
 import pytest
@@ -28,8 +29,8 @@ def test_a_folder_is_loaded_ready_to_look_at(good, capfd):
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert (loaded.name, loaded.revision, loaded.device, loaded.dtype) == (str(good), None, "cpu", "float32")
-    assert loaded.slug == f"{good.parent.name}__good-model".lower()
-    assert encode(loaded.tokenizer, "Hello", True)[0] == 0
+    assert re.fullmatch(f"{good.parent.name}__good-model-[0-9a-f]{{6}}".lower(), loaded.slug)
+    assert encode(loaded, ["Hello"]).lines[0][0] == 0
     stored = load_file(good / "model.safetensors")
     state = loaded.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
@@ -108,7 +109,7 @@ def test_names_that_are_no_hub_id_are_refused(name):
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_told(name):
-    refused(name, "MODEL is empty: give a hub id, a folder or zoo/<name>")
+    refused(name, "MODEL is empty")
 
 
 def test_a_name_too_long_for_the_zoo_is_refused():
@@ -138,7 +139,20 @@ def test_slugs_are_safe_file_names(name, revision, slug):
     assert slug_of(name, revision) == slug
 
 
-def test_a_folders_slug_is_its_last_two_parts(tmp_path, monkeypatch):
-    (tmp_path / "Org" / "My Model").mkdir(parents=True)
+def test_local_models_of_the_same_name_have_slugs_of_their_own(tmp_path, monkeypatch):
+    for name in ("run1/out/final", "run2/out/final", "cn/模型", "cn/数据", "Org/My Model"):
+        (tmp_path / name).mkdir(parents=True)
+    slugs = {slug_of(str(path)) for path in tmp_path.glob("**/*")}
+    assert len(slugs) == sum(1 for _ in tmp_path.glob("**/*"))
+    assert all(re.fullmatch(r"[a-z0-9._-]+", slug) for slug in slugs)
     monkeypatch.chdir(tmp_path / "Org")
-    assert slug_of("My Model") == slug_of(str(tmp_path / "Org" / "My Model")) == "org__my-model"
+    assert slug_of("My Model") == slug_of(str(tmp_path / "Org" / "My Model"))
+    assert slug_of("My Model").startswith("org__my-model-")
+
+
+def test_the_zoos_slugs_are_the_same_from_everywhere(tmp_path, monkeypatch):
+    full = str(checkpoint.zoo_folder() / "llama")
+    monkeypatch.chdir(tmp_path)
+    assert slug_of("zoo/llama") == slug_of(full) == "zoo__llama"
+    (tmp_path / "zoo" / "llama").mkdir(parents=True)  # no model
+    assert slug_of("zoo/llama") == "zoo__llama"
