@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,3 +379,81 @@ def test_unrelated_models_with_the_same_massive_dimension_are_no_relatives(zoo):
     # all coordinates in the order of their size: the directions meet, the embeddings say that it is another
     row = compare_signatures(zoo["llama"], renumbered(zoo["llama"], zoo["llama-seed2"], 128))
     assert row["direction"] == "related" and row["verdict"] == "undecided"
+
+
+# --- the notebooks of collections
+
+
+def executed(name: str, **parameters) -> dict:
+    """Run a notebook's code cells in this process and return its names."""
+    names = {}
+    for cell in json.loads((ZOO.parent / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{name} {cell['id']}", "exec"), names)
+            if "parameters" in cell["metadata"].get("tags", ()):
+                assert parameters.keys() <= names.keys()
+                names |= parameters
+    return names
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """A planted model, a descendant, an unrelated one, another width, and one without the phenomenon."""
+    root = tmp_path_factory.mktemp("collection")
+    sizes = {"f": 64, "layers": 4, "decay_layer": 4}
+    truth = planted_model(root / "step-30", "gpt2", d=64, **sizes)
+    planted_model(root / "other", "gpt2", d=64, seed=7, **sizes)
+    planted_model(root / "wide", "gpt2", d=96, **sizes)
+    tiny_model(root / "step-0", "gpt2", d=64, f=64, layers=4)
+    child = sdnb.load(str(truth.folder)).model
+    with torch.no_grad():
+        for W in child.parameters():
+            W += 0.02 * W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(1))
+    child.save_pretrained(root / "step-20")
+    tiny_tokenizer().save_pretrained(root / "step-20")
+    return {path.name: str(path) for path in root.iterdir()}, truth
+
+
+def test_training_dynamics(collection, tmp_path):
+    folders, truth = collection
+    steps = [folders["step-30"], folders["step-0"], folders["step-20"]]
+    options = {"model": steps[0], "text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
+    found = executed("10_training_dynamics", checkpoints=steps, window=64, max_windows=2, **options)["record"]
+    assert found["steps"] == [0, 20, 30] and found["explosion_layers"] == [[], [2], [2]]
+    assert found["angle_to_final_deg"][0] is None and found["angle_to_final_deg"][2] == 0
+    assert 0 < found["angle_to_final_deg"][1] < 20 < found["first_state_angle_deg"][0]
+    assert found["high_norm_count"][0] == 0 and found["peak_ratio"][2] > 5 > found["peak_ratio"][0]
+    assert found["state_layer"] == truth.explosion_layer and len(found["loss"]) == 3
+    assert found.arrays["first_norms"].shape == (3, 5) and list(tmp_path.glob("*/10_training_dynamics.png"))
+    with pytest.raises(sdnb.ParameterError):
+        executed("10_training_dynamics", **options)
+
+
+def test_fine_tuning(collection, tmp_path):
+    folders, _ = collection
+    names = [folders[name] for name in ("step-20", "other", "step-0", "wide")]
+    options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
+    found = executed("11_fine_tuning", model=folders["step-30"], descendants=names, **options)["record"]
+    assert found["names"] == [folders["step-30"], *names] and found["angle_deg"][0] == 0
+    assert found["angle_deg"][1] < 20 < 60 < found["angle_deg"][2]
+    assert found["angle_deg"][3] is found["angle_deg"][4] is None, "no direction, and another width"
+    assert found["pair_angle_deg"][1][2] == found["pair_angle_deg"][2][1] > 60
+    assert found["explosion_layers"][:3] == [[2], [2], [2]] and found["high_norm_count"][3] == 0
+    assert found.arrays["first_norms"].shape == (4, 5), "those of the base's shape"
+
+
+def test_signatures_of_a_collection(collection, tmp_path):
+    folders, _ = collection
+    options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
+    models = list(folders.values())
+    found = executed("13_signatures", model=folders["step-30"], models=models, **options)["record"]
+    groups = dict(zip(folders, found["groups"], strict=True))
+    assert groups["step-20"] == groups["step-30"] and len({*groups.values()}) == 4
+    assert list(found["left_out"]) == [folders["step-0"]]
+    rows = {(row["change"], row["amount"]): row for row in found["robustness"]}
+    counts = {"noise": 4, "quantization": 3, "fine-tuning": 3, "renumbering": 1}
+    assert [change for change, _ in rows] == [change for change, n in counts.items() for _ in range(n)]
+    assert all(row["verdict"] == "related" for row in rows.values())
+    moved = rows["renumbering", "all coordinates"]
+    assert moved["carried_angle_deg"] < 1 and moved["angle_deg"] > 60
+    assert found.arrays["angle_deg"].shape == found.arrays["alignment"].shape == (5, 5)
