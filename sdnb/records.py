@@ -182,17 +182,18 @@ def beside_published(record: Record) -> Table:
     return Table(rows, columns=["quantity", str(name), "published"]).set_index("quantity")
 
 
-def provenance(record: Record) -> Table:
+def provenance(record: Record | object) -> Table:
     """Show where a record comes from: model, weights, text, versions, cost.
 
     Args:
-        record: of a notebook.
+        record: of a notebook, or a loaded model where there is none.
 
     Returns:
         One row a fact.
     """
     rows = {}
-    for key, value in record.provenance.items():
+    origin = record.provenance if isinstance(record, Record) else _gather(record, None, None)
+    for key, value in origin.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {part}" for name, part in value.items())
         if value is not None:
