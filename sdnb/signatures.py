@@ -45,7 +45,7 @@ MASSIVE_SHARE = 0.1
 """A coordinate with this share of a direction's squared norm is massive."""
 DIFFERENT_KINDS_DEG = 10.0
 """Initial and noninitial states further apart than this are not averaged; the initial ones count."""
-_REPLICATES, _TOP, _TOO_FEW_TOKENS = 200, 4, 0.7
+_REPLICATES, _TOP, _TOO_FEW_TOKENS, _REACH = 200, 4, 0.7, 0.1
 _VERDICTS = ("related", "undecided", "no sign of a relation", "not comparable")
 _NUMBERS = (
     "angle_deg", "uncertainty_deg", "chance_log10", "isotropic_log10", "permutation_log10",
@@ -201,7 +201,7 @@ def alignment(first: Tensor, second: Tensor, *, seed: int = 0) -> Alignment:
     Returns:
         The alignment.
     """
-    A, B = (nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1) for E in (first, second))
+    A, B = _unit_rows(first), _unit_rows(second)
     size = (A.norm(dtype=torch.float64) * B.norm(dtype=torch.float64)).item()
     U, S, Vh = torch.linalg.svd(A.T @ B, full_matrices=False)
     order = torch.randperm(len(B), generator=torch.Generator().manual_seed(seed))
@@ -307,9 +307,8 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
         notes.append("the directions agree, the embeddings do not")
     elif embeddings == "related" and direction != "related" and carried is not None:
         row["verdict"] = "related" if carried < limit else "undecided"
-        notes.append(
-            "in other coordinates" if carried < limit else "the embeddings agree, the directions do not"
-        )
+        agree = "in other coordinates", "the embeddings agree, the directions do not"
+        notes.append(agree[carried >= limit])
     return row | {"note": "; ".join(notes)}
 
 
@@ -414,6 +413,11 @@ def _final_gain(model: nn.Module, d: int) -> Tensor:
         return ((norms[-1](x[None, None]) - norms[-1](-x[None, None])) / 2 / x).flatten().float().cpu()
 
 
+def _unit_rows(E: Tensor) -> Tensor:
+    """Rows centred and of unit length, (n, d) in float32."""
+    return nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1)
+
+
 def _log10(angle: float, d: int) -> float:
     """The chance of an angle between isotropic directions; a number for an angle of zero, too."""
     return max(log10_chance(angle, d), -9999.0)
@@ -444,7 +448,8 @@ def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
     rows, second_rows = shared_tokens(first, second)
     if len(rows) < 2:
         return {"shared_tokens": len(rows)}
-    found = alignment(first.embedding[rows], second.embedding[second_rows], seed=seed)
+    tables = first.embedding[rows], second.embedding[second_rows]
+    found = alignment(*tables, seed=seed)
     row = dict(shared_tokens=len(rows), alignment=found.value, shuffled_alignment=found.shuffled)
     row |= dict(alignment_beyond_shuffled=found.beyond_shuffled, embeddings=found.says(INPUT_LIMITS))
     if first.output_embedding is not None and second.output_embedding is not None:
@@ -456,11 +461,14 @@ def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
         row["output_alignment"] = output.value
         said = {row["embeddings"], output.says(OUTPUT_LIMITS)}  # the one that tells more
         row["embeddings"] = next((verdict for verdict in _VERDICTS if verdict in said), None)
-    if first.direction is not None and second.direction is not None:
-        row["carried_angle_deg"] = angle = float(
-            angle_deg(first.direction, found.rotation @ second.direction)
-        )
-        row["carried_log10"] = _log10(angle, min(len(first.direction), len(second.direction)))
+    if first.direction is None or second.direction is None:
+        return row
+    a, b = first.direction, second.direction
+    # How much the embeddings vary along a direction, 1 on average; without that no rotation is determined.
+    reach = [len(u) * (_unit_rows(E) @ u).square().mean() for E, u in zip(tables, (a, b), strict=True)]
+    if min(reach) >= _REACH:
+        row["carried_angle_deg"] = angle = float(angle_deg(a, found.rotation @ b))
+        row["carried_log10"] = _log10(angle, min(len(a), len(b)))
     return row
 
 

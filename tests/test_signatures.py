@@ -211,6 +211,9 @@ def test_evidence_against_evidence_is_undecided():
     rotated = compare_signatures(base, made(Q @ SPREAD, base.embedding @ Q.T))
     assert rotated["verdict"] == "related" and rotated["direction"] == "no sign of a relation"
     assert rotated["carried_angle_deg"] < 0.5
+    flat = made(SPREAD, base.embedding - (base.embedding @ SPREAD)[:, None] * SPREAD)
+    row = compare_signatures(flat, made(Q @ SPREAD, flat.embedding @ Q.T))
+    assert row["alignment"] > 0.99 and row["carried_angle_deg"] is None, "no rotation of that axis is told"
 
 
 def test_what_is_missing_leaves_gaps():
@@ -404,7 +407,7 @@ def collection(tmp_path_factory):
     truth = planted_model(root / "step-30", "gpt2", d=64, **sizes)
     planted_model(root / "other", "gpt2", d=64, seed=7, **sizes)
     planted_model(root / "wide", "gpt2", d=96, **sizes)
-    tiny_model(root / "step-0", "gpt2", d=64, f=64, layers=4)
+    tiny_model(root / "step-0", "gpt2", d=64, f=64, layers=4, seed=5)
     child = sdnb.load(str(truth.folder)).model
     with torch.no_grad():
         for W in child.parameters():
@@ -455,5 +458,6 @@ def test_signatures_of_a_collection(collection, tmp_path):
     assert [change for change, _ in rows] == [change for change, n in counts.items() for _ in range(n)]
     assert all(row["verdict"] == "related" for row in rows.values())
     moved = rows["renumbering", "all coordinates"]
-    assert moved["carried_angle_deg"] < 1 and moved["angle_deg"] > 60
+    assert moved["alignment"] > 0.999 and moved["angle_deg"] > 60
+    assert moved["carried_angle_deg"] is None, "no embedding was planted along the direction"
     assert found.arrays["angle_deg"].shape == found.arrays["alignment"].shape == (5, 5)
