@@ -223,7 +223,7 @@ class Exploration:
 def norms_picture(
     exploration: Exploration, sentence: Sentence, switched_on: tuple[str, ...], limits: tuple[float, float]
 ) -> bytes:
-    """Draw norms as a map, tokens across, layers up; explosion layers are numbered in red, decay ones in blue.
+    """Draw norms as a map, tokens across, layers up; explosion layers are numbered red, decay ones blue.
 
     Args:
         exploration: the model.
