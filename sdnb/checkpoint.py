@@ -171,7 +171,7 @@ def _only_gguf(files: Iterable[str]) -> bool:
 
 
 def _choose(name: str, files: Iterable[str], wanted: str) -> str:
-    """The one GGUF file among some that is meant: by its name, by its quantization, or because it is alone."""
+    """The one GGUF file among some that is meant: by its name, its quantization, or because it is alone."""
     files = sorted(file for file in files if file.endswith(".gguf"))
     hits = [file for file in files if file == wanted]
     if not hits and wanted:
@@ -252,13 +252,15 @@ def _on_hub(name: str, repo: str, wanted: str, revision: str | None) -> Checkpoi
 
 
 def _small_files(repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """A repository's descriptions in a folder of the local cache, named by the commit, and all of its files."""
+    """A folder of the local cache, named by the commit, with a repository's descriptions, and all its files."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_DESCRIPTIONS[:2]))
     try:
         return folder, HfApi().list_repo_files(repo, revision=folder.name)
-    except errors.HfHubHTTPError.__bases__:  # no network, whatever library the client uses: what the cache holds
+    except (
+        errors.HfHubHTTPError.__bases__
+    ):  # no network, whatever library the client uses: what the cache holds
         return folder, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
@@ -324,17 +326,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def shards(checkpoint: Checkpoint) -> list[Path]:
-    """The safetensors files that hold a local checkpoint's weights, in order; empty where there are none.
-
-    Args:
-        checkpoint: a local one.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        ModelError: the index is damaged or names a file that is not there.
-    """
+    """The safetensors files that hold a local checkpoint's weights, in order; none where there are none."""
     folder = checkpoint.folder
     if INDEX not in checkpoint.files:
         return [folder / SINGLE] if SINGLE in checkpoint.files else []
@@ -349,17 +341,7 @@ def shards(checkpoint: Checkpoint) -> list[Path]:
 
 
 def header(path: Path) -> dict[str, dict]:
-    """Read what a safetensors file says of its tensors.
-
-    Args:
-        path: the file.
-
-    Returns:
-        `{tensor: {"dtype": "F32", "shape": [...]}}`.
-
-    Raises:
-        ModelError: the file is truncated or damaged.
-    """
+    """What a safetensors file says of its tensors: `{tensor: {"dtype": "F32", "shape": [...]}}`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -373,15 +355,7 @@ def header(path: Path) -> dict[str, dict]:
 
 
 def weight_bytes(entries: dict[str, dict], item: int | None = None) -> int:
-    """Bytes that the tensors of some headers take in memory.
-
-    Args:
-        entries: headers as `header` gives them.
-        item: bytes per floating number after loading; None keeps each tensor's own.
-
-    Returns:
-        The sum over tensors.
-    """
+    """Bytes that tensors take in memory, floating numbers with `item` bytes each; None keeps their own."""
     total = 0
     for entry in entries.values():
         own = _BYTES.get(entry["dtype"], 1)

@@ -341,12 +341,20 @@ def _network(found: Checkpoint, path: Path, header: Header, base: Checkpoint | N
 
 def _dequantized(found: Checkpoint, path: Path, header: Header, base: Checkpoint | None) -> nn.Module:
     """The model as transformers reads it; a ValueError where that is not what the file describes."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    try:
+        from transformers import GgufConfig
+
+        plain = {"quantization_config": GgufConfig(dequantize=True)}
+    except ImportError:  # older versions dequantize always
+        plain = {}
     where = {"gguf_file": path.name, "local_files_only": True}
     total = sum(math.prod(tensor.shape) for tensor in header.tensors)
     if header.number("block_count", 0) > len(header.tensors):
         raise ValueError("its header announces more layers than tensors.")
+    if base is None and header.kind in ("gemma2", "gemma3") and header.number("block_count", 0) in (46, 62):
+        raise ValueError("the 27B model scales its attention in its own way, which no GGUF file says.")
     if base is None:
         config = AutoConfig.from_pretrained(path.parent, **where)
         _complete(config, path, header)
@@ -358,8 +366,8 @@ def _dequantized(found: Checkpoint, path: Path, header: Header, base: Checkpoint
     if size > 2 * total:  # what is lacking would be drawn at random, and take the memory
         raise ValueError(f"its header announces {size:.2g} parameters, and it holds {total:.2g}.")
     network, report = AutoModelForCausalLM.from_pretrained(
-        path.parent, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True, ignore_mismatched_sizes=True, **where,
+        path.parent, config=config, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True, **where, **plain,
     )  # fmt: skip
     wrong = [f"{key} of {tuple(here)} for {tuple(asked)}" for key, here, asked in report["mismatched_keys"]]
     if lacking := sorted([*report["missing_keys"], *wrong]):
@@ -372,14 +380,7 @@ def _dequantized(found: Checkpoint, path: Path, header: Header, base: Checkpoint
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind.
-
-    Args:
-        error: the error.
-
-    Returns:
-        At most 300 characters.
-    """
+    """The first line of an error's message, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
@@ -416,11 +417,8 @@ def _unused(network: nn.Module, header: Header) -> list[str]:
 
 
 def _same_rotation(network: nn.Module, path: Path, header: Header, on_trust: bool) -> bool:
-    """Whether the model's rotary frequencies are the file's.
-
-    These are base^(-2 i / n), divided by the factors in `rope_freqs.weight` and by that of a linear scaling.
-    Other scalings cannot be computed here; `on_trust` says whether they are accepted.
-    """
+    """Whether the model's rotary frequencies are the file's; what cannot be computed counts as `on_trust`."""
+    # base^(-2 i / n), divided by the factors in rope_freqs.weight and by that of a linear scaling
     models = [buffer.double() for name, buffer in network.named_buffers() if name.endswith("inv_freq")]
     if not models:
         return True  # learned positions, or none

@@ -27,7 +27,7 @@ from sdnb import gguf
 from sdnb.checkpoint import Checkpoint
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 from sdnb.memory import check_memory, free_memory, offload_budget
-from sdnb.refusal import allowed, has_tokenizer, is_encoder, refuse, refuse_codes
+from sdnb.refusal import allowed, has_tokenizer, is_encoder, refuse, refuse_codes, refuse_remote_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (
@@ -135,10 +135,12 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")
     started, stored = time.perf_counter(), None
-    with quiet():
+    with _quiet():
         found = files.locate(model, revision)
         base = base or (os.environ.get("SDNB_BASE") if found.is_gguf else None)
         basis = files.fetch(files.locate(base), weights=False) if base else None
+        if basis:
+            refuse_remote_code(basis, trust_remote_code)
         if found.is_gguf:
             found, *stored = gguf.converted(files.fetch(found), basis)
         elif basis:
@@ -167,36 +169,30 @@ def load(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence progress bars, logs and warnings of the loading libraries for a while.
-
-    Yields:
-        None.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _quiet() -> Iterator[None]:
+    """Silence progress bars, logs and warnings of the loading libraries for a while."""
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as talk
 
-    level, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    hub_bar = not are_progress_bars_disabled()
-    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
-    levels = [logger.level for logger in others]
-    talk.set_verbosity(talk.CRITICAL)
-    talk.disable_progress_bar()
-    disable_progress_bars()
-    for logger in others:
+    talk.get_verbosity()  # sets its logger up
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    bar, hub_bar = talk.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    talk.disable_progress_bar()
+    hub.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        talk.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bar:
             talk.enable_progress_bar()
         if hub_bar:
-            enable_progress_bars()
-        for logger, old in zip(others, levels, strict=True):
-            logger.setLevel(old)
+            hub.enable_progress_bars()
 
 
 def _device(device: str) -> str:
@@ -253,8 +249,8 @@ def _network(
         raise MemoryShortage(f'{found.name} does not fit on {place}: use device="offload".') from error
     except _LOADING_ERRORS as error:
         raise ModelError(
-            f"{found.name} could not be loaded: {gguf.first_line(error)} Either its files are damaged or do not fit its "
-            "config.json (fetch or save it again), or this version of transformers does not support it."
+            f"{found.name} could not be loaded: {gguf.first_line(error)} Either its files are damaged or do "
+            "not fit its config.json (fetch or save it again), or this transformers does not support it."
         ) from error
     if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
         missing = [key for key in report["missing_keys"] if "pooler" not in key]
@@ -301,26 +297,16 @@ def _tokenizer(found: Checkpoint, trust: bool):
         return AutoTokenizer.from_pretrained(found.target, local_files_only=True, trust_remote_code=trust)
     except Exception as error:  # every tokenizer library fails in its own way
         raise ModelError(
-            f"The tokenizer of {found.name} could not be loaded ({gguf.first_line(error)}): fetch or save it again, or "
-            "remove its files and pass token_ids."
+            f"The tokenizer of {found.name} could not be loaded ({gguf.first_line(error)}): fetch or save it "
+            "again, or remove its files and pass token_ids."
         ) from error
 
 
 # --- the weights in memory
 
 
-def weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a model's parameters and saved buffers by name, shared ones once, offloaded ones from disk.
-
-    Args:
-        model: any module; accelerate's offload is undone one leaf module at a time.
-
-    Yields:
-        `(name, tensor)`, the tensor detached.
-
-    Raises:
-        ModelError: a tensor has no data (it is on the meta device).
-    """
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters and saved buffers by name, shared ones once, offloaded ones from disk."""
     from accelerate.utils import align_module_device
 
     seen = set()
@@ -341,16 +327,16 @@ def weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Fingerprint a model's weights, whatever the device, the order of summation and the layout of the files.
+    """Fingerprint a model's weights, whatever the device, the order of sums and the layout of the files.
 
     For every parameter and every saved buffer, in the order of their names, a line goes into one SHA-256:
 
-        name | dtype | shape | sum_i w_i mod 2^64 | sum_i (2 c + 1)(i + 1) w_i mod 2^64 | 64 words at even strides
+        name | dtype | shape | sum_i w_i | sum_i (2 c + 1)(i + 1) w_i | 64 words at even strides
 
     where the tensor's bytes are read as signed 64-bit words (the last one filled up with zeros) in blocks of
-    2^20, w_i is word i of block c. Integer sums are exact in any order, so a GPU and a CPU agree; the weighted
-    sum sees words that changed places. A tensor that several names share counts once, under the first of them.
-    The dtype is part of it: the same model loaded in another dtype has another fingerprint.
+    2^20, w_i is word i of block c, and sums are taken modulo 2^64: exact in any order, so a GPU and a CPU
+    agree. The weighted sum sees words that changed places. A tensor that several names share counts once,
+    under the first of them. The same model loaded in another dtype has another fingerprint.
 
     Args:
         model: the loaded model.
@@ -358,7 +344,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in weights(model))
+    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in _weights(model))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -43,7 +43,7 @@ def refuse(
     _refuse_not_a_model(checkpoint)
     _refuse_quantized(checkpoint)
     _refuse_weights(checkpoint, allow_pickle)
-    _refuse_remote_code(checkpoint, trust_remote_code)
+    refuse_remote_code(checkpoint, trust_remote_code)
     if not (encoders and is_encoder(checkpoint)):
         refuse_not_causal(checkpoint)
 
@@ -81,15 +81,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def refuse_codes(name: str, entries: dict[str, dict]) -> None:
-    """Refuse weights that are stored as codes of 8 bits or less, whatever `config.json` says.
-
-    Args:
-        name: the model's name.
-        entries: the headers of its safetensors files.
-
-    Raises:
-        ModelError: a weight matrix is such a code.
-    """
+    """Refuse weights that are stored as codes of 8 bits or less, whatever `config.json` says."""
     for weight, entry in entries.items():
         code = entry["dtype"] in ("I8", "U8") or entry["dtype"].startswith(("F8", "F6", "F4"))
         if code and len(entry["shape"]) > 1 and weight.endswith("weight"):
@@ -119,7 +111,8 @@ def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
     )
 
 
-def _refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a model that needs Python code of its own, unless that is trusted, or that nothing knows."""
     from transformers import CONFIG_MAPPING, __version__
 
     kind = checkpoint.config.get("model_type")
@@ -152,11 +145,7 @@ def is_encoder(checkpoint: Checkpoint) -> bool:
 
 
 def refuse_not_causal(checkpoint: Checkpoint) -> None:
-    """Refuse what is no causal decoder of text, by a `ModelError`.
-
-    Args:
-        checkpoint: what is known before loading.
-    """
+    """Refuse what is no causal decoder of text."""
     from transformers.models.auto import modeling_auto as auto
 
     config, name = checkpoint.config, checkpoint.name

@@ -60,7 +60,8 @@ def encode(
         max_lines: how many lines to take from the start; None takes all.
         add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's
             adds none), False for no special tokens.
-        whole: take the text as one sequence, a prompt as it is, instead of line by line.
+        whole: take the text as one sequence, a prompt as it is, instead of line by line (`max_lines` is then
+            without effect).
 
     Returns:
         The token ids and how they were made.

@@ -1,73 +1,79 @@
 """GGUF files for the tests, written with the gguf package the way llama.cpp's converter writes them."""
 
+import json
+
 import gguf
 import numpy as np
-import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.tiny import build, tiny_tokenizer
+from tests.tiny import redraw, tiny_tokenizer
 
-_SIZES = {
+VOCABULARY = 384
+_SETTINGS = {
     "block_count": ("num_hidden_layers",),
-    "context_length": ("max_position_embeddings", "n_positions"),
+    "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
     "feed_forward_length": ("intermediate_size", "n_inner"),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
+    "attention.key_length": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.sliding_window": ("sliding_window",),
+    "vocab_size": ("vocab_size",),
     "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
-    "vocab_size": ("vocab_size",),
-    "ssm.conv_kernel": ("conv_kernel",),
-    "ssm.state_size": ("state_size",),
-    "ssm.time_step_rank": ("time_step_rank",),
-    "ssm.inner_size": ("intermediate_size",),
     "full_attention_interval": ("full_attention_interval",),
-    "ssm.group_count": ("linear_num_key_heads",),
     "shortconv.l_cache": ("conv_L_cache",),
-    "expert_used_count": ("num_experts_per_tok",),
-    "attention.sliding_window": ("sliding_window",),
+    "ssm.conv_kernel": ("conv_kernel", "linear_conv_kernel_dim"),
+    "ssm.state_size": ("state_size", "linear_key_head_dim"),
+    "ssm.time_step_rank": ("time_step_rank", "linear_num_value_heads"),
+    "ssm.inner_size": ("intermediate_size",),
+    "ssm.group_count": ("linear_num_key_heads",),
 }
 
 
+def small(family: str, **more):
+    """A random model of a family, every parameter redrawn, whose rows fill blocks of 32."""
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    if family not in ("falcon", "bloom", "gpt2", "mamba"):
+        sizes |= {"intermediate_size": 128, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(family, **sizes | more)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    redraw(model, 0, 0.7)
+    return model
+
+
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """A query or key matrix as llama.cpp stores it: the two halves of each head's rows interleaved."""
-    rows = weight.shape[0] // heads
-    order = [
-        head * rows + half * (rows // 2) + i
-        for head in range(heads)
-        for i in range(rows // 2)
-        for half in (0, 1)
+    """A query or key matrix as llama.cpp stores Llama's: the two halves of each head's rows interleaved."""
+    half = weight.shape[0] // heads // 2
+    return weight[
+        [h * 2 * half + part * half + i for h in range(heads) for i in range(half) for part in (0, 1)]
     ]
-    return weight[order]
 
 
 def _stored(kind: str, name: str, weight: np.ndarray, config) -> np.ndarray:
     """What the converter makes of a weight."""
-    heads, group = getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)
-    if kind == "llama" and ".attn_q." in name:
-        return permuted(weight, heads)
-    if kind == "llama" and ".attn_k." in name:
-        return permuted(weight, group)
-    if (
-        kind in ("gemma2", "gemma3", "nemotron", "qwen35")
-        and "ssm" not in name
-        and name.endswith("norm.weight")
-    ):
+    if kind == "llama" and ".attn_q.weight" in name:
+        return permuted(weight, config.num_attention_heads)
+    if kind == "llama" and ".attn_k.weight" in name:
+        return permuted(weight, config.num_key_value_heads)
+    norm = name.endswith("norm.weight") and "ssm" not in name
+    if norm and kind in ("gemma2", "gemma3", "nemotron", "qwen35"):
         return weight + 1
-    if (
-        kind == "gpt2"
-        and any(part in name for part in ("attn_qkv.weight", "ffn_", "attn_output.weight"))
-        and weight.ndim == 2
-    ):
+    if kind == "gpt2" and weight.ndim == 2 and any(part in name for part in ("qkv", "ffn", "attn_output")):
         return np.ascontiguousarray(weight.T)
-    if name.endswith(("ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")):
-        return weight.squeeze(-2)
-    if name.endswith("shortconv.conv.weight"):
-        return weight.squeeze(1)
+    if name.endswith(("ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")):
+        return weight.squeeze(0) if weight.shape[0] == 1 else weight.squeeze(1)
     if name.endswith("ssm_a"):
         return -np.exp(weight)
     if kind == "bloom" and "attn_qkv" in name:
-        split = weight.reshape(heads, 3, -1, *weight.shape[1:])
+        split = weight.reshape(config.num_attention_heads, 3, -1, *weight.shape[1:])
         return np.concatenate([split[:, part].reshape(-1, *weight.shape[1:]) for part in range(3)])
     return weight
 
@@ -76,93 +82,72 @@ def tensors_of(model, kind: str) -> dict[str, np.ndarray]:
     """A model's weights by their GGUF names; a tied output embedding is left out."""
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names, found = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), {}
-    tied = model.config.tie_word_embeddings
     for key, weight in model.state_dict().items():
-        if key == "lm_head.weight" and tied:
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stem, _, ending = (
-            key.replace(".dt_bias", ".dt_proj.bias")
-            .replace("correction_bias", "correction.bias")
-            .rpartition(".")
-        )
-        weight = weight.float().numpy()
-        if key.endswith("experts.gate_up_proj"):
-            block = key.split(".")[2]
-            gate, up = np.split(weight, 2, axis=1)
-            found |= {f"blk.{block}.ffn_gate_exps.weight": gate, f"blk.{block}.ffn_up_exps.weight": up}
+        weight = weight.numpy()
+        plain = key.replace(".dt_bias", ".dt_proj.bias").replace("correction_bias", "correction.bias")
+        stem, _, ending = plain.rpartition(".")
+        if ending == "gate_up_proj":
+            for part, half in zip(("gate", "up"), np.split(weight, 2, axis=1), strict=True):
+                found[f"blk.{key.split('.')[2]}.ffn_{part}_exps.weight"] = half
             continue
-        known = names.get_name(stem) or names.get_name(stem.partition(".")[2]) or names.get_name(key)
-        assert known, key
-        bare = ending in ("A_log", "D")
-        name = known if bare else f"{known}.{ending if ending in ('weight', 'bias') else 'weight'}"
+        name = names.get_name(stem) or names.get_name(stem.partition(".")[2]) or names.get_name(plain)
+        if ending not in ("A_log", "D"):
+            name += ".bias" if ending == "bias" else ".weight"
         found[name] = _stored(kind, name, weight, model.config)
     return found
 
 
-def metadata_of(config, kind: str) -> dict:
+def settings_of(config, kind: str) -> dict:
     """The settings that llama.cpp keeps of a configuration."""
-    found = {}
-    for key, names in _SIZES.items():
-        value = next((v for v in (getattr(config, name, None) for name in names) if v is not None), None)
-        if value is not None:
+    found = {"general.name": "tiny"}
+    for key, names in _SETTINGS.items():
+        values = (getattr(config, name, None) for name in names)
+        if (value := next((value for value in values if value is not None), None)) is not None:
             found[f"{kind}.{key}"] = value
-    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"):
-        if getattr(config, name, None) is not None:
-            for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
-                found[f"{kind}.attention.{key}"] = getattr(config, name)
-    if getattr(config, "head_dim", None):
-        found |= {
-            f"{kind}.attention.key_length": config.head_dim,
-            f"{kind}.attention.value_length": config.head_dim,
-        }
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
-        found[f"{kind}.rope.freq_base"] = rope["rope_theta"]
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        found[f"{kind}.rope.freq_base"] = float(rope["rope_theta"])
         found[f"{kind}.rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
     return found
 
 
-def tokenizer_of(size: int, begin: bool = True) -> dict:
+def tokenizer_settings(begin: bool | None = True) -> dict:
     """The tokenizer of the tests as llama.cpp stores a byte-level BPE."""
-    import json
-
-    tokenizer = tiny_tokenizer(size)
+    tokenizer = tiny_tokenizer(VOCABULARY)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     special = set(tokenizer.all_special_tokens)
-    return {
+    flag = {} if begin is None else {"tokenizer.ggml.add_bos_token": begin}
+    return flag | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": words,
         "tokenizer.ggml.token_type": [3 if word in special else 1 for word in words],
-        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
         "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
         "tokenizer.ggml.padding_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.add_bos_token": begin,
     }
 
 
-def write_file(path, kind: str, metadata: dict, tensors: dict, formats=lambda name, weight: "F32"):
-    """Write a GGUF file, each tensor in the format that `formats` says."""
+def write(path, kind: str, settings: dict, tensors: dict, formats=lambda name: "F32"):
+    """Write a file, each matrix in the format that `formats` says of its name, vectors in F32."""
     writer = gguf.GGUFWriter(path, kind)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    for key, value in settings.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add.get(type(value), writer.add_array)(key, value)
     for name, weight in tensors.items():
-        quantization = gguf.GGMLQuantizationType[formats(name, weight)]
-        data = gguf.quantize(np.ascontiguousarray(weight, dtype=np.float32), quantization)
-        writer.add_tensor(name, data, raw_dtype=quantization)
+        form = gguf.GGMLQuantizationType[formats(name) if weight.ndim > 1 else "F32"]
+        data = gguf.quantize(np.ascontiguousarray(weight, dtype=np.float32), form)
+        writer.add_tensor(name, data, raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -170,16 +155,7 @@ def write_file(path, kind: str, metadata: dict, tensors: dict, formats=lambda na
     return path
 
 
-def write_model(
-    path, model, kind: str, *, vocabulary: int = 384, formats=lambda name, weight: "F32", begin=True, **more
-):
-    """Write a model with the tests' tokenizer; `more` overrides metadata (`__` stands for a dot) or tensors."""
-    metadata = metadata_of(model.config, kind) | tokenizer_of(vocabulary, begin)
-    metadata |= {"general.name": "tiny"}
-    metadata |= {key.replace("__", "."): value for key, value in more.items()}
-    return write_file(path, kind, metadata, tensors_of(model, kind), formats)
-
-
-def small(family: str, **more):
-    """A random model of a family, small but with rows that fill a block of 32."""
-    return build(family, d=64, f=128, layers=2, heads=4, vocabulary=384, seed=0, scale=0.7, **more)
+def write_model(path, model, kind: str, settings: dict | None = None, **more):
+    """Write a model with the tests' tokenizer; `settings` come on top of its own."""
+    own = settings_of(model.config, kind) | tokenizer_settings() | (settings or {})
+    return write(path, kind, own, tensors_of(model, kind), **more)
