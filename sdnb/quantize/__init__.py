@@ -1,30 +1,74 @@
-"""Input statistics, simulated quantization and skip lists."""
+"""Input statistics, simulated quantization, skip lists and their forms, experts, the single weight."""
 
-from sdnb.quantize.integers import absmax_scale, quantize, quantized_product
-from sdnb.quantize.linears import LinearModule, linear_modules, never_quantized, norm_feeding
-from sdnb.quantize.round_to_nearest import QuantizedLinear, Scheme, kept_share, quantized
-from sdnb.quantize.skip_list import MIN_TOKEN_RATIO, SkipList, down_projections, skip_list
-from sdnb.quantize.smoothquant import smoothing_factors
-from sdnb.quantize.statistics import InputStatistics, input_statistics, int8_errors
+from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_experts, watched_experts
+from sdnb.quantize.formats import FORMATS, absmax_scale, exact_product, levels_left, numbers, rounded
+from sdnb.quantize.forms import Form, forms, gguf_name
+from sdnb.quantize.modules import (
+    InputStatistics,
+    LinearModule,
+    linear_modules,
+    never_quantized,
+    norm_feeding,
+)
+from sdnb.quantize.schemes import (
+    SCHEMES,
+    PairedRatio,
+    QuantizedLinear,
+    Scheme,
+    kept_share,
+    perplexity_ratio,
+    quantized,
+    smoothing_factors,
+)
+from sdnb.quantize.single_weights import SingleWeight, similar_entries, single_weights, zeroed_entries
+from sdnb.quantize.skip_lists import (
+    MIN_TOKEN_RATIO,
+    Sensitivity,
+    SkipList,
+    down_projections,
+    fused_with,
+    sensitivity,
+    skip_list,
+)
+from sdnb.quantize.statistics import input_statistics
 
 __all__ = [
+    "FORMATS",
     "MIN_TOKEN_RATIO",
+    "SCHEMES",
+    "ExpertStatistics",
+    "Form",
     "InputStatistics",
     "LinearModule",
+    "PairedRatio",
     "QuantizedLinear",
     "Scheme",
+    "Sensitivity",
+    "SingleWeight",
     "SkipList",
     "absmax_scale",
     "down_projections",
+    "exact_product",
+    "expert_statistics",
+    "forms",
+    "fused_with",
+    "gguf_name",
     "input_statistics",
-    "int8_errors",
     "kept_share",
+    "levels_left",
     "linear_modules",
     "never_quantized",
     "norm_feeding",
-    "quantize",
+    "numbers",
+    "perplexity_ratio",
     "quantized",
-    "quantized_product",
+    "rounded",
+    "sensitivity",
+    "similar_entries",
+    "single_weights",
     "skip_list",
     "smoothing_factors",
+    "super_experts",
+    "watched_experts",
+    "zeroed_entries",
 ]

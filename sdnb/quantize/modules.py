@@ -1,4 +1,4 @@
-"""The linear modules of a model, found without a table of names, and which norm feeds which of them."""
+"""The linear modules of a model, found without a table of names, their inputs, and which norm feeds them."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.activations import input_device
-from sdnb.anatomy import decoder_layers
-from sdnb.anatomy.weights import is_linear, linear_weight
 from sdnb.errors import ModelError
+from sdnb.layers import decoder_layers
+from sdnb.layers.weights import is_linear, linear_weight
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,51 @@ class LinearModule:
     def weight(self) -> Tensor:
         """W of y = W x + b, (out, in)."""
         return linear_weight(self.module)
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Inputs X of one linear module over a text, entries x, tokens t.
+
+    Args:
+        name: full name of the module.
+        layer: its decoder layer, 1..L, or None.
+        branch: the layer's own child that holds it, such as "mlp".
+        order: its place in the order of calls, 0 first.
+        largest: max |x|.
+        median: median |x|, to 0.5 % where there are more than 65,536 entries.
+        token_median: median over tokens of max_j |x_tj|.
+        output_error: mean over tokens of |y - y'| / |y| with y = W x and y' the same quantized; None where it
+            was not asked for, or the weights are not in memory.
+        channel_largest: max_t |x_tj| for each input channel j, (k,), float32 on the CPU.
+        parameters: entries of W.
+    """
+
+    name: str
+    layer: int | None
+    branch: str
+    order: int
+    largest: float
+    median: float
+    token_median: float
+    output_error: float | None
+    channel_largest: Tensor
+    parameters: int
+
+    @property
+    def outputs(self) -> int:
+        """Rows of W."""
+        return self.parameters // len(self.channel_largest)
+
+    @property
+    def ratio(self) -> float | None:
+        """Max |x| over median |x|; None where half of the inputs are zero."""
+        return self.largest / self.median if self.median else None
+
+    @property
+    def token_ratio(self) -> float | None:
+        """Max |x| over the median token's largest |x|: how far spikes stand out; None where that is zero."""
+        return self.largest / self.token_median if self.token_median else None
 
 
 def linear_modules(model: nn.Module) -> dict[str, LinearModule]:

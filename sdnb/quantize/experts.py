@@ -1,0 +1,170 @@
+"""Experts of a mixture one by one: what each one's down-projection is given and what it puts out.
+
+In transformers 5 the experts of a layer are slices of three-dimensional parameters, and no module stands for
+one of them. Their products are watched instead: while the module that owns the parameters runs its plain
+loop over experts, every product with a slice of one of them is seen, with the slice's number.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sdnb.activations import input_device
+from sdnb.errors import ModelError
+from sdnb.layers import decoder_layers
+
+QUANTILE, SHARE = 0.995, 0.1
+"""An expert is named when its largest output is above this quantile and this share of the model's largest."""
+
+PRODUCTS = {
+    nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm,
+    Tensor.bmm,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """Largest input and output of one expert's down-projection over a text.
+
+    Args:
+        name: of the module and the expert, "model.layers.3.mlp.experts.17".
+        layer: its decoder layer, 1..L.
+        expert: its number, 0 first, as the router counts.
+        tokens: how many were sent to it.
+        largest_input: max |x|; 0 where no token was sent.
+        largest_output: max |W x|, before the router's weight.
+    """
+
+    name: str
+    layer: int
+    expert: int
+    tokens: int
+    largest_input: float
+    largest_output: float
+
+
+class _Products(TorchFunctionMode):
+    """Shows products with a slice of one of the parameters to a function: number of the slice, x, y."""
+
+    def __init__(self, parameters: list[nn.Parameter], show: Callable[[int, Tensor, Tensor], None]):
+        super().__init__()
+        self.parameters, self.show = parameters, show
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for parameter in self.parameters if function in PRODUCTS and len(args) > 1 else ():
+            offset = args[1].data_ptr() - parameter.data_ptr()
+            if args[1].ndim == 2 and 0 <= offset < parameter.nbytes:
+                self.show(offset * len(parameter) // parameter.nbytes, args[0], result)
+            elif args[1].shape == parameter.shape and offset == 0:  # all experts at once
+                for expert in range(len(parameter)):
+                    self.show(expert, args[0][expert], result[expert])
+        return result
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, dict[str, nn.Parameter]]]:
+    """Modules whose parameters hold experts as slices, (experts, rows, columns).
+
+    Args:
+        model: a causal language model.
+
+    Yields:
+        Layer 1..L, full name of the module, the module, and its three-dimensional parameters by name.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for number, layer in enumerate(decoder_layers(model), start=1):
+        for module in layer.modules():
+            found = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+            if found and len({len(parameter) for parameter in found.values()}) == 1:
+                yield number, names[id(module)], module, found
+
+
+@contextmanager
+def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatistics]]]:
+    """Watch the down-projection of every expert while the model runs inside the block.
+
+    A down-projection is the last product with a slice of an expert in a call of its module.
+
+    Args:
+        model: a causal language model.
+
+    Yields:
+        A function that returns what was seen so far, all experts layer after layer.
+
+    Raises:
+        ModelError: the model has no experts of this kind.
+    """
+    rows: list[list[ExpertStatistics]] = []
+    with ExitStack() as stack:
+        for number, name, module, parameters in expert_parameters(model):
+            count = len(next(iter(parameters.values())))
+            rows.append([ExpertStatistics(f"{name}.{e}", number, e, 0, 0.0, 0.0) for e in range(count)])
+            module.forward = partial(_watched, module, parameters, rows[-1])
+            stack.callback(vars(module).pop, "forward")
+        if not rows:
+            raise ModelError(
+                f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are "
+                "linear modules of their own are in input_statistics"
+            )
+        yield lambda: [found for layer in rows for found in layer]
+
+
+def _watched(module: nn.Module, parameters: dict, rows: list[ExpertStatistics], *args, **kwargs) -> object:
+    """Run the module and note the last product with a slice of each expert."""
+    last: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def show(expert: int, x: Tensor, y: Tensor) -> None:
+        last[expert] = (x, y)
+
+    with _Products(list(parameters.values()), show):
+        # the plain loop over experts, not the batched products that transformers may put in its place
+        result = inspect.unwrap(type(module).forward)(module, *args, **kwargs)
+    for expert, (x, y) in last.items():
+        old = rows[expert]
+        rows[expert] = replace(
+            old,
+            tokens=old.tokens + len(x),
+            largest_input=max(old.largest_input, x.abs().max().item()),
+            largest_output=max(old.largest_output, y.abs().max().item()),
+        )
+    return result
+
+
+@torch.no_grad()
+def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertStatistics]:
+    """Run a text and return the largest input and output of every expert's down-projection.
+
+    Args:
+        model: a causal language model with experts in three-dimensional parameters.
+        lines: token ids of each line, (T_i,).
+
+    Returns:
+        All experts, layer after layer.
+    """
+    with watched_experts(model) as results:
+        for line in lines:  # one by one: padding would be sent to experts, too
+            model.base_model(input_ids=line[None].to(input_device(model)), use_cache=False)
+        return results()
+
+
+def super_experts(statistics: list[ExpertStatistics]) -> list[ExpertStatistics]:
+    """Experts whose largest output is above the 99.5th percentile and above a tenth of the largest of all.
+
+    Args:
+        statistics: of all experts of a model.
+
+    Returns:
+        Those experts, the largest output first.
+
+    Source: Su et al., arXiv 2507.23279.
+    """
+    outputs = torch.tensor([found.largest_output for found in statistics], dtype=torch.float64)
+    limit = max(outputs.quantile(QUANTILE).item(), SHARE * outputs.max().item())
+    chosen = [found for found in statistics if found.largest_output > limit]
+    return sorted(chosen, key=lambda found: -found.largest_output)

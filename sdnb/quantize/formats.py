@@ -1,0 +1,221 @@
+"""Number formats: what they can hold, rounding to them, and products that are exact in float32.
+
+A tensor x is stored as numbers of the format times a scale, x ~ s X. Whole numbers and 8-bit floats leave it
+to the caller who shares a scale (a tensor, a channel, a token); block formats give every 16 or 32 entries in
+a row one of their own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdnb.errors import ParameterError
+
+EXACT_SUMMANDS = 1024
+"""127 * 127 * 1024 < 2**24: so many products of int8 numbers add up without rounding in float32."""
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """What numbers of a format look like.
+
+    Args:
+        largest: the largest number.
+        fraction: bits of a float's fraction; None for whole numbers.
+        smallest: exponent of a float's smallest normal number.
+        block: entries of a row that share a scale; None where the caller decides.
+        scale: format of a block's scale: "float32", "power of two", or "float8_e4m3" under a float32 scale of
+            the whole tensor.
+        stored: dtype in which numbers (times their block's scale) are kept without loss.
+    """
+
+    largest: float
+    fraction: int | None = None
+    smallest: int = 0
+    block: int | None = None
+    scale: str = "float32"
+    stored: torch.dtype = torch.bfloat16
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The nearest numbers of the format, ties to even; what is beyond the largest becomes the largest.
+
+        Args:
+            x: in units of the scale, float32; overwritten.
+
+        Returns:
+            x, rounded; NaN stays NaN.
+        """
+        if self.fraction is None:
+            return x.round_().clamp_(-self.largest, self.largest)
+        x.clamp_(-self.largest, self.largest)
+        # adding 1.5 * 2^(23 + e - fraction) and taking it away leaves x with `fraction` bits behind 2^e
+        exponent = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+        shift = exponent.clamp_(min=2.0**self.smallest).mul_(1.5 * 2.0 ** (23 - self.fraction))
+        return x.add_(shift).sub_(shift)
+
+
+FORMATS = {
+    "int8": NumberFormat(127, stored=torch.int8),
+    "int4": NumberFormat(7, stored=torch.int8),
+    "float8_e4m3": NumberFormat(448, 3, -6),
+    "int8_block": NumberFormat(127, block=32, stored=torch.float32),
+    "int4_block": NumberFormat(7, block=32, stored=torch.float32),
+    "mxfp8": NumberFormat(448, 3, -6, block=32, scale="power of two"),
+    "mxfp4": NumberFormat(6, 1, 0, block=32, scale="power of two"),
+    "nvfp4": NumberFormat(6, 1, 0, block=16, scale="float8_e4m3"),
+}
+"""int8 and int4 are symmetric, -128 and -8 are never taken; mxfp8 (e4m3) and mxfp4 (e2m1) follow the OCP
+Microscaling specification 1.0, nvfp4 NVIDIA's Blackwell, int8_block GGUF's Q8_0 with float32 scales."""
+
+PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Formats without a scale."""
+
+
+def number_format(name: str) -> NumberFormat:
+    """Look a format up.
+
+    Args:
+        name: a key of FORMATS.
+
+    Returns:
+        The format.
+
+    Raises:
+        ParameterError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise ParameterError(f"number format {name!r} is unknown; give one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def largest_entry(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Max |x| over some dimensions, which are kept, or over all of them, without a copy of x.
+
+    Args:
+        x: any shape.
+        dims: the dimensions; None for all.
+
+    Returns:
+        float32.
+    """
+    dims = tuple(range(x.ndim)) if dims is None else dims
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)).float()
+
+
+def absmax_scale(largest: Tensor, name: str = "int8") -> Tensor:
+    """The scale s = max|x| / largest number outside of blocks, which maps the largest entry to it.
+
+    Args:
+        largest: max|x|, one for each scale.
+        name: a key of FORMATS.
+
+    Returns:
+        float32, of the same shape; NaN where an entry is; 1 where everything is zero, and where a format has
+        scales of blocks only (all block formats but nvfp4).
+    """
+    kind = number_format(name)
+    if kind.block is not None and kind.scale != "float8_e4m3":
+        return torch.ones_like(largest, dtype=torch.float32)
+    scale = largest.float() / (kind.largest if kind.block is None else kind.largest * 448)
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def numbers(x: Tensor, scale: Tensor, name: str = "int8") -> Tensor:
+    """Numbers X of a format, x ~ s X; those of a block format carry their block's scale.
+
+    Args:
+        x: (..., k).
+        scale: from `absmax_scale`, broadcasts against x.
+        name: a key of FORMATS.
+
+    Returns:
+        float32, the shape of x.
+    """
+    kind = number_format(name)
+    if kind.block is None:
+        return kind.rounded(x.float() / scale)
+    x, width = x.float() / scale, x.shape[-1]
+    blocks = functional.pad(x, (0, -width % kind.block)).unflatten(-1, (-1, kind.block))
+    steps = _block_scales(largest_entry(blocks, (-1,)), kind)
+    found = kind.rounded(blocks.div_(torch.where(steps == 0, 1.0, steps))).mul_(steps)
+    return found.flatten(-2)[..., :width]
+
+
+def _block_scales(largest: Tensor, kind: NumberFormat) -> Tensor:
+    """Scale of each block, rounded as the format stores it."""
+    if kind.scale == "power of two":  # the block's largest power of two over the format's; NaN stays NaN
+        power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+        return power / 2.0 ** (int(kind.largest).bit_length() - 1) + 0 * largest
+    scale = largest / kind.largest
+    return scale if kind.scale == "float32" else FORMATS["float8_e4m3"].rounded(scale)
+
+
+def rounded(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
+    """What a format makes of x: round and scale back.
+
+    Args:
+        x: (..., k).
+        name: a key of FORMATS, or float16 or bfloat16, which have no scale (float16 overflows to inf).
+        scales: "tensor" for one scale, "token" for one for each row.
+
+    Returns:
+        float32, the shape of x.
+
+    Raises:
+        ParameterError: neither tensor nor token.
+    """
+    if name in PLAIN:
+        return x.to(PLAIN[name]).float()
+    if scales not in ("tensor", "token"):
+        raise ParameterError(f"scales per {scales!r}: give tensor or token")
+    scale = absmax_scale(largest_entry(x, (-1,) if scales == "token" else None), name)
+    return numbers(x, scale, name) * scale
+
+
+def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
+    """How many positive numbers of a format lie up to a size: what is left to describe a token.
+
+    Args:
+        size: largest |x| of each token.
+        scale: of the tensor that the token is in; 1 for float16 and bfloat16.
+        name: a key of FORMATS, or float16 or bfloat16.
+
+    Returns:
+        int64, the shape of size. In a block format a token always has its own scales: give its own.
+    """
+    if name in PLAIN:
+        bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16)
+        grid = bits.view(PLAIN[name]).double()
+    else:
+        kind = number_format(name)
+        step = 1.0 if kind.fraction is None else 2.0 ** (kind.smallest - kind.fraction)
+        grid = kind.rounded(torch.arange(1, int(kind.largest / step) + 1) * step).unique().double()
+    grid = grid[grid.isfinite()].to(size.device)
+    return torch.searchsorted(grid, (size.double() / scale).contiguous(), right=True)
+
+
+def exact_product(X: Tensor, W: Tensor) -> Tensor:
+    """X W^T of whole numbers up to 127 without a rounding error, by float32 products.
+
+    A partial sum over any columns S is at most |x_S| |w_S| <= |x| |w| (Cauchy-Schwarz): where the longest row
+    of X times the longest of W stays below 2^24, every partial sum is a whole number that float32 holds,
+    in whatever order it is added up. Otherwise `EXACT_SUMMANDS` columns at a time are added up in float64.
+
+    Args:
+        X: (n, k) whole numbers, float32.
+        W: (m, k) whole numbers, float32.
+
+    Returns:
+        (n, m), float32 or float64.
+    """
+    if X.shape[-1] <= EXACT_SUMMANDS or not len(X) or _longest(X) * _longest(W) < 0.999 * 2**24:
+        return X @ W.T
+    parts = zip(X.split(EXACT_SUMMANDS, dim=-1), W.split(EXACT_SUMMANDS, dim=-1), strict=True)
+    return sum((x @ w.T).double() for x, w in parts)
+
+
+def _longest(M: Tensor) -> float:
+    """Length of the longest row."""
+    return M.norm(dim=-1).max().item()

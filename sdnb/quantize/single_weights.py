@@ -1,0 +1,174 @@
+"""The single weight: the entry of a down-projection that writes the massive dimension from a spiking unit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdnb.activations import input_device
+from sdnb.decompose import largest_gain, leading_triplets
+from sdnb.errors import LayerUnsupported, ParameterError
+from sdnb.layers import WeightMatrix, layer_view
+from sdnb.layers.matrices import layer_matrices_or_reason
+from sdnb.layers.weights import linear_weight
+
+
+@dataclass(frozen=True)
+class SingleWeight:
+    """One entry of a layer's down-projection W, and why it was picked.
+
+    Args:
+        layer: 1..L.
+        module: full name of the down-projection.
+        row: dimension of the residual stream that the entry writes, 0 first.
+        column: unit of the FFN that it reads, 0 first.
+        value: W[row, column].
+        how: "spike" (seen in a text), "gain" or "rank one" (both from the weights alone).
+        size: by which layers compare: |y_row| of the spike, or at the input of largest gain; |entry| of
+            sigma_1 u_1 v_1^T.
+        share: part of y_row that the entry writes; of W[row, column] that the rank-one matrix explains.
+    """
+
+    layer: int
+    module: str
+    row: int
+    column: int
+    value: float
+    how: str
+    size: float
+    share: float
+
+
+def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWeight]:
+    """Find the single weight of every layer, in up to three ways.
+
+    From a spike: at the token with the largest output y of W, row = argmax |y|, column the unit that writes
+    most of it, argmax_i |W[row, i] x_i|. From the weights alone, by the gain: the same at the input that the
+    norm and FFN amplify most (`largest_gain`); no pass of the model, one layer at a time in memory. By the
+    rank-one matrix: the largest entry of sigma_1 u_1 v_1^T of W.
+
+    Args:
+        model: a causal language model, offloaded or not.
+        ids: a text, (B, T), for the spike; None for the weights alone.
+
+    Returns:
+        Layer after layer; a layer without one down-projection (a mixture of experts) has none, one without a
+        linear view no "gain".
+
+    Source: Yu et al., arXiv 2411.07191 (the spike); paper A's view of the explosion layer for the other two.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    downs: list[WeightMatrix] = []
+    for _, matrices in layer_matrices_or_reason(model):
+        found = [] if isinstance(matrices, str) else [m for m in matrices if m.kind == "down"]
+        downs += found if len(found) == 1 else []
+    spikes = _spikes(model, ids, downs) if ids is not None else {}
+    picks = []
+    for down in downs:
+        W = down.read()
+
+        def pick(row: int, column: int, down: WeightMatrix = down, W: Tensor = W, **how) -> SingleWeight:
+            value = W[row, column].item()
+            return SingleWeight(down.layer, names[id(down.module)], row, column, value, **how)
+
+        if down.layer in spikes:
+            picks.append(pick(**_largest_term(W, *spikes[down.layer]), how="spike"))
+        try:
+            view = layer_view(model, down.layer)
+            gain = largest_gain(view.ffn_branch, W.shape[0], device=W.device)
+            inner = view.ffn.formula.inner(view.ffn.norm(gain.input[None]))[0]
+            picks.append(pick(**_largest_term(W, inner, W @ inner), how="gain"))
+        except LayerUnsupported:
+            pass
+        triplet = leading_triplets(W @ W.T, k=1)  # symmetric: its vector is u_1, its value sigma_1^2
+        u = triplet.U[:, 0].to(W)
+        v_sigma = W.T @ u
+        row, column = int(u.abs().argmax()), int(v_sigma.abs().argmax())
+        entry = (u[row] * v_sigma[column]).item()
+        share = entry / W[row, column].item() if W[row, column] else 0.0
+        picks.append(pick(row, column, how="rank one", size=abs(entry), share=share))
+    return picks
+
+
+def _largest_term(W: Tensor, x: Tensor, y: Tensor) -> dict:
+    """Row, column, size and share of the largest term of the largest entry of y = W x."""
+    row = int(y.abs().argmax())
+    terms = W[row] * x.to(W)
+    column = int(terms.abs().argmax())
+    return {
+        "row": row, "column": column, "size": y[row].abs().item(), "share": (terms[column] / y[row]).item(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _spikes(model: nn.Module, ids: Tensor, downs: Sequence[WeightMatrix]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Input and output (without bias) of each down-projection at the token where its output is largest."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def watch(down: WeightMatrix):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            y = output.flatten(0, -2)
+            y = y if getattr(module, "bias", None) is None else y - module.bias
+            token = int(y.abs().amax(-1).argmax())
+            found[down.layer] = (args[0].flatten(0, -2)[token].float(), y[token].float())
+
+        return hook
+
+    with ExitStack() as hooks:
+        for down in downs:
+            hooks.callback(down.module.register_forward_hook(watch(down)).remove)
+        model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
+    return found
+
+
+@contextmanager
+def zeroed_entries(module: nn.Module, entries: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Set entries of a linear module's W to zero for the length of a block; restored bit for bit.
+
+    Args:
+        module: an `nn.Linear` or a `Conv1D`.
+        entries: (row, column) of W, rows are outputs.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ParameterError: the weights are not in memory, or there is no such entry.
+    """
+    W = linear_weight(module)
+    if W.is_meta:
+        raise ParameterError("weights are changed in memory: load the model without device=offload")
+    rows, columns = torch.tensor(entries, device=W.device).reshape(-1, 2).T
+    if ((rows < 0) | (rows >= W.shape[0]) | (columns < 0) | (columns >= W.shape[1])).any():
+        raise ParameterError(f"entries {list(entries)}: W is {W.shape[0]} x {W.shape[1]}, counted from 0")
+    with torch.no_grad():
+        kept = W[rows, columns].clone()
+        try:
+            W[rows, columns] = 0
+            yield
+        finally:
+            W[rows, columns] = kept
+
+
+def similar_entries(
+    W: Tensor, row: int, column: int, *, count: int = 100, seed: int = 0
+) -> list[tuple[int, int]]:
+    """Draw other entries of about the same size, to compare the single weight with.
+
+    Args:
+        W: (m, n).
+        row: of the single weight.
+        column: of the single weight.
+        count: how many; drawn from the ten times as many whose |size| is nearest.
+        seed: of the draw.
+
+    Returns:
+        (row, column) of each.
+    """
+    apart = (W.float().abs() - W[row, column].float().abs()).abs().flatten()
+    apart[row * W.shape[1] + column] = torch.inf
+    nearest = apart.topk(min(10 * count, len(apart) - 1), largest=False).indices.cpu()
+    drawn = nearest[torch.randperm(len(nearest), generator=torch.Generator().manual_seed(seed))[:count]]
+    return [divmod(place, W.shape[1]) for place in drawn.tolist()]

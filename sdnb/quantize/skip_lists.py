@@ -1,0 +1,209 @@
+"""Which modules should keep their precision: by spikes in their inputs, or by what skipping them recovers.
+
+The rule: a linear module goes on the list when its largest input is at least `MIN_TOKEN_RATIO` times the
+median token's largest input. With one int8 scale for all tokens, the largest input takes all 127 levels; at a
+ratio of 32 the median token is left with fewer than four of them, and at 254 it is rounded to zero.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sdnb.errors import ParameterError
+from sdnb.quantize.modules import InputStatistics, linear_modules, never_quantized
+from sdnb.quantize.schemes import PairedRatio, Scheme, perplexity_ratio, quantized
+
+MIN_TOKEN_RATIO = 32.0
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+)
+"""Modules beside one another that vLLM loads as one, and refuses when only some of them are skipped."""
+
+
+@dataclass(frozen=True)
+class SkipList:
+    """The modules that should keep their precision.
+
+    Args:
+        spiking: modules chosen by the rule, or by measurement; the largest first.
+        fused: modules that are there only because vLLM fuses them with one that was chosen.
+        by_default: modules that quantizers leave alone by themselves: the output embedding and tied weights.
+        threshold: the ratio of the rule.
+    """
+
+    spiking: tuple[str, ...]
+    fused: tuple[str, ...]
+    by_default: tuple[str, ...]
+    threshold: float
+
+    @property
+    def chosen(self) -> list[str]:
+        """What is skipped beyond the defaults."""
+        return [*self.spiking, *self.fused]
+
+    @property
+    def modules(self) -> list[str]:
+        """All, without repetition: what a quantizer must be given, since a list replaces its defaults."""
+        return list(dict.fromkeys((*self.spiking, *self.fused, *self.by_default)))
+
+
+def skip_list(
+    model: nn.Module, statistics: dict[str, InputStatistics], *, threshold: float = MIN_TOKEN_RATIO
+) -> SkipList:
+    """Apply the rule of this module.
+
+    Args:
+        model: a causal language model.
+        statistics: of its linear modules' inputs, from `input_statistics`.
+        threshold: smallest ratio of the largest input to the median token's largest input that counts as a
+            spike.
+
+    Returns:
+        The list, with full module names, so that layer 1 never matches layer 11.
+
+    Raises:
+        ParameterError: a threshold of 1 or below, which every module passes.
+    """
+    if threshold <= 1:
+        raise ParameterError(
+            f"the threshold of the skip list is {threshold}; give a ratio above 1, such as 32"
+        )
+    spikes = {
+        name: found.token_ratio if found.token_ratio is not None else float("inf")
+        for name, found in statistics.items()
+        if found.largest > 0
+    }
+    chosen = sorted((n for n, ratio in spikes.items() if ratio >= threshold), key=lambda n: -spikes[n])
+    return SkipList(tuple(chosen), fused_with(model, chosen), tuple(never_quantized(model)), threshold)
+
+
+def fused_with(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Modules that vLLM fuses with some of the given ones and that are not among them.
+
+    Args:
+        model: a causal language model.
+        names: full module names.
+
+    Returns:
+        Full module names, in the order of the model.
+    """
+    given, linears = set(names), linear_modules(model)
+    missing = set()
+    for name in given:
+        parent, _, own = name.rpartition(".")
+        for group in FUSED:
+            if own in group:
+                missing |= {f"{parent}.{other}" for other in group} & set(linears) - given
+    return tuple(name for name in linears if name in missing)
+
+
+def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
+    """The down-projection of each of the given layers: the FFN's last linear module with d outputs.
+
+    The module that a layer calls first reads its input and has d columns. Attention runs before the FFN, side
+    by side or in turn, so that what lies outside of the first module's branch is the FFN's. It ends with its
+    down-projection, or with a gate of one output behind it (the shared expert of Qwen2-MoE). Where it has no
+    linear module of its own (experts in one parameter), there is none.
+
+    Args:
+        statistics: with the order of calls.
+        layers: decoder layers, 1..L.
+
+    Returns:
+        Full module names, in the order of `layers`.
+    """
+    found = []
+    for layer in layers:
+        called = sorted((s for s in statistics.values() if s.layer == layer), key=lambda s: s.order)
+        for module in reversed(called):
+            if module.branch != called[0].branch and module.outputs == len(called[0].channel_largest):
+                found.append(module.name)
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What skipping modules recovers of the loss that quantization adds.
+
+    Args:
+        cost: perplexity with everything quantized over the intact model's.
+        gains: module -> perplexity without skipping over that with this module skipped, the largest first.
+        shortest: the fewest modules, in this order, that recover the share; all candidates where these do
+            not, none where quantization costs nothing.
+        recovered: share of the added loss that they recover.
+        left: perplexity with them skipped over the intact model's.
+    """
+
+    cost: PairedRatio
+    gains: dict[str, PairedRatio]
+    shortest: tuple[str, ...]
+    recovered: float
+    left: PairedRatio
+
+
+def sensitivity(
+    model: nn.Module,
+    scheme: Scheme,
+    losses: Callable[[], Tensor],
+    statistics: dict[str, InputStatistics],
+    *,
+    share: float = 0.8,
+    candidates: int = 12,
+    norms: dict[str, str] | None = None,
+) -> Sensitivity:
+    """Rank modules by what skipping each recovers, and find the shortest list that recovers a share.
+
+    Candidates are the modules with the largest output error on the calibration text (`input_statistics` with
+    the same scheme); each is skipped alone and the loss measured; then the best k of them together, k found
+    by bisection: candidates + log2(candidates) + 3 passes. A module that vLLM fuses with others is skipped
+    together with them.
+
+    Args:
+        model: a causal language model, all weights in memory.
+        scheme: how everything else is quantized.
+        losses: runs the model as it is and returns the loss of each window, (W,), in nats.
+        statistics: from `input_statistics(model, lines, scheme=scheme)`.
+        share: of the added loss that is to be recovered, 0 to 1.
+        candidates: modules that are tried.
+        norms: which norm feeds which module, where the scheme is SmoothQuant's.
+
+    Returns:
+        The ranking and the list.
+
+    Raises:
+        ParameterError: a share outside of 0 to 1, or statistics without output errors.
+    """
+    if not 0 < share <= 1:
+        raise ParameterError(f"share is {share}: give a number above 0 and up to 1")
+    errors = {name: s.output_error for name, s in statistics.items() if s.output_error is not None}
+    if not errors:
+        raise ParameterError("no output errors: give input_statistics the scheme, with all weights in memory")
+
+    def measured(skip: Sequence[str]) -> Tensor:
+        skip = {*skip, *fused_with(model, skip)}
+        with quantized(model, scheme, skip=skip, statistics=statistics, norms=norms):
+            return losses()
+
+    def recovered(now: Tensor) -> float:
+        return ((nothing - now).mean() / (nothing - intact).mean()).item()
+
+    intact, nothing = losses(), measured(())
+    tried = sorted(errors, key=errors.get, reverse=True)[:candidates]
+    alone = {name: measured([name]) for name in tried}
+    order = sorted(tried, key=lambda name: alone[name].mean().item())
+    low, high, best = 0, len(order), measured(order)
+    if nothing.mean() <= intact.mean():
+        high, best = 0, nothing
+    while recovered(best) >= share and high - low > 1:
+        middle = (low + high) // 2
+        now = measured(order[:middle])
+        low, high, best = (low, middle, now) if recovered(now) >= share else (middle, high, best)
+    gains = {name: perplexity_ratio(nothing, alone[name]) for name in order}
+    cost, left = perplexity_ratio(nothing, intact), perplexity_ratio(best, intact)
+    return Sensitivity(cost, gains, tuple(order[:high]), recovered(best), left)
