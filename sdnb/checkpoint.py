@@ -252,7 +252,7 @@ def _on_hub(name: str, repo: str, wanted: str, revision: str | None) -> Checkpoi
 
 
 def _small_files(repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """A folder of the local cache, named by the commit, with a repository's descriptions, and all its files."""
+    """A folder of the local cache, named by the commit, with a repository's descriptions; and all files."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_DESCRIPTIONS[:2]))

@@ -12,9 +12,10 @@ from urllib.parse import unquote, urlparse
 import pytest
 from huggingface_hub import constants
 
-from sdnb import load
+from sdnb import gguf, load
 from sdnb.checkpoint import locate
 from sdnb.errors import ModelError
+from tests.ggufs import small, write_model
 from tests.tiny import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -51,9 +52,19 @@ class Hub(BaseHTTPRequestHandler):
         else:
             files = [path for path in self.folder.rglob("*") if path.is_file()]
             tree = [
-                {"type": "file", "path": p.relative_to(self.folder).as_posix(), "size": p.stat().st_size, "oid": "0" * 40} for p in files
+                {
+                    "type": "file",
+                    "path": p.relative_to(self.folder).as_posix(),
+                    "size": p.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for p in files
             ]
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.relative_to(self.folder).as_posix()} for p in files]}
+            info = {
+                "id": name,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": p.relative_to(self.folder).as_posix()} for p in files],
+            }
             self.send(
                 200,
                 json.dumps(tree if kind == "tree" else info).encode(),
@@ -186,3 +197,51 @@ def test_a_cached_configuration_without_weights_offline(hub, monkeypatch):
     go_offline(monkeypatch)
     with pytest.raises(ModelError, match="no weights"):
         load("org/model", device="cpu")
+
+
+# --- GGUF repositories
+
+
+@pytest.fixture
+def files(hub, tmp_path, monkeypatch):
+    """A repository of GGUF files in place of the model."""
+    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "converted")
+    hub.folder = tmp_path / "quantized"
+    (hub.folder / "Q8_0").mkdir(parents=True)
+    model = small("llama")
+    for name, form in (("tiny.Q4_0.gguf", "Q4_0"), ("tiny-IQ4_0.gguf", "Q4_1"), ("Q8_0/tiny.gguf", "Q8_0")):
+        write_model(hub.folder / name, model, "llama", formats=lambda name, form=form: form)
+    return hub.folder
+
+
+@pytest.mark.parametrize(
+    ("wanted", "form", "slug"),
+    [
+        ("tiny-IQ4_0.gguf", "gguf Q4_1", "org__model__tiny-iq4_0.gguf"),
+        ("Q4_0", "gguf Q4_0", "org__model__q4_0"),
+        ("q8_0", "gguf Q8_0", "org__model__q8_0"),
+    ],
+)
+def test_one_file_of_a_repository_is_named_by_file_or_quantization(files, monkeypatch, wanted, form, slug):
+    loaded = load(f"org/model:{wanted}", revision="v1", device="cpu")
+    assert (loaded.format, loaded.revision, loaded.slug) == (form, COMMIT, f"{slug}@v1")
+    assert loaded.title == loaded.name == f"org/model:{wanted}"
+    assert [path for path in Hub.asked if "resolve" in path and path.endswith(".gguf")]
+    assert len({path for path in Hub.asked if path.endswith(".gguf")}) == 1  # the others are not fetched
+    go_offline(monkeypatch)
+    assert load(f"org/model:{wanted}", revision="v1", device="cpu").fingerprint == loaded.fingerprint
+
+
+def test_a_repository_of_several_files_lists_them(files):
+    for name in ("org/model", "org/model:Q6_K", "org/model:none.gguf"):
+        with pytest.raises(ModelError, match=r"Q8_0/tiny.gguf.*org/repo:Q4_K_M"):
+            load(name, device="cpu")
+
+
+def test_a_base_on_the_hub_is_fetched_without_its_weights(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "converted")
+    small("llama").config.save_pretrained(hub.folder)
+    path = write_model(tmp_path / "model.gguf", small("llama"), "llama")
+    loaded = load(str(path), base="org/model", device="cpu")
+    assert loaded.tokenizer is not None and loaded.revision is None
+    assert not any(name.endswith(".safetensors") for name in hub.asked)

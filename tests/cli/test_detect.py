@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from sdnb.activations import hidden_norms
 from sdnb.cli.main import main
-from sdnb.labels import token_labels
+from sdnb import token_labels
 from sdnb.loading import load
 from sdnb.observations.inspection import Inspection, inspect_lines
 from tests.tiny import planted_model, tiny_model, tiny_tokenizer
