@@ -289,9 +289,7 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     Raises:
         ParameterError: a chance that is none.
     """
-    if not 0 < chance < 1:
-        raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
-    limit = math.log10(chance)
+    limit = _log10_of(chance)
     row = {"first": first.name, "second": second.name} | dict.fromkeys(_NUMBERS)
     row |= _directions(first, second, limit) | _embeddings_of(first, second, seed)
     sizes = [x.embedding.shape[1] for x in (first, second)]
@@ -342,8 +340,9 @@ def signature_command(args: object, **loading: object) -> int:
         0; a model without a high-norm token is no failure.
     """
     names, found = list(dict.fromkeys(args.models)), []
+    _log10_of(args.chance)  # what cannot be is refused before the first model is measured
     for name in names:
-        locate(name, loading.get("revision"))  # all of them, before the first is measured
+        locate(name, loading.get("revision"))
     for name in progress(names, desc="signatures"):
         loaded = load(name, **loading)
         found.append(signature(loaded, encode(loaded, args.text, max_lines=args.max_lines)))
@@ -377,7 +376,7 @@ def describe(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict])
     for row in sorted(pairs, key=lambda row: order[row["verdict"]]):
         angle = _shown(row["angle_deg"], "{:.2f}°") + _shown(row["uncertainty_deg"], " ± {:.2f}°", "")
         lines.append(
-            f"{row['verdict']:<21}  {angle:>14}  {_shown(row['chance_log10'], '1e{:.0f}'):>7}  "
+            f"{row['verdict']:<21}  {angle:>14}  {_power(row['chance_log10']):>7}  "
             f"{_shown(row['alignment'], '{:.3f}'):>10}  {_shown(row['carried_angle_deg'], '{:.1f}°'):>7}  "
             f"{row['first']:<{width}}  {row['second']:<{width}}  {row['note']}".rstrip()
         )
@@ -416,6 +415,12 @@ def _final_gain(model: nn.Module, d: int) -> Tensor:
 def _unit_rows(E: Tensor) -> Tensor:
     """Rows centred and of unit length, (n, d) in float32."""
     return nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1)
+
+
+def _log10_of(chance: float) -> float:
+    if not 0 < chance < 1:
+        raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
+    return math.log10(chance)
 
 
 def _log10(angle: float, d: int) -> float:
@@ -470,6 +475,11 @@ def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
         row["carried_angle_deg"] = angle = float(angle_deg(a, found.rotation @ b))
         row["carried_log10"] = _log10(angle, min(len(a), len(b)))
     return row
+
+
+def _power(log10: float | None) -> str:
+    """A probability by its logarithm, also where it is too small for a float."""
+    return "-" if log10 is None else f"{10**log10:.1g}" if log10 > -300 else f"1e{log10:.0f}"
 
 
 def _shown(value: float | None, form: str, none: str = "-") -> str:

@@ -25,6 +25,7 @@ from sdnb.signatures import (
     resampled_mean,
     shared_tokens,
     signature,
+    signature_command,
 )
 from tests.tiny import planted_model, tiny_model, tiny_tokenizer
 
@@ -382,6 +383,19 @@ def test_unrelated_models_with_the_same_massive_dimension_are_no_relatives(zoo):
     # all coordinates in the order of their size: the directions meet, the embeddings say that it is another
     row = compare_signatures(zoo["llama"], renumbered(zoo["llama"], zoo["llama-seed2"], 128))
     assert row["direction"] == "related" and row["verdict"] == "undecided"
+
+
+def test_command_names_everyone(capsys):
+    models = ["zoo/llama", "zoo/llama-chat", "zoo/gpt2"]
+    options = {"models": models, "text": LINES, "max_lines": 20, "chance": 1e-6}
+    assert signature_command(SimpleNamespace(json=True, **options)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["groups"] == [1, 1, 2] and len(found["pairs"]) == 3
+    signature_command(SimpleNamespace(json=False, **options))
+    text = capsys.readouterr().out
+    assert all(name in text for name in models)
+    with pytest.raises(sdnb.ModelError):
+        signature_command(SimpleNamespace(json=True, **(options | {"models": ["zoo/llama", "/no/such"]})))
 
 
 # --- the notebooks of collections
