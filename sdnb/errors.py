@@ -10,7 +10,7 @@ class ModelError(SdnbError):
 
 
 class LayerUnsupported(SdnbError):
-    """A decoder layer whose anatomy could not be recognised or did not reproduce the real layer.
+    """A decoder layer whose structure was not recognised or does not reproduce the real layer.
 
     Args:
         layer: the layer's number, 1..L.

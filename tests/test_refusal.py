@@ -171,6 +171,19 @@ def test_weights_left_over(folder):
     refused(folder, r"weights that LlamaForCausalLM does not use \(model.layers.1")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_key_value_heads", 4, r"k_proj.weight.*\(16, 32\).*\(32, 32\)"),
+        ("hidden_size", 64, r"weight .*32.*64"),
+        ("intermediate_size", 96, r"mlp.*64.*96"),
+    ],
+)
+def test_a_configuration_of_other_sizes_names_a_weight_and_both_shapes(folder, key, value, words):
+    change_config(folder, **{key: value})
+    refused(folder, words)
+
+
 def test_weights_of_another_shape(folder):
     change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
     refused(folder, r"model.norm.weight.*\(5,\).*\(32,\)")
