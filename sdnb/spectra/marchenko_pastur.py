@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from sdnb.errors import ParameterError
-from sdnb.spectra.noise import noise_spectrum
 from sdnb.spectra.tracy_widom import largest_edge, smallest_edge
 
 HARD_EDGE = 0.9
@@ -30,18 +29,6 @@ SIMULATED_SIDE = 128
 
 class NoBulk(ParameterError):
     """A matrix whose median singular value is zero, as after pruning: there is no noise to fit."""
-
-
-def aspect(shape: tuple[int, int]) -> tuple[float, int]:
-    """Aspect ratio and longer side of a matrix: q = min/max and L = max.
-
-    Args:
-        shape: (n, m).
-
-    Returns:
-        q in (0, 1] and L.
-    """
-    return min(shape) / max(shape), max(shape)
 
 
 def mp_edges(q: float) -> tuple[float, float]:
@@ -67,11 +54,11 @@ def mp_density(nu: Tensor, q: float) -> Tensor:
         The density, float64, zero outside the bulk.
     """
     low, high = mp_edges(q)
-    square = nu.double() ** 2
-    inside = ((high**2 - square) * (square - low**2)).clamp(min=0)
+    nu = nu.double()
     if low == 0:  # square: sqrt(4 - nu^2) / pi, finite at zero
-        return (high**2 - square).clamp(min=0).sqrt() / math.pi * (nu >= 0)
-    return torch.where(inside > 0, inside.sqrt() / (math.pi * q * nu.double().clamp(min=low)), 0.0)
+        return (high**2 - nu**2).clamp(min=0).sqrt() / math.pi * (nu >= 0)
+    inside = ((high**2 - nu**2) * (nu**2 - low**2)).clamp(min=0)
+    return torch.where(nu > 0, inside.sqrt() / (math.pi * q * nu.clamp(min=low)), 0.0)
 
 
 def mp_cdf(nu: Tensor, q: float) -> Tensor:
@@ -113,6 +100,12 @@ def mp_quantiles(probabilities: Tensor, q: float) -> Tensor:
     return (low + high) / 2
 
 
+@functools.cache  # the simulation behind sigma_error asks for the same one 200 times
+def _square_at(share: float, q: float) -> float:
+    """Squared singular value over s~^2 below which a share of the law lies."""
+    return mp_quantiles(torch.tensor([share], dtype=torch.float64), q).item() ** 2
+
+
 def mp_median(q: float) -> float:
     """Median mu_q of the squared singular values over s~^2: 0.65278 at q = 1, 0.91600 at q = 1/4.
 
@@ -122,8 +115,7 @@ def mp_median(q: float) -> float:
     Returns:
         mu_q (Gavish and Donoho 2014).
     """
-    low, high = mp_edges(q)
-    return brentq(lambda nu: float(mp_cdf(torch.tensor(nu), q)) - 0.5, low, high, xtol=1e-14) ** 2
+    return _square_at(0.5, q)
 
 
 def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: float = 0.0) -> float:
@@ -148,21 +140,43 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: floa
         raise ParameterError(
             f"drop_top {drop_top}: give the share of largest values to leave out, from 0 to below 1"
         )
-    q, longer = aspect(shape)
     values = np.sort(singular_values.double().cpu().numpy() ** 2)
     kept = values[: len(values) - int(drop_top * len(values))]
-    if np.median(kept) <= ZERO**2 * values[-1]:
+    middle = float(np.median(kept))
+    if middle <= ZERO**2 * values[-1]:
         raise NoBulk(
             f"the median singular value of a {shape[0]} x {shape[1]} matrix is zero (at most {ZERO:g} of the "
             "largest): no bulk to fit"
         )
-    return math.sqrt(float(np.median(kept)) / (longer * _square_at(0.5 * len(kept) / len(values), q)))
+    quantile = _square_at(0.5 * len(kept) / len(values), min(shape) / max(shape))
+    return math.sqrt(middle / (max(shape) * quantile))
 
 
-@functools.cache
-def _square_at(share: float, q: float) -> float:
-    """Squared singular value over s~^2 below which a share of the law lies."""
-    return mp_median(q) if share == 0.5 else float(mp_quantiles(torch.tensor([share]), q)) ** 2
+def noise_spectrum(shape: tuple[int, int], *, generator: torch.Generator) -> Tensor:
+    """Draw the singular values of a matrix of independent standard normal entries, without the matrix.
+
+    Householder reflections make such a matrix bidiagonal with independent chi variables chi(L), ..., chi(L -
+    s + 1) on the diagonal and chi(s - 1), ..., chi(1) beside it (Dumitriu and Edelman 2002), so that a draw
+    costs s^2.
+
+    Args:
+        shape: (n, m).
+        generator: of the random numbers.
+
+    Returns:
+        The min(n, m) singular values, ascending, float64.
+    """
+
+    def chi(freedom: Tensor) -> Tensor:
+        return torch.sqrt(2 * torch._standard_gamma(freedom.double() / 2, generator=generator))
+
+    longer, shorter = max(shape), min(shape)
+    diagonal = chi(torch.arange(longer, longer - shorter, -1))
+    beside = chi(torch.arange(shorter - 1, 0, -1))
+    squares = diagonal**2
+    squares[1:] += beside**2
+    values = eigvalsh_tridiagonal(squares.numpy(), (diagonal[:-1] * beside).numpy(), lapack_driver="sterf")
+    return torch.from_numpy(values).clamp(min=0).sqrt()
 
 
 @functools.cache
@@ -177,12 +191,11 @@ def sigma_error(shape: tuple[int, int], drop_top: float = 0.0) -> float:
         The standard deviation over 200 simulated matrices (seed 0), of the same aspect ratio and at most
         SIMULATED_SIDE rows, scaled by 1/s.
     """
-    shorter, longer = min(shape), max(shape)
-    side = min(shorter, SIMULATED_SIDE)
-    small = (side, round(side * longer / shorter))
+    side = min(*shape, SIMULATED_SIDE)
+    small = (side, round(side * max(shape) / min(shape)))
     generator = torch.Generator().manual_seed(0)
     found = [median_sigma(noise_spectrum(small, generator=generator), small, drop_top) for _ in range(200)]
-    return float(np.std(found)) * side / shorter
+    return float(np.std(found)) * side / min(shape)
 
 
 @dataclass(frozen=True)
@@ -241,24 +254,20 @@ def fit_spectrum(
         raise ParameterError(
             f"{singular_values.numel()} singular values for shape {shape}: all {min(shape)} are needed"
         )
-    q, longer = aspect(shape)
+    q, values = min(shape) / max(shape), singular_values.double().cpu()
     sigma = median_sigma(singular_values, shape, drop_top)
-    scale = sigma * math.sqrt(longer)
-    error = sigma_error(tuple(sorted(shape)), drop_top)
-    top = largest_edge(shape, false_positive_rate, error)
+    scale, error = sigma * math.sqrt(max(shape)), sigma_error(tuple(sorted(shape)), drop_top)
+    top, edge_scale = (sigma * x for x in largest_edge(shape, false_positive_rate, error))
     hard = q > HARD_EDGE
-    bottom = 0.0 if hard else smallest_edge(shape, false_positive_rate, error)
-    values = singular_values.double().cpu()
-    below = None if hard else int((values < sigma * bottom).sum())
-    low, high = mp_edges(q)
+    bottom = 0.0 if hard else sigma * smallest_edge(shape, false_positive_rate, error)
     return SpectrumFit(
         shape=tuple(shape),
         sigma=sigma,
-        edges=(scale * low, scale * high),
-        outlier_edges=(sigma * bottom, sigma * top.edge),
-        edge_scale=sigma * top.scale,
-        outliers_below=below,
-        outliers_above=int((values > sigma * top.edge).sum()),
+        edges=tuple(scale * edge for edge in mp_edges(q)),
+        outlier_edges=(bottom, top),
+        edge_scale=edge_scale,
+        outliers_below=None if hard else int((values < bottom).sum()),
+        outliers_above=int((values > top).sum()),
         hard_edge=hard,
         distance=mp_distance(values / scale, q),
     )
@@ -290,10 +299,25 @@ def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Ten
     Returns:
         Kolmogorov distances, shape (draws,), ascending.
     """
-    generator = torch.Generator().manual_seed(seed)
-    q, longer = aspect(shape)
-    found = []
+    generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         values = noise_spectrum(shape, generator=generator)
-        found.append(mp_distance(values / (median_sigma(values, shape) * math.sqrt(longer)), q))
+        scale = median_sigma(values, shape) * math.sqrt(max(shape))
+        found.append(mp_distance(values / scale, min(shape) / max(shape)))
     return torch.tensor(found, dtype=torch.float64).sort().values
+
+
+def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
+    """Largest singular value of pure rounding noise: sigma (sqrt(n) + sqrt(m)), the upper edge of its bulk.
+
+    Whatever part of a stored matrix' spectrum lies below says nothing about the model: independent errors of
+    this size alone give singular values up to there.
+
+    Args:
+        sigma: root mean square of the error that the stored format makes (`Loaded.rounding_noise`).
+        shape: (n, m).
+
+    Returns:
+        The end of the band, in the units of the singular values.
+    """
+    return sigma * (math.sqrt(shape[0]) + math.sqrt(shape[1]))

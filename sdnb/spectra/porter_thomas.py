@@ -8,7 +8,6 @@ by simulation.
 """
 
 import functools
-import itertools
 import math
 
 import torch
@@ -16,6 +15,7 @@ from scipy.special import betainc
 from torch import Tensor
 
 from sdnb.errors import ParameterError
+from sdnb.spectra.singular import index_blocks
 
 LARGEST_DRAW = 4096
 """Entries in one simulated draw; sqrt(n) times the distance has settled by then."""
@@ -96,30 +96,8 @@ def ks_p_value(distance: float, n: int, pooled: int = 1, *, draws: int = 4000, s
         The p-value.
     """
     null = null_distances(n, pooled, draws, seed)
-    larger = len(null) - int(
-        torch.searchsorted(null, torch.tensor(distance * math.sqrt(n * pooled)).double())
-    )
+    larger = int((null >= distance * math.sqrt(n * pooled)).sum())
     return (1 + larger) / (1 + len(null))
-
-
-def pools(count: int, width: int) -> list[slice]:
-    """Cut a spectrum into neighbouring blocks of nearly equal size.
-
-    Args:
-        count: number of singular vectors.
-        width: wanted number of vectors in a block, at least 1.
-
-    Returns:
-        Slices that cover 0..count once, each `width` long or a little longer.
-
-    Raises:
-        ParameterError: a width below 1.
-    """
-    if width < 1:
-        raise ParameterError(f"pool width {width}: give at least 1 singular vector to a pool")
-    blocks = max(1, count // width)
-    cuts = [round(i * count / blocks) for i in range(blocks + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def spectrum_p_values(
@@ -132,15 +110,20 @@ def spectrum_p_values(
 
     Args:
         vectors: singular vectors as columns in the order of the spectrum, shape (N, s).
-        width: vectors in a pool.
+        width: vectors in a pool, or a few more.
         draws: simulated pools behind each p-value.
         seed: of the simulation.
 
     Returns:
         The pools, their Kolmogorov-Smirnov distances and their p-values, float64.
+
+    Raises:
+        ParameterError: a width below 1.
     """
-    blocks = pools(vectors.shape[1], width)
-    n = vectors.shape[0]
+    if width < 1:
+        raise ParameterError(f"pool width {width}: give at least 1 singular vector to a pool")
+    n, count = vectors.shape
+    blocks = index_blocks(count, max(1, count // width))
     distances = [ks_distance(vectors[:, block]) for block in blocks]
     values = [
         ks_p_value(distance, n, block.stop - block.start, draws=draws, seed=seed)

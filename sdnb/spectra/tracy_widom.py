@@ -7,22 +7,15 @@ second-order accuracy for matrices of real Gaussian entries are those of Ma (201
 
 import functools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import airy
 
 NODES, REACH = 64, 24.0
+"""Nodes of the quadrature on (0, REACH), beyond which the Airy function is nothing."""
 MEAN, DEVIATION = -1.2065336, 1.2679814
 """Mean and standard deviation of the Tracy-Widom law of real matrices (Bornemann 2010)."""
-
-
-@functools.cache
-def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and square roots of the weights on (0, REACH), beyond which the Airy function is nothing."""
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    return REACH * (nodes + 1) / 2, np.sqrt(weights * REACH / 2)
 
 
 def tracy_widom_cdf(x: float) -> float:
@@ -34,12 +27,13 @@ def tracy_widom_cdf(x: float) -> float:
     Returns:
         F1(x), with an absolute error near 1e-14.
     """
-    nodes, roots = _quadrature()
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    nodes, roots = REACH * (nodes + 1) / 2, np.sqrt(weights * REACH / 2)
     kernel = airy(x + nodes[:, None] + nodes[None, :])[0]
     return float(np.linalg.det(np.eye(NODES) - roots[:, None] * kernel * roots[None, :]))
 
 
-@functools.cache
+@functools.cache  # of one rate, for every matrix of a model
 def tracy_widom_quantile(probability: float) -> float:
     """Quantile of the Tracy-Widom law: F1(x) = probability.
 
@@ -52,30 +46,12 @@ def tracy_widom_quantile(probability: float) -> float:
     return brentq(lambda x: tracy_widom_cdf(x) - probability, -8.0, 12.0, xtol=1e-10)
 
 
-@dataclass(frozen=True)
-class Edge:
-    """Where a singular value of noise stops, for entries of variance one.
-
-    Args:
-        edge: the singular value that is passed with the stated probability.
-        scale: Tracy-Widom scale of the extreme singular value, to first order.
-    """
-
-    edge: float
-    scale: float
-
-
-def _sides(shape: tuple[int, int]) -> tuple[float, float]:
-    """Square roots of the longer and the shorter side, each less one half (Ma 2012)."""
-    return math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)
-
-
 def _upper_quantile(rate: float, relative_error: float) -> float:
     """Upper quantile of Tracy-Widom, widened about its mean; the error in the law's standard deviations."""
     return MEAN + (tracy_widom_quantile(1 - rate) - MEAN) * math.hypot(1, relative_error)
 
 
-def largest_edge(shape: tuple[int, int], rate: float, sigma_error: float = 0.0) -> Edge:
+def largest_edge(shape: tuple[int, int], rate: float, sigma_error: float = 0.0) -> tuple[float, float]:
     """Upper end of the singular values of noise: nu^2 = mu + sigma t, t the upper quantile of Tracy-Widom.
 
     mu = (sqrt(L - 1/2) + sqrt(s - 1/2))^2, sigma = sqrt(mu) (1/sqrt(L - 1/2) + 1/sqrt(s - 1/2))^(1/3).
@@ -86,13 +62,13 @@ def largest_edge(shape: tuple[int, int], rate: float, sigma_error: float = 0.0) 
         sigma_error: relative standard error of the sigma that the edge will be multiplied with.
 
     Returns:
-        The edge.
+        The singular value, and the Tracy-Widom scale of the largest one to first order.
     """
-    longer, shorter = _sides(shape)
+    longer, shorter = math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)
     root = longer + shorter
     scale = root * (1 / longer + 1 / shorter) ** (1 / 3)
     quantile = _upper_quantile(rate, 2 * root**2 * sigma_error / (scale * DEVIATION))
-    return Edge(math.sqrt(root**2 + scale * quantile), scale / (2 * root))
+    return math.sqrt(root**2 + scale * quantile), scale / (2 * root)
 
 
 def smallest_edge(shape: tuple[int, int], rate: float, sigma_error: float = 0.0) -> float:
@@ -109,7 +85,7 @@ def smallest_edge(shape: tuple[int, int], rate: float, sigma_error: float = 0.0)
     Returns:
         The singular value.
     """
-    longer, shorter = _sides(shape)
+    longer, shorter = math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)
     root = longer - shorter
     tau = (1 / shorter - 1 / longer) ** (1 / 3) / root
     quantile = _upper_quantile(rate, 2 * sigma_error / (tau * DEVIATION))

@@ -16,6 +16,7 @@ from sdnb.spectra import (
     mp_quantiles,
     noise_distances,
     noise_spectrum,
+    rounding_band,
     singular_values,
     tracy_widom_cdf,
     tracy_widom_quantile,
@@ -135,3 +136,19 @@ def test_planted_spikes_are_found_on_their_side_and_at_their_place(strengths, qu
 def test_what_cannot_be_fitted_is_refused(values):
     with pytest.raises(ParameterError):
         fit_spectrum(values, (4, 8))
+
+
+@pytest.mark.parametrize("shape", [(120, 120), (64, 200)])
+def test_the_rounding_band_ends_where_the_spectrum_of_the_true_errors_ends(shape):
+    generator = torch.Generator().manual_seed(5)
+    W = torch.randn(shape, generator=generator)
+    step = (
+        W.unflatten(1, (-1, 40)).abs().amax(-1, keepdim=True) / 7
+    )  # one for every 40
+    stored = ((W.unflatten(1, (-1, 40)) / step).round() * step).flatten(1)
+    sigma = (step.square().mean() / 12).sqrt().item()  # what the format's steps alone tell
+    assert sigma == pytest.approx((stored - W).square().mean().sqrt().item(), rel=0.03)
+    band = rounding_band(sigma, shape)
+    assert torch.linalg.svdvals(stored - W)[0].item() == pytest.approx(band, rel=0.06)
+    flat = torch.linalg.svdvals(torch.ones(shape) @ torch.eye(shape[1]) * 3 + stored - W)
+    assert (flat[1:] < 1.06 * band).all() and flat[0] > 5 * band, "all but the planted value is rounding"

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sdnb.errors import ParameterError
 from sdnb.spectra import (
     chance_band,
     chance_survival,
@@ -15,7 +16,7 @@ from sdnb.spectra import (
     spectrum_p_values,
 )
 from sdnb.spectra.overlap import rank_correlation, rank_correlation_p_value
-from sdnb.spectra.porter_thomas import ks_distance, null_distances, pools
+from sdnb.spectra.porter_thomas import ks_distance, null_distances
 
 # paper B's band: coordinates taken as independent normals, good for large N
 PUBLISHED = {768: (0.0949, 0.1198, 0.1725), 1024: (0.0852, 0.1062, 0.1512), 2048: (0.0651, 0.0792, 0.1099),
@@ -59,9 +60,9 @@ def test_porter_thomas_is_the_law_of_a_coordinate():
 def test_p_values_of_noise_are_uniform(shape, width):
     generator = torch.Generator().manual_seed(5)
     found = []
-    while sum(len(values) for values in found) < 240:
+    while sum(len(values) for values in found) < 120:
         left, _, right = decomposition(torch.randn(shape, generator=generator))
-        found += [spectrum_p_values(side, width, draws=2000)[2] for side in (left, right)]
+        found += [spectrum_p_values(side, width, draws=1000)[2] for side in (left, right)]
     values = torch.cat(found).sort().values
     steps = torch.arange(1, len(values) + 1) / len(values)
     assert (values - steps).abs().max() < 1.9 / math.sqrt(len(values))
@@ -70,10 +71,10 @@ def test_p_values_of_noise_are_uniform(shape, width):
 def test_unit_length_makes_the_distance_shorter_than_the_textbook_law():
     from scipy.stats import kstwobign
 
-    null = null_distances(1000, 1)
+    null = null_distances(1000, 1, 1500)
     assert float(null.median()) < 0.97 * kstwobign.ppf(0.5)
-    assert null_distances(64, 1).median() == pytest.approx(float(null.median()), rel=0.05)
-    assert null_distances(64, 8).median() == pytest.approx(float(null.median()), rel=0.05)
+    assert null_distances(64, 1, 1500).median() == pytest.approx(float(null.median()), rel=0.05)
+    assert null_distances(64, 8, 1500).median() == pytest.approx(float(null.median()), rel=0.05)
 
 
 def test_a_sparse_vector_is_not_random():
@@ -83,11 +84,13 @@ def test_a_sparse_vector_is_not_random():
 
 
 def test_pools_cover_the_spectrum_once():
-    blocks = pools(103, 8)
+    vectors = decomposition(torch.randn(103, 103, generator=torch.Generator().manual_seed(6)))[2]
+    blocks, distances, p_values = spectrum_p_values(vectors, 8, draws=50)
     assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
     assert (blocks[0].start, blocks[-1].stop) == (0, 103)
-    assert all(8 <= b.stop - b.start <= 9 for b in blocks)
-    assert pools(3, 8) == [slice(0, 3)]
+    assert all(8 <= b.stop - b.start <= 9 for b in blocks) and len(blocks) == len(distances) == len(p_values)
+    with pytest.raises(ParameterError, match="pool width"):
+        spectrum_p_values(vectors, 0)
 
 
 def test_overlaps_see_a_shared_direction_whatever_its_sign():
