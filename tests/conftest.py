@@ -7,14 +7,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory):
-    """All templates, executed once for all processes that pytest-xdist runs tests in."""
+    """All notebooks, executed once for all processes that pytest-xdist runs tests in."""
     from tests.templates import execute_once
 
     base = tmp_path_factory.getbasetemp()
     return execute_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
-LONG = ("book/test_build.py", "book/test_rerun.py", "zoo/test_models.py")
+LONG = ("book/test_book.py", "book/test_rerun.py", "zoo/test_models.py")
 
 
 def pytest_collection_modifyitems(items):
