@@ -289,7 +289,9 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     Raises:
         ParameterError: a chance that is none.
     """
-    limit = _log10_of(chance)
+    if not 0 < chance < 1:
+        raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
+    limit = math.log10(chance)
     row = {"first": first.name, "second": second.name} | dict.fromkeys(_NUMBERS)
     row |= _directions(first, second, limit) | _embeddings_of(first, second, seed)
     sizes = [x.embedding.shape[1] for x in (first, second)]
@@ -338,9 +340,13 @@ def signature_command(args: object, **loading: object) -> int:
 
     Returns:
         0; a model without a high-norm token is no failure.
+
+    Raises:
+        ParameterError: a chance that is none.
     """
     names, found = list(dict.fromkeys(args.models)), []
-    _log10_of(args.chance)  # what cannot be is refused before the first model is measured
+    if not 0 < args.chance < 1:  # refused before the first model is measured
+        raise ParameterError(f"--chance {args.chance:g}: give a probability between 0 and 1")
     for name in names:
         locate(name, loading.get("revision"))
     for name in progress(names, desc="signatures"):
@@ -415,12 +421,6 @@ def _final_gain(model: nn.Module, d: int) -> Tensor:
 def _unit_rows(E: Tensor) -> Tensor:
     """Rows centred and of unit length, (n, d) in float32."""
     return nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1)
-
-
-def _log10_of(chance: float) -> float:
-    if not 0 < chance < 1:
-        raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
-    return math.log10(chance)
 
 
 def _log10(angle: float, d: int) -> float:
