@@ -457,6 +457,7 @@ def test_fine_tuning(collection, tmp_path):
     assert found["pair_angle_deg"][1][2] == found["pair_angle_deg"][2][1] > 60
     assert found["explosion_layers"][:3] == [[2], [2], [2]] and found["high_norm_count"][3] == 0
     assert found.arrays["first_norms"].shape == (4, 5), "those of the base's shape"
+    assert found.arrays["directions"].shape == (5, 64) and not found.arrays["directions"][3:].any()
 
 
 def test_signatures_of_a_collection(collection, tmp_path):
