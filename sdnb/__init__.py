@@ -15,7 +15,7 @@ _WHERE = {
     "sdnb.text": ("Text", "encode", "token_labels"),
     "sdnb.bar": ("progress",),
     "sdnb.layers": (
-        "FFNFormula", "LayerView", "Norm", "WeightMatrix", "branch_contributions", "decoder_layers",
+        "FFNFormula", "LayerView", "Norm", "WeightMatrix", "decoder_layers",
         "each_layer", "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
         "residual_branches",
     ),

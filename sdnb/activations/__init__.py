@@ -22,12 +22,19 @@ from sdnb.activations.interventions import (
     set_dimensions,
     zero_attention,
     zero_branch,
-    zero_output,
 )
 from sdnb.activations.ledger import Ledger, ledger
-from sdnb.activations.perplexity import Perplexity, perplexity, text_windows, window_length
-from sdnb.activations.sampling import continuation
-from sdnb.activations.sinks import SinkRate, attention_maps, eager_attention, sink_rate
+from sdnb.activations.perplexity import Perplexity, continuation, perplexity, text_windows, window_length
+from sdnb.activations.sinks import (
+    SinkRate,
+    Sinks,
+    attention_maps,
+    eager_attention,
+    quantized_cache,
+    sink_rate,
+    sink_sequences,
+    sinks,
+)
 from sdnb.activations.sweep import (
     Coefficients,
     VocabularySample,
@@ -49,6 +56,7 @@ __all__ = [
     "Ledger",
     "Perplexity",
     "SinkRate",
+    "Sinks",
     "StateReader",
     "VocabularySample",
     "attention_maps",
@@ -67,9 +75,12 @@ __all__ = [
     "mean_pairwise_angle",
     "perplexity",
     "project_out",
+    "quantized_cache",
     "random_norms",
     "set_dimensions",
     "sink_rate",
+    "sink_sequences",
+    "sinks",
     "text_norms",
     "text_windows",
     "token_batches",
@@ -79,5 +90,4 @@ __all__ = [
     "window_length",
     "zero_attention",
     "zero_branch",
-    "zero_output",
 ]

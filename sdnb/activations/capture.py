@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.layers import decoder_layers
-from sdnb.layers.calls import Call, map_tensors, replaced_forward, unwrap
-from sdnb.layers.trace import SeenEnough
+from sdnb.layers.calls import Call, StopForward, map_tensors, replaced_forward, unwrap
 
 FLOAT16_MAX = 65_504
 
@@ -50,14 +49,14 @@ def visit_states(
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             visit(number, unwrap(output))
             if number == last:
-                raise SeenEnough
+                raise StopForward
 
         return hook
 
     def show_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         visit(0, Call.of(args, kwargs).hidden)
         if last == 0:
-            raise SeenEnough
+            raise StopForward
 
     with ExitStack() as hooks:
         first = layers[0].register_forward_pre_hook(show_input, with_kwargs=True)
@@ -67,7 +66,7 @@ def visit_states(
         given = "inputs_embeds" if ids.is_floating_point() else "input_ids"
         try:
             model.base_model(**{given: ids.to(input_device(model))}, use_cache=False)
-        except SeenEnough:
+        except StopForward:
             return
 
 
@@ -203,7 +202,7 @@ def not_finite_because(model: object, ids: Tensor) -> str:
             change = lambda t: t.float() if t.is_floating_point() else t  # noqa: E731
             result = copied(*map_tensors(args, change), **map_tensors(kwargs, change))
             if seen or number == bad:
-                raise SeenEnough
+                raise StopForward
             return result
 
         return forward
@@ -212,7 +211,7 @@ def not_finite_because(model: object, ids: Tensor) -> str:
     try:
         with replaced_forward(forwards):
             model.base_model(input_ids=ids[None].to(input_device(model)), use_cache=False)
-    except SeenEnough:
+    except StopForward:
         pass
     if not seen:
         return f"In float16 the states behind layer {bad} are not finite: load it in bfloat16 or float32."

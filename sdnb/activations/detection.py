@@ -6,19 +6,19 @@ high-norm, so is their own median.
 
 1. A state, not a token, is high, and relative to its layer. A *wave* of a token begins with a state that is
    longer than five medians of its layer (or than the threshold, where one is given) and ends when the state
-   is ordinary again, shorter than two. One token can have several waves, one after the other; a norm that
-   triples once more, two or more layers after its wave began, begins a new one.
+   is ordinary again, shorter than one and a half. One token can have several waves, one after the other; a
+   norm that triples once more, after a layer that added less than a fifth to it, begins a new one.
 2. `threshold` is half the lower decile of the waves' peaks, taken for initial and for noninitial tokens, the
    smaller of the two, and limits[l] the larger of it and five medians. A state is *high-norm* above
    limits[l]: what a token passes on its way to a peak far above is not. A threshold that is given stands
    alone, as in paper A. A token is high-norm when one of its states is.
 3. The *step* of a token at layer l is N[l] - N[l-1], less what m does there in the same direction (what all
-   tokens do is no explosion), over the peak of the wave that the layer begins, moves or ends. Elsewhere a
-   token makes no step: before its wave begins and after it has ended it is as ordinary as any other.
+   tokens do is no explosion), over the peak of the wave that the layer begins, moves or ends. A step up leads
+   to a state that is high, a step down from one that was and is not ordinary yet; all else is no step.
 4. Neighbouring steps up of 2 % or more are looked at together. Four or more of which none is more than twice
    as large as the others are on average, 30 % together, are a *climb* from the first to the last of these
-   layers: no cut tells one of them from its neighbours. The others are *sudden* where they make 15 % of the
-   wave's peak and a fifth of the norm after them. Steps down are read the same way, with the norm before.
+   layers: no cut tells one of them from its neighbours. The others are *sudden* where they make a tenth of
+   the wave's peak and a fifth of the norm after them. Steps down are read alike, with the norm before them.
 5. A layer is an explosion (decay) layer when a quarter of the high-norm tokens of one kind, initial or
    noninitial, make a sudden step up (down) there; so is a layer part of a climb (a descent). Lists are sorted
    by the length of the mean step, the largest first.
@@ -32,9 +32,9 @@ from torch import Tensor
 from sdnb.errors import ParameterError, TextError
 
 MIN_RATIO = 5.0  # medians of a layer: from here on a state is high-norm
-END_RATIO = 2.0  # medians: below, a wave has ended
+END_RATIO = 1.5  # medians: below, a wave has ended
 REGROWTH = 3.0  # a wave whose norm grows by this factor at one layer begins anew
-MIN_STEP = 0.15  # of the wave's peak: a sudden step
+MIN_STEP = 0.1  # of the wave's peak: a sudden step
 MIN_CHANGE = 0.2  # of the norm after a step up, of the norm before a step down: a sudden step
 SMALL_STEP = 0.02  # smaller steps are none
 CLIMB_LAYERS, MIN_CLIMB = 4, 0.3  # a climb's layers, and what they make in all, of the wave's peak
@@ -149,20 +149,19 @@ class _Waves:
     """
 
     def __init__(self, norms: Tensor, limits: Tensor, medians: Tensor):
-        high = norms > limits[:, None]
+        self.high = high = norms > limits[:, None]
         lasting = norms > torch.minimum(END_RATIO * medians, limits)[:, None]
         self.inside, self.begins = torch.zeros_like(high), torch.zeros_like(high)
         self.peak = torch.zeros_like(norms)
-        inside = before = torch.zeros_like(high[0])
-        age, peak, last = torch.zeros_like(norms[0]), torch.zeros_like(norms[0]), norms[0]
+        inside = steady = torch.zeros_like(high[0])
+        peak = torch.zeros_like(norms[0])
         for layer, state in enumerate(norms):
-            again = before & (age >= 2) & (state >= REGROWTH * last)
-            begins = high[layer] & (~before | again)
+            before, last = (high[layer - 1], norms[layer - 1]) if layer else (steady, state)
+            begins = high[layer] & (~before | (steady & (state >= REGROWTH * last)))
             inside = high[layer] | (inside & lasting[layer])
-            age = torch.where(begins, 1, age + 1)
             peak = torch.where(inside, torch.where(begins, state, torch.maximum(peak, state)), 0.0)
             self.inside[layer], self.begins[layer], self.peak[layer] = inside, begins, peak
-            before, last = high[layer], state
+            steady = before & high[layer] & (state < (1 + MIN_CHANGE) * last)
         for layer in range(len(norms) - 2, -1, -1):  # the peak so far becomes the peak of the whole wave
             same = self.inside[layer + 1] & ~self.begins[layer + 1]
             self.peak[layer] = torch.where(same, self.peak[layer + 1], self.peak[layer])
@@ -170,19 +169,17 @@ class _Waves:
     def threshold(self, initial: Tensor) -> float | None:
         """Rule 2's threshold, or None without a wave behind some layer 1..L."""
         peaks = (self.peak[1:][self.begins[1:] & kind] for kind in (initial, ~initial))
-        deciles = [torch.quantile(found, 0.1).item() for found in peaks if len(found)]
+        deciles = [found.quantile(0.1, interpolation="lower").item() for found in peaks if len(found)]
         return min(deciles) / 2 if deciles else None
 
 
 def _steps(norms: Tensor, medians: Tensor, waves: _Waves) -> Tensor:
-    """Rule 3: every token's step at every layer, (L, T); 0 outside its waves."""
+    """Rule 3: every token's step at every layer, (L, T)."""
     own, common = norms.diff(dim=0), medians.diff(dim=0)[:, None]
     own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
-    ends = waves.inside[:-1] & ~waves.inside[1:]
-    falls = own.clamp(max=0) / waves.peak[:-1].clamp(min=1e-300)  # a layer that ends a wave raises nothing
-    return torch.where(
-        waves.inside[1:], own / waves.peak[1:].clamp(min=1e-300), torch.where(ends, falls, 0.0)
-    )
+    unit = torch.where(waves.inside[1:], waves.peak[1:], waves.peak[:-1]).clamp(min=1e-300)
+    up, down = (own > 0) & waves.high[1:], (own < 0) & waves.inside[:-1]
+    return torch.where(up | down, own / unit, 0.0)
 
 
 def _moving_layers(

@@ -6,42 +6,41 @@ be nested, and every forward pass inside the block (hidden states, perplexity, g
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.branches import BranchModules, layer_modules
+from sdnb.activations.capture import as_module
 from sdnb.errors import ParameterError
-from sdnb.layers import decoder_layers
+from sdnb.layers import decoder_layers, residual_branches
+from sdnb.layers.branches import BranchModules
 from sdnb.layers.calls import Call, rewrap, unwrap
 
 BRANCHES = ("attention", "ffn")
 
 
-@contextmanager
-def zero_output(*modules: nn.Module) -> Iterator[None]:
-    """Make modules return zeros in the place of their (first) output tensor.
+@dataclass(frozen=True)
+class Ablation:
+    """A forward hook that puts zeros in the place of a module's (first) output tensor.
 
     Args:
-        *modules: modules of the model.
-
-    Yields:
-        Nothing.
+        layer: the layer whose branch it takes out, 1..L.
+        branch: "attention" or "ffn".
     """
 
-    def silence(module: nn.Module, args: tuple, result: object) -> object:
+    layer: int
+    branch: str
+
+    def __call__(self, module: nn.Module, args: tuple, result: object) -> object:
+        """The same result with zeros."""
         # New zeros each time: Falcon adds into what its FFN returns.
         return rewrap(result, torch.zeros_like(unwrap(result)))
 
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_hook(silence).remove)
-        yield
-
 
 @contextmanager
-def zero_branch(model: nn.Module, branch: str, numbers: Iterable[int] | None = None) -> Iterator[None]:
+def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None) -> Iterator[None]:
     """Take the attention or the FFN of some layers out of the model: the residual stream passes by unchanged.
 
     Args:
@@ -57,12 +56,15 @@ def zero_branch(model: nn.Module, branch: str, numbers: Iterable[int] | None = N
     """
     if branch not in BRANCHES:
         raise ParameterError(f"branch is {branch!r}; a layer has the branches {' and '.join(BRANCHES)}")
-    with zero_output(*(getattr(found, branch).silenced for found in layer_modules(model, numbers))):
+    with ExitStack() as hooks:
+        for found in residual_branches(as_module(model), numbers):
+            hook = Ablation(found.number, branch)
+            hooks.callback(getattr(found, branch).ablated.register_forward_hook(hook).remove)
         yield
 
 
 @contextmanager
-def zero_attention(model: nn.Module) -> Iterator[None]:
+def zero_attention(model: object) -> Iterator[None]:
     """Take all attention out of the model: every token then goes its way alone (paper A, "explosion path").
 
     Args:
@@ -76,7 +78,7 @@ def zero_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def project_out(model: nn.Module, directions: Mapping[int, Tensor]) -> Iterator[None]:
+def project_out(model: object, directions: Mapping[int, Tensor]) -> Iterator[None]:
     """Project a direction out of what the FFN's norm reads: x - (v.x) v with |v| = 1, for the FFN only.
 
     The residual stream keeps the direction, and so does attention where it shares the norm with the FFN
@@ -96,7 +98,7 @@ def project_out(model: nn.Module, directions: Mapping[int, Tensor]) -> Iterator[
         if not direction.norm() > 0:
             raise ParameterError(f"the direction for layer {number} has length zero; give one to project out")
     with ExitStack() as hooks:
-        for found in layer_modules(model, directions):
+        for found in residual_branches(as_module(model), directions):
             unit = nn.functional.normalize(directions[found.number].detach().double(), dim=0)
             _change_input(hooks, found.ffn, lambda x, unit=unit: _without(x, unit))
         yield
@@ -126,13 +128,13 @@ def _change_input(hooks: ExitStack, branch: BranchModules, change: Callable[[Ten
 
     if branch.norm is not None:
         hooks.callback(branch.norm.register_forward_pre_hook(remember, with_kwargs=True).remove)
-    for module in branch.entries:
+    for module in branch.inputs:
         hooks.callback(module.register_forward_pre_hook(substitute, with_kwargs=True).remove)
 
 
 @contextmanager
 def set_dimensions(
-    model: nn.Module,
+    model: object,
     values: Mapping[int, Mapping[int, float]],
     *,
     above: float | Mapping[int, float] | None = None,
@@ -151,6 +153,7 @@ def set_dimensions(
     Raises:
         ParameterError: there is no such layer or dimension.
     """
+    model = as_module(model)
     layers = decoder_layers(model)
     size = model.config.get_text_config().hidden_size
     for number, entries in values.items():

@@ -1,12 +1,16 @@
 """Who writes the high norm and who erases it: what every branch adds along a direction."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import hidden_states
-from sdnb.layers import branch_contributions
+from sdnb.activations.capture import as_module, visit_states
+from sdnb.layers import residual_branches
+from sdnb.layers.branches import BranchModules
+from sdnb.layers.calls import unwrap
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Ledger:
 
 
 @torch.no_grad()
-def ledger(model: nn.Module, ids: Tensor, direction: Tensor) -> Ledger:
-    """Return what every attention and FFN output adds along `direction`, token by token.
+def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
+    """Return what every attention and FFN output adds along `direction`, token by token, from one pass.
 
     h_l = h_{l-1} + attention_l + ffn_l + stream_l, hence u.h_L = u.h_0 + the sum of u.(entries) over layers.
 
@@ -47,15 +51,40 @@ def ledger(model: nn.Module, ids: Tensor, direction: Tensor) -> Ledger:
     Returns:
         The ledger, float64 on the CPU.
     """
-    u = torch.nn.functional.normalize(direction.double().cpu(), dim=0)
-    states = hidden_states(model, ids)
-    coordinate = states.double() @ u
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number in range(1, len(states)):
-        parts = branch_contributions(model, number, states[number - 1], ids)
-        attention, ffn, stream = (part.double().cpu() @ u for part in parts)
-        # The rest of the measured step is an entry too, so that the columns add up to the measured state.
-        rest = coordinate[number] - coordinate[number - 1] - attention
-        columns.append((attention, ffn, rest - ffn) if stream.any() else (attention, rest, stream))
-    attention, ffn, stream = (torch.stack(column) for column in zip(*columns, strict=True))
-    return Ledger(coordinate[0], attention, ffn, stream, coordinate, states.norm(dim=-1))
+    model = as_module(model)
+    u = nn.functional.normalize(direction.double().cpu(), dim=0)
+    entries: dict[tuple[int, str], Tensor] = {}
+    coordinates, norms, dtypes = [], [], []
+
+    def along(x: Tensor) -> Tensor:
+        return (x.double() @ u.to(x.device)).cpu().reshape(ids.shape)  # OPT's FFN has rows
+
+    def write(number: int, branch: str, parts: BranchModules) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, result: object) -> None:
+            entries[number, branch] = along(parts.multiplier * unwrap(result))
+
+        return hook
+
+    def visit(layer: int, state: Tensor) -> None:
+        coordinates.append(along(state))
+        norms.append(state.float().norm(dim=-1).cpu())
+        dtypes.append(state.dtype)
+
+    with ExitStack() as hooks:
+        for found in residual_branches(model):
+            for branch in ("attention", "ffn"):
+                parts = getattr(found, branch)
+                # Not `output`: Bloom's attention adds the residual to what it returns.
+                last = parts.ablated if parts.post_norm is None else parts.post_norm
+                hooks.enter_context(last.register_forward_hook(write(found.number, branch, parts)))
+        visit_states(model, ids, visit)
+    coordinate = torch.stack(coordinates)
+    steps, none = coordinate.diff(dim=0), torch.zeros_like(coordinate[0])
+    numbers = range(1, len(coordinates))
+    attention, ffn = (torch.stack([entries.get((n, b), none) for n in numbers]) for b in ("attention", "ffn"))
+    rest, lengths = steps - attention - ffn, torch.stack(norms)
+    # What rounding leaves is the FFN's, so that the columns add up to the measured states.
+    scale = lengths[:-1] + lengths[1:]
+    rounding = (rest.abs() <= 32 * torch.finfo(dtypes[-1]).eps * scale).flatten(1).all(dim=1)
+    rounding = rounding[:, None, None] * rest
+    return Ledger(coordinate[0], attention, ffn + rounding, rest - rounding, coordinate, lengths)

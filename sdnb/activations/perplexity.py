@@ -1,11 +1,12 @@
-"""Perplexity by the protocol of the quantization literature: one long text, full windows, no overlap."""
+"""What a model makes of a text: perplexity by the protocol of the quantization literature; continuations."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import input_device
+from sdnb.activations.capture import as_module, input_device, not_finite_because
+from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
 from sdnb.text import position_limit
 
@@ -33,7 +34,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module,
+    model: object,
     ids: Tensor,
     *,
     window: int | None = None,
@@ -60,19 +61,20 @@ def perplexity(
     Raises:
         ParameterError: a batch below one, or logits that are not finite.
     """
+    model = as_module(model)
     windows = text_windows(ids, window_length(model, window), begin_token)
     if batch is not None and batch < 1:
         raise ParameterError(f"batch is {batch}; give at least 1 window a forward pass, or null")
     length = windows.shape[1]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batch = batch or max(1, LOGITS_AT_ONCE // (length * vocabulary))
-    nll = torch.cat([_window_losses(model, part) for part in windows.split(batch)])
+    nll = torch.cat([_window_losses(model, part) for part in progress(windows.split(batch), "windows")])
     if nll.isnan().any():
-        raise ParameterError("the model's logits are not finite; load it with dtype float32 or bfloat16")
+        raise ParameterError(not_finite_because(model, windows[nll.isnan()][0]))
     return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1), length)
 
 
-def window_length(model: nn.Module, window: int | None = None) -> int:
+def window_length(model: object, window: int | None = None) -> int:
     """Return the tokens in a window: the one asked for, or the smaller of the model's positions and 2048.
 
     Args:
@@ -85,7 +87,7 @@ def window_length(model: nn.Module, window: int | None = None) -> int:
     Raises:
         ParameterError: shorter than two tokens, or longer than the model's positions.
     """
-    positions = position_limit(model.config)
+    positions = position_limit(as_module(model).config)
     if window is None:
         return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
     if window < 2 or (positions is not None and window > positions):
@@ -130,3 +132,38 @@ def _window_losses(model: nn.Module, windows: Tensor) -> Tensor:
         for scores, row in zip(logits, ids, strict=True)
     ]
     return torch.stack(losses).double().mean(dim=1).cpu()
+
+
+@torch.no_grad()
+def continuation(
+    model: object, ids: Tensor, count: int, *, temperature: float = 0.8, seed: int = 0
+) -> Tensor:
+    """Sample a continuation: x_t ~ softmax(logits / temperature), by one uniform number a token.
+
+    Each step is a full forward pass without a cache, so that an intervention acts on all of it, and the
+    random numbers do not depend on the model, so that texts can be compared.
+
+    Args:
+        model: a causal language model.
+        ids: token ids of the beginning, (T,).
+        count: tokens to sample.
+        temperature: positive; small ones take the likeliest token.
+        seed: of the uniform numbers.
+
+    Returns:
+        The sampled token ids, (count,), on the CPU.
+
+    Raises:
+        ParameterError: a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ParameterError(f"temperature is {temperature}; give a positive number, such as 0.8")
+    model = as_module(model)
+    device = input_device(model)
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for number in uniform:
+        logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, -1].double().cpu()
+        steps = torch.softmax(logits / temperature, dim=0).cumsum(dim=0)
+        chosen = int((steps < number * steps[-1]).sum())
+        ids = torch.cat([ids, torch.tensor([chosen])])
+    return ids[len(ids) - count :]

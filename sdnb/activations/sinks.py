@@ -1,17 +1,22 @@
-"""How much attention goes to the first token: the sink rate of Gu et al. (arXiv 2410.10781)."""
+"""Attention sinks (Gu et al., arXiv 2410.10781), what the cache holds there, and a cache of few bits."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import input_device
+from sdnb.activations.capture import as_module, input_device
 from sdnb.errors import ModelError, ParameterError, TextError
+from sdnb.layers import decoder_layers
 
 EPSILON = 0.3
 """Gu et al.'s share of attention above which a head counts as a sink."""
+LENGTH, SEQUENCES = 64, 16
+"""Gu et al.'s tokens in a sequence, and how many sequences of a text are read."""
+ROWS = 8  # rows of attention below which a position's mean says nothing: the last positions are no sinks
 CHOICE = "_attn_implementation_internal"
 """Where transformers keeps the choice; the property in front of it would change nested configurations too."""
 
@@ -33,8 +38,30 @@ class SinkRate:
     epsilon: float
 
 
+@dataclass(frozen=True)
+class Sinks:
+    """Where attention goes, and how long the keys and values are there.
+
+    Args:
+        rate: the sink rate of position 0, over layers, heads and sequences.
+        heads: the share of sequences in which position 0 is a head's sink, (L, H), float64.
+        attention: mean attention to position 0, (L, H), float64.
+        tokens: in which share of all heads each token is a sink, (B, T), float64; NaN for the last tokens,
+            which too few others look back to.
+        key_norms: norm of each token's key, mean over key-value heads, (L, B, T), float32.
+        value_norms: the same of its value.
+    """
+
+    rate: float
+    heads: Tensor
+    attention: Tensor
+    tokens: Tensor
+    key_norms: Tensor
+    value_norms: Tensor
+
+
 @contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
+def eager_attention(model: object) -> Iterator[None]:
     """Make attention form its probabilities, which fused implementations never do, for the length of a block.
 
     Args:
@@ -43,6 +70,7 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    model = as_module(model)
     configs = {id(config): config for config in _configs(model)}.values()
     before = [(config, getattr(config, CHOICE)) for config in configs]
     # transformers leaves the hooks with which it collects attentions, and a mark that they are there.
@@ -68,7 +96,7 @@ def _configs(model: nn.Module) -> Iterator[object]:
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
     """Yield the attention probabilities of every layer.
 
     Args:
@@ -81,6 +109,7 @@ def attention_maps(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     Raises:
         ModelError: the model does not answer with its attention.
     """
+    model = as_module(model)
     ids = ids.to(input_device(model))
     with eager_attention(model):
         answer = model.base_model(input_ids=ids, use_cache=False, output_attentions=True)
@@ -94,7 +123,28 @@ def attention_maps(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     yield from (m.float().cpu() for m in maps)
 
 
-def sink_rate(model: nn.Module, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> SinkRate:
+def sink_sequences(ids: Tensor, *, begin_token: int | None = None) -> Tensor:
+    """Cut the sequences for a sink rate from the beginning of a text: up to 16 of 64 tokens, as Gu et al.'s.
+
+    Args:
+        ids: token ids of the text, (N,).
+        begin_token: an id in front of each sequence, one of the 64.
+
+    Returns:
+        (B, T) ids.
+
+    Raises:
+        TextError: not even one sequence of two tokens.
+    """
+    front = torch.tensor([] if begin_token is None else [begin_token], dtype=ids.dtype)
+    body = min(LENGTH - len(front), len(ids))
+    if body + len(front) < 2:
+        raise TextError(f"{len(ids)} token leaves attention no choice; give a longer text")
+    count = min(SEQUENCES, len(ids) // body)
+    return torch.cat([front.expand(count, len(front)), ids[: count * body].reshape(count, body)], dim=1)
+
+
+def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> SinkRate:
     """Return the share of (layer, head) that gives `position` more than `epsilon` of its attention.
 
     alpha[l, h] = mean over rows i >= k of P[l, h, i, k], for k = `position`; the rate is the share of (l, h)
@@ -110,19 +160,150 @@ def sink_rate(model: nn.Module, ids: Tensor, *, position: int = 0, epsilon: floa
         The rate and what it is made of.
 
     Raises:
-        TextError: fewer than two tokens.
-        ParameterError: no such position, or an epsilon outside 0..1.
+        ParameterError: no such position.
     """
-    length = ids.shape[1]
-    if length < 2:
-        raise TextError(f"{length} token leaves attention no choice; give sequences of 2 tokens or more")
-    if not 0 <= position < length or not 0 < epsilon < 1:
-        raise ParameterError(
-            f"position {position} must lie within the {length} tokens and epsilon {epsilon} between 0 and 1"
-        )
+    length = _length(ids, epsilon)
+    if not 0 <= position < length:
+        raise ParameterError(f"position {position} must lie within the {length} tokens")
     alpha = torch.stack(
         [m[:, :, position:, position].double().mean(dim=-1) for m in attention_maps(model, ids)]
     )
     share = (alpha > epsilon).double().mean().item()
     uniform = sum(1 / (row + 1) for row in range(position, length)) / (length - position)
     return SinkRate(share, alpha.mean(dim=1), uniform, epsilon)
+
+
+def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
+    """Find which tokens are attention sinks, in which heads, and how long their keys and values are.
+
+    alpha[l, h, k] = mean over rows i >= k of P[l, h, i, k]; token k is a sink of a head with alpha > epsilon.
+
+    Args:
+        model: a causal language model.
+        ids: token ids, (B, T); all rows are real tokens.
+        epsilon: between 0 and 1.
+
+    Returns:
+        The sinks; what is not a key-value cache of transformers' kind is a `ModelError`.
+    """
+    length = _length(ids, epsilon)
+    rows = torch.arange(length, 0, -1).double()  # rows that look back to each position
+    norms: list[tuple[Tensor, Tensor]] = []
+
+    def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        norms.append(tuple(x.float().norm(dim=-1).mean(dim=1).cpu() for x in (keys, values)))
+        return keys, values
+
+    with _through_cache(model, note):
+        alpha = torch.stack(
+            [m.double().sum(dim=2) / rows for m in attention_maps(model, ids)]
+        )  # (L, B, H, T)
+    hits = (alpha > epsilon).double()
+    tokens = hits.mean(dim=(0, 2)).masked_fill(rows < min(ROWS, length), torch.nan)
+    key_norms, value_norms = (torch.stack(part) for part in zip(*norms, strict=True))
+    return Sinks(
+        hits[..., 0].mean().item(), hits[..., 0].mean(dim=1), alpha[..., 0].mean(dim=1), tokens, key_norms,
+        value_norms,
+    )  # fmt: skip
+
+
+def _length(ids: Tensor, epsilon: float) -> int:
+    """The length of sequences in which attention has a choice."""
+    if ids.shape[1] < 2:
+        raise TextError(
+            f"{ids.shape[1]} token leaves attention no choice; give sequences of 2 tokens or more"
+        )
+    if not 0 < epsilon < 1:
+        raise ParameterError(f"epsilon is {epsilon}; give a share of attention between 0 and 1")
+    return ids.shape[1]
+
+
+@contextmanager
+def quantized_cache(model: object, *, bits: int = 4, keep: Sequence[int] | Tensor = ()) -> Iterator[None]:
+    """Make every token attend to keys and values as a cache of few bits would hold them.
+
+    Each is rounded to 2^bits steps between its smallest and its largest number: a key channel over the tokens
+    of a sequence, a value over the channels of a head (KIVI, arXiv 2402.02750, without groups and without its
+    window of recent tokens in full precision). The positions in `keep` stay as they are and stretch no
+    range (IntactKV, arXiv 2403.01241). Inside, `perplexity` gives the perplexity with such a cache.
+
+    Args:
+        model: a causal language model.
+        bits: 1 to 8.
+        keep: positions that stay in full precision, or which tokens do, (B, T) bool.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ParameterError: no such number of bits.
+    """
+    if not 1 <= bits <= 8:
+        raise ParameterError(f"bits is {bits}; give 1 to 8")
+
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(keep, Tensor):
+            kept = keep[:, None, :, None].to(keys.device)
+        else:
+            kept = torch.zeros(1, 1, keys.shape[2], 1, dtype=torch.bool, device=keys.device)
+            kept[:, :, [i for i in keep if i < keys.shape[2]]] = True
+        rounded = _rounded(keys, bits, 2, kept), _rounded(values, bits, 3, None)
+        return tuple(torch.where(kept, old, new) for old, new in zip((keys, values), rounded, strict=True))
+
+    with _through_cache(model, change):
+        yield
+
+
+def _rounded(x: Tensor, bits: int, dim: int, kept: Tensor | None) -> Tensor:
+    """Numbers (B, H, T, D) rounded to 2^bits steps between the least and the largest along an axis."""
+    wide = x.float()
+    low, high = (
+        (wide, wide)
+        if kept is None
+        else (wide.masked_fill(kept, torch.inf), wide.masked_fill(kept, -torch.inf))
+    )
+    low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+    return (((wide - low) / step).round().clamp(0, 2**bits - 1) * step + low).to(x.dtype)
+
+
+@contextmanager
+def _through_cache(
+    model: object, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Pass the keys and values (B, H, T, D) of every layer through a function before attention uses them."""
+    from transformers import DynamicCache
+
+    model, calls = as_module(model), []
+
+    class Passing(DynamicCache):
+        """A cache that keeps nothing."""
+
+        def update(
+            self, keys: Tensor, values: Tensor, *args: object, **kwargs: object
+        ) -> tuple[Tensor, Tensor]:
+            calls.append(None)
+            return change(keys, values)
+
+    def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if isinstance(kwargs.get("past_key_values"), Passing):  # from the module around it
+            return None
+        calls.clear()
+        return args, kwargs | {"past_key_values": Passing()}
+
+    def check(module: nn.Module, args: tuple, result: object) -> None:
+        if not calls:
+            raise ModelError(
+                f"{type(model).__name__} does not pass its keys and values through a cache of transformers, "
+                "so they can be neither seen nor rounded there"
+            )
+
+    first = decoder_layers(model)[0]
+    with ExitStack() as hooks:
+        # OPT's head calls its decoder past its base model.
+        for module in model.modules():
+            around = module is not first and any(inner is first for inner in module.modules())
+            if around and "past_key_values" in signature(module.forward).parameters:
+                hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(check))
+        yield

@@ -1,30 +1,33 @@
 """Every vocabulary item as a sequence of its own, through the layers up to one layer and no further.
 
-The cost grows with that layer, not with the model's depth: the pass ends in the hook that reads the state, no
-later layer and no logit is computed, and one row of each sequence is kept (paper A, "explosion path").
+The cost grows with that layer, not with the model's depth, and no logit is computed. In a sequence of one
+token the softmax is 1, and attention is its value path: where a float32 model's layers have an exact view
+(`sdnb.layers`), queries, keys, rotary angles and masks are left out (paper A, "explosion path").
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.branches import layer_modules
-from sdnb.activations.capture import hidden_norms, input_device
-from sdnb.errors import ParameterError
-from sdnb.layers import Norm, decoder_layers
-from sdnb.layers.calls import Call, unwrap
-from sdnb.layers.trace import SeenEnough
+from sdnb.activations.capture import as_module, hidden_norms, input_device, visit_states
+from sdnb.activations.interventions import Ablation
+from sdnb.bar import progress
+from sdnb.errors import LayerUnsupported, ParameterError
+from sdnb.layers import LayerView, Norm, decoder_layers, layer_view, residual_branches
+from sdnb.layers.calls import Call, StopForward
 from sdnb.memory import free_memory
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
-LARGEST_BATCH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # larger ones are not faster
+LARGEST_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**32}  # larger ones are not faster
+ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # of the value path, for the same reason
+PROOF_ITEMS, PROOF = 4, 1e-4  # sequences that go both ways, and the relative difference that is rounding
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(model: object) -> int:
     """Return the number of items of the vocabulary: the rows of the embedding.
 
     Args:
@@ -33,10 +36,62 @@ def vocabulary_size(model: nn.Module) -> int:
     Returns:
         V; it can exceed the tokenizer's, where a model has spare rows.
     """
-    return model.get_input_embeddings().weight.shape[0]
+    return as_module(model).get_input_embeddings().weight.shape[0]
 
 
-def batch_size(model: nn.Module, tokens: int = 1) -> int:
+@dataclass(frozen=True)
+class VocabularySample:
+    """Items of the vocabulary that stand for all of it.
+
+    Args:
+        items: token ids in rising order, (n,).
+        size: number of items of the vocabulary, V.
+    """
+
+    items: Tensor
+    size: int
+
+    def share(self, chosen: Tensor) -> tuple[float, float]:
+        """Return the share of items for which something holds, and its standard error.
+
+        The error is sqrt(p (1 - p) / n * (1 - n / V)): 0 where all items were asked.
+
+        Args:
+            chosen: for which items it holds, (n,) bool.
+
+        Returns:
+            Share and standard error.
+        """
+        share, count = chosen.double().mean().item(), len(chosen)
+        return share, (share * (1 - share) / count * (1 - count / self.size)) ** 0.5
+
+
+def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) -> VocabularySample:
+    """Choose the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
+
+    Args:
+        model: a causal language model.
+        items: how many; None goes by the device, a number as large as the vocabulary takes all.
+        seed: of the draw.
+
+    Returns:
+        The items.
+
+    Raises:
+        ParameterError: fewer than one item.
+    """
+    size = vocabulary_size(model)
+    if items is None:
+        items = SAMPLED_ITEMS if input_device(model).type == "cpu" else size
+    if items < 1:
+        raise ParameterError(f"items is {items}; give a number of vocabulary items, or null")
+    if items >= size:
+        return VocabularySample(torch.arange(size), size)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return VocabularySample(order[:items].sort().values, size)
+
+
+def batch_size(model: object, tokens: int = 1) -> int:
     """Return how many sequences fit into one forward pass, by the width of the layers and the free memory.
 
     A token takes about 16 d + 4 f numbers, f the widest linear map of a layer: the states between the modules
@@ -49,6 +104,7 @@ def batch_size(model: nn.Module, tokens: int = 1) -> int:
     Returns:
         At least 1.
     """
+    model = as_module(model)
     weight = model.get_input_embeddings().weight
     layer = decoder_layers(model)[0]
     widest = max((max(p.shape) for p in layer.parameters() if p.ndim > 1), default=weight.shape[1])
@@ -59,8 +115,9 @@ def batch_size(model: nn.Module, tokens: int = 1) -> int:
     return max(1, largest // (4 * numbers))
 
 
+@torch.no_grad()
 def item_norms(
-    model: nn.Module, layer: int, items: Tensor, *, prefix: Tensor | None = None, batch: int | None = None
+    model: object, layer: int, items: Tensor, *, prefix: Tensor | None = None, batch: int | None = None
 ) -> Tensor:
     """Return |h_l| of each item as the last token of a sequence of its own.
 
@@ -78,16 +135,16 @@ def item_norms(
     Raises:
         ParameterError: there is no such layer.
     """
-    layers = decoder_layers(model)
-    if not 0 <= layer <= len(layers):
-        raise ParameterError(f"layer {layer} does not exist: hidden states are 0 to {len(layers)}")
-    where = (layers[layer - 1], False) if layer else (layers[0], True)
-    norms = [rows.norm(dim=1).cpu() for rows in _sweep(model, where, _sequences(items, prefix), batch)]
-    return torch.cat(norms)
+    model = as_module(model)
+    count = len(decoder_layers(model))
+    if not 0 <= layer <= count:
+        raise ParameterError(f"layer {layer} does not exist: hidden states are 0 to {count}")
+    return _norms(model, layer, _sequences(items, prefix), batch)
 
 
+@torch.no_grad()
 def random_norms(
-    model: nn.Module, layer: int, count: int, norm: float, *, seed: int = 0, batch: int | None = None
+    model: object, layer: int, count: int, norm: float, *, seed: int = 0, batch: int | None = None
 ) -> Tensor:
     """Return |h_l| of random Gaussian embeddings of one length, each a one-token sequence.
 
@@ -102,18 +159,16 @@ def random_norms(
     Returns:
         (count,) in float32 on the CPU, in the order of the draw.
     """
-    weight, batch = model.get_input_embeddings().weight, batch or batch_size(model)
-    generator = torch.Generator().manual_seed(seed)
-    where, norms = (decoder_layers(model)[layer - 1], False), []
-    for start in range(0, count, DRAWN_AT_ONCE):
-        rows = torch.randn(min(DRAWN_AT_ONCE, count - start), weight.shape[1], generator=generator)
-        rows = (norm * nn.functional.normalize(rows, dim=1)).to(weight.dtype)
-        norms += [states.norm(dim=1).cpu() for states in _sweep(model, where, rows[:, None], batch)]
-    return torch.cat(norms)
+    model = as_module(model)
+    weight, generator = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
+    sizes = [min(DRAWN_AT_ONCE, count - start) for start in range(0, count, DRAWN_AT_ONCE)]
+    rows = torch.cat([torch.randn(size, weight.shape[1], generator=generator) for size in sizes])
+    rows = (norm * nn.functional.normalize(rows, dim=1)).to(weight.dtype)
+    return _norms(model, layer, rows[:, None], batch)
 
 
 @torch.no_grad()
-def embedding_norms(model: nn.Module, items: Tensor) -> Tensor:
+def embedding_norms(model: object, items: Tensor) -> Tensor:
     """Return the length of each item's embedding, as the embedding module returns it (Gemma's scales it).
 
     Args:
@@ -123,12 +178,12 @@ def embedding_norms(model: nn.Module, items: Tensor) -> Tensor:
     Returns:
         (n,) in float32 on the CPU.
     """
-    module, device = model.get_input_embeddings(), input_device(model)
+    module, device = as_module(model).get_input_embeddings(), input_device(model)
     return torch.cat([module(part.to(device)).float().norm(dim=-1).cpu() for part in items.split(16384)])
 
 
 def item_trajectories(
-    model: nn.Module, items: Tensor, prefix: Tensor | None = None, *, batch: int | None = None
+    model: object, items: Tensor, prefix: Tensor | None = None, *, batch: int | None = None
 ) -> Tensor:
     """Return |h_l| of each item behind a prefix at every layer; paper A tests candidates behind "I am".
 
@@ -143,7 +198,7 @@ def item_trajectories(
     """
     sequences = _sequences(items, prefix)
     parts = sequences.split(batch or batch_size(model, sequences.shape[1]))
-    return torch.cat([hidden_norms(model, part)[:, :, -1] for part in parts], dim=1)
+    return torch.cat([hidden_norms(model, part)[:, :, -1] for part in progress(parts, "sequences")], dim=1)
 
 
 @dataclass(frozen=True)
@@ -160,8 +215,9 @@ class Coefficients:
     normalised: Tensor
 
 
+@torch.no_grad()
 def ffn_input_coefficients(
-    model: nn.Module,
+    model: object,
     layer: int,
     direction: Tensor,
     norm: Norm | None,
@@ -185,10 +241,8 @@ def ffn_input_coefficients(
     Returns:
         The coefficients, float32 on the CPU.
     """
-    branch = layer_modules(model, [layer])[0].ffn
-    where = (branch.entries[0] if branch.norm is None else branch.norm, True)
     unit, raw, normalised = nn.functional.normalize(direction.float(), dim=0), [], []
-    for rows in _sweep(model, where, _sequences(items, prefix), batch):
+    for rows in _rows(as_module(model), layer, _sequences(items, prefix), batch, before_ffn=True):
         v = unit.to(rows.device)
         raw.append((rows @ v).cpu())
         centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)
@@ -205,97 +259,106 @@ def _sequences(items: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.expand(len(items), prefix.shape[-1]), items[:, None]], dim=1)
 
 
-@torch.no_grad()
-def _sweep(
-    model: nn.Module, where: tuple[nn.Module, bool], sequences: Tensor, batch: int | None
+def _norms(model: nn.Module, layer: int, sequences: Tensor, batch: int | None) -> Tensor:
+    """|h_l| of the last token of each sequence, ids (n, T) or embeddings (n, T, d)."""
+    return torch.cat([rows.norm(dim=1).cpu() for rows in _rows(model, layer, sequences, batch)])
+
+
+def _rows(
+    model: nn.Module, layer: int, sequences: Tensor, batch: int | None, before_ffn: bool = False
 ) -> Iterator[Tensor]:
-    """Run sequences, ids (n, T) or embeddings (n, T, d); yield the last rows at a module's input or output.
+    """The last tokens' states after a layer, or where its FFN reads them, in batches (b, d) in float32."""
+    batch = batch or batch_size(model, sequences.shape[1])
+    if sequences.shape[1] == 1 and layer and len(sequences) > PROOF_ITEMS:
+        rows = _by_value_path(model, layer, sequences, batch, before_ffn)
+        if rows is not None:
+            yield from rows.split(batch)
+            return
+    for part in progress(sequences.split(batch), desc="sequences"):
+        yield _forward(model, layer, part, before_ffn)
 
-    Args:
-        model: a causal language model.
-        where: the module that is read, and whether at its input.
-        sequences: what is run.
-        batch: sequences in a forward pass, or None.
 
-    Yields:
-        (b, d) in float32, on the module's device, in order.
-    """
-    key = "inputs_embeds" if sequences.is_floating_point() else "input_ids"
-    for part in sequences.split(batch or batch_size(model, sequences.shape[1])):
-        with _last_state(*where) as taken, suppress(SeenEnough):
-            model.base_model(**{key: part.to(input_device(model))}, use_cache=False)
-        yield taken[0].reshape(*part.shape[:2], -1)[:, -1].float()  # OPT's FFN reads rows, not sequences
+def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor:
+    """The same by the model's own forward pass, which ends there."""
+    taken: list[Tensor] = []
+    if before_ffn:
+        branch = residual_branches(model, [layer])[0].ffn
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            taken.append(Call.of(args, kwargs).hidden)
+            raise StopForward
+
+        first = branch.inputs[0] if branch.norm is None else branch.norm
+        with first.register_forward_pre_hook(enter, with_kwargs=True):
+            visit_states(model, sequences, lambda *_: None, stop_after=layer)
+    else:
+        visit_states(model, sequences, lambda _, state: taken.append(state[:, -1].clone()), stop_after=layer)
+    # OPT's FFN reads rows, not sequences.
+    return taken[-1].reshape(len(sequences), -1, taken[-1].shape[-1])[:, -1].float()
+
+
+def _by_value_path(
+    model: nn.Module, layer: int, sequences: Tensor, batch: int, before_ffn: bool
+) -> Tensor | None:
+    """The same for one-token sequences by views of the layers; None where that would be something else."""
+    ablations = _ablations(model)
+    weight = model.get_input_embeddings().weight
+    if weight.dtype != torch.float32 or weight.device.type == "meta" or ablations is None:
+        return None
+    proof = _forward(model, layer, sequences[:PROOF_ITEMS], before_ffn)
+    rows = torch.cat([_forward(model, 0, part, False) for part in sequences.split(batch)])
+    size = ROWS_AT_ONCE[rows.device.type]
+    try:
+        with _lifted(model, ablations):
+            for number in progress(range(1, layer + 1), desc="layers"):
+                view = layer_view(model, number)
+                if view.status != "exact":
+                    return None
+                without = {hook.branch for hook in ablations.values() if hook.layer == number}
+                for part in rows.split(size):
+                    part.copy_(_step(view, part, without, before_ffn and number == layer))
+    except LayerUnsupported:
+        return None
+    away = (rows[:PROOF_ITEMS] - proof).norm(dim=1) / proof.norm(dim=1)
+    return rows if (away < PROOF).all() else None
+
+
+def _step(view: LayerView, x: Tensor, without: set[str], before_ffn: bool) -> Tensor:
+    """One layer on one-token sequences (n, d), or what its FFN's norm reads."""
+    attention, ffn = view.attention, view.ffn
+    normed = x if attention.norm is None else attention.norm(x)
+    out = torch.zeros_like(x) if "attention" in without else normed @ attention.matrix.T + attention.bias
+    added = attention.multiplier * (out if attention.post_norm is None else attention.post_norm(out))
+    between = x if view.parallel else view.attention_residual(x) + added
+    if before_ffn:
+        return between
+    normed = between if ffn.norm is None else ffn.norm(between)
+    out = torch.zeros_like(x) if "ffn" in without else ffn.formula(normed)
+    total = view.ffn_residual(between) + ffn.multiplier * (
+        out if ffn.post_norm is None else ffn.post_norm(out)
+    )
+    total = total + added if view.parallel else total
+    return total if view.output_norm is None else view.output_norm(total)
+
+
+def _ablations(model: nn.Module) -> dict[tuple[nn.Module, int], Ablation] | None:
+    """The hooks that take branches out, by module and key; None where there are hooks of another kind."""
+    found = {}
+    for module in model.modules():
+        if module._forward_pre_hooks:
+            return None
+        for key, hook in module._forward_hooks.items():
+            if not isinstance(hook, Ablation):
+                return None
+            found[module, key] = hook
+    return found
 
 
 @contextmanager
-def _last_state(module: nn.Module, at_input: bool) -> Iterator[list[Tensor]]:
-    """Catch a module's input or output in the list that is yielded, and end the pass there."""
-    taken: list[Tensor] = []
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        taken.append(Call.of(args, kwargs).hidden)
-        raise SeenEnough
-
-    def leave(module: nn.Module, args: tuple, result: object) -> None:
-        taken.append(unwrap(result))
-        raise SeenEnough
-
-    if at_input:
-        hook = module.register_forward_pre_hook(enter, with_kwargs=True)
-    else:
-        hook = module.register_forward_hook(leave)
-    with hook:
-        yield taken
-
-
-@dataclass(frozen=True)
-class VocabularySample:
-    """Items of the vocabulary that stand for all of it.
-
-    Args:
-        items: token ids in rising order, (n,).
-        size: number of items of the vocabulary.
-    """
-
-    items: Tensor
-    size: int
-
-    def share(self, chosen: Tensor) -> tuple[float, float]:
-        """The share of items that a property holds for, and its standard error; 0 where all were asked.
-
-        The error is sqrt(p (1 - p) / n * (1 - n / V)).
-
-        Args:
-            chosen: for which items it holds, (n,) bool.
-
-        Returns:
-            Share and standard error.
-        """
-        share, count = chosen.double().mean().item(), len(chosen)
-        return share, (share * (1 - share) / count * (1 - count / self.size)) ** 0.5
-
-
-def vocabulary_sample(loaded: object, items: int | None = None, seed: int = 0) -> VocabularySample:
-    """Choose the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
-
-    Args:
-        loaded: a loaded model, or the model.
-        items: how many; None goes by the device, a number as large as the vocabulary takes all.
-        seed: of the draw.
-
-    Returns:
-        The items.
-
-    Raises:
-        ParameterError: fewer than one item.
-    """
-    model = loaded if isinstance(loaded, nn.Module) else loaded.model
-    size = vocabulary_size(model)
-    if items is None:
-        items = SAMPLED_ITEMS if input_device(model).type == "cpu" else size
-    if items < 1:
-        raise ParameterError(f"items is {items}; give a number of vocabulary items, or null")
-    if items >= size:
-        return VocabularySample(torch.arange(size), size)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return VocabularySample(order[:items].sort().values, size)
+def _lifted(model: nn.Module, hooks: Mapping[tuple[nn.Module, int], Ablation]) -> Iterator[None]:
+    """Take hooks off for the length of a block, so that the layers can be looked at as they are."""
+    with ExitStack() as stack:
+        for (module, key), hook in hooks.items():
+            stack.callback(module._forward_hooks.__setitem__, key, hook)
+            del module._forward_hooks[key]
+        yield

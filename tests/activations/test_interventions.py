@@ -5,17 +5,15 @@ import copy
 import pytest
 import torch
 
-from sdnb.activations import branches, hidden_states
-from sdnb.activations.branches import layer_modules
+from sdnb.activations import hidden_states
 from sdnb.activations.interventions import (
     project_out,
     set_dimensions,
     zero_attention,
     zero_branch,
-    zero_output,
 )
-from sdnb.anatomy import decoder_layers
 from sdnb.errors import ParameterError
+from sdnb.layers import decoder_layers, residual_branches
 from tests.families import FAMILIES, build
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 12]])
@@ -54,17 +52,6 @@ def without_by_hand(model, family, branch, layers):
     return twin
 
 
-def test_a_model_is_watched_once_for_all_interventions(monkeypatch):
-    watched, find_wiring = [], branches.find_wiring
-    monkeypatch.setattr(branches, "find_wiring", lambda probe: watched.append(probe) or find_wiring(probe))
-    model = build("llama")
-    first = layer_modules(model)
-    assert layer_modules(model) == first and len(watched) == 1
-    assert [found.layer for found in first] == decoder_layers(model)
-    layer_modules(build("llama"))
-    assert len(watched) == 2
-
-
 @pytest.mark.parametrize("branch", ["attention", "ffn"])
 def test_a_zeroed_branch_equals_zero_weights(model, family, branch):
     whole = hidden_states(model, IDS)
@@ -91,7 +78,7 @@ def projected_by_hand(model, found, direction):
     def keep(module, args, kwargs):
         rows.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-    where = found.ffn.norm if found.ffn.norm is not None else found.ffn.entries[0]
+    where = found.ffn.norm if found.ffn.norm is not None else found.ffn.inputs[0]
     hook = where.register_forward_pre_hook(keep, with_kwargs=True)
     states = hidden_states(model, IDS, stop_after=found.number)
     hook.remove()
@@ -102,7 +89,7 @@ def projected_by_hand(model, found, direction):
 
 def test_projected_input_is_what_the_ffn_reads(model):
     direction = torch.randn(32, generator=torch.Generator().manual_seed(3))
-    found = layer_modules(model, [2])[0]
+    found = residual_branches(model, [2])[0]
     states, _, expected = projected_by_hand(model, found, direction)
     read = []
     # Hooks run in the order of their registration: these see what the modules themselves read.
@@ -111,7 +98,7 @@ def test_projected_input_is_what_the_ffn_reads(model):
             module.register_forward_pre_hook(
                 lambda m, a, k: read.append((a[0] if a else k["hidden_states"]).clone()), with_kwargs=True
             )
-            for module in found.ffn.entries
+            for module in found.ffn.inputs
         ]
         after = hidden_states(model, IDS, stop_after=2)
         for hook in hooks:
@@ -181,7 +168,6 @@ def test_the_model_is_restored_bit_for_bit(family, dtype):
             zero_branch(model, "ffn", [1]),
             project_out(model, {1: direction, 2: direction}),
             set_dimensions(model, {1: {3: 0.0}}),
-            zero_output(decoder_layers(model)[0]),
         )
 
     for intervention in interventions():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sdnb.activations import continuation
 from sdnb.activations.interventions import zero_attention
-from sdnb.activations.sampling import continuation
 from sdnb.errors import ParameterError
 from tests.tiny import build
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdnb.activations.sinks import attention_maps, eager_attention, sink_rate
-from sdnb.anatomy import decoder_layers
 from sdnb.errors import ModelError, ParameterError, TextError
+from sdnb.layers import decoder_layers
 from tests.families import FAMILIES, build
 from tests.tiny import build as plain
 

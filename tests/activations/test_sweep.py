@@ -1,12 +1,14 @@
 """Sweeps against plain full forward passes, one sequence at a time, on every family of the contract test."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from sdnb.activations.interventions import zero_attention
+from sdnb.activations import hidden_states, sweep
+from sdnb.activations.interventions import set_dimensions, zero_attention, zero_branch
 from sdnb.activations.sweep import (
     batch_size,
     embedding_norms,
@@ -14,10 +16,11 @@ from sdnb.activations.sweep import (
     item_norms,
     item_trajectories,
     random_norms,
+    vocabulary_sample,
     vocabulary_size,
 )
-from sdnb.anatomy import decoder_layers, layer_view
 from sdnb.errors import ParameterError
+from sdnb.layers import decoder_layers, layer_view
 from tests.families import FAMILIES, LAYERS, STREAMED, build
 from tests.tiny import build as plain
 
@@ -99,24 +102,20 @@ def test_random_embeddings_equal_a_plain_forward_pass(model):
 
 def test_coefficients_equal_what_the_norm_is_given(model):
     layer, direction = 2, torch.randn(32, generator=torch.Generator().manual_seed(0))
-    norm = layer_view(model, layer).ffn_norm
-    prefix = torch.tensor([7])
-    found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix, batch=10)
-    # Another way to the FFN's input: what the layer makes of the states without its FFN, or the states.
     view = layer_view(model, layer)
-    with torch.no_grad():
-        for i, item in enumerate(ITEMS[:5]):
-            x = full_pass(model, torch.tensor([7, item]))[1]
-            if not view.parallel:
-                with view.probe.muted(view.wiring.ffn.silenced):
-                    x = view.probe.output(x)
-            x = x[0, -1]
+    norm = view.ffn.norm
+    for prefix in (None, torch.tensor([7])):
+        found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix, batch=10)
+        for i, item in enumerate(ITEMS[:5].tolist()):
+            # Another way to the FFN's input: what the layer gives without its FFN, or its own input.
+            with zero_branch(model, "ffn", [layer]):
+                states = hidden_states(model, torch.tensor([[item] if prefix is None else [7, item]]))
+            x = states[layer - view.parallel, 0, -1]
             assert torch.isclose(found.raw[i], x @ direction / direction.norm(), rtol=1e-3, atol=1e-4)
-            if norm is None:
-                expected = found.raw[i] / x.square().mean().sqrt()
-            else:
-                normed = (norm.module(x[None])[0] - norm.bias) / norm.gain
-                expected = normed @ direction / direction.norm()
+            normed = x / x.square().mean().sqrt()
+            if norm is not None:
+                normed = (norm(x[None])[0] - norm.bias) / norm.gain
+            expected = normed @ direction / direction.norm()
             assert torch.isclose(found.normalised[i], expected, rtol=1e-3, atol=1e-4)
 
 
@@ -131,20 +130,88 @@ def test_embedding_norms():
     torch.testing.assert_close(embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
 
 
-def test_no_layer_after_the_one_that_is_read_is_run():
+def plainly(monkeypatch, run):
+    """What a sweep gives by plain forward passes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_by_value_path", lambda *_: None)
+        return run()
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_value_path_equals_plain_forward_passes(any_model, layer, monkeypatch):
+    sequences = ITEMS[:, None]
+    for before_ffn in (False, True):
+        plain_rows = torch.cat(list(plainly(monkeypatch, lambda b=before_ffn: [
+            *sweep._rows(any_model, layer, sequences, 10, b)
+        ])))  # fmt: skip
+        rows = sweep._by_value_path(any_model, layer, sequences, 10, before_ffn)
+        assert rows is not None, "every family of these has an exact value path"
+        assert ((rows - plain_rows).norm(dim=1) / plain_rows.norm(dim=1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("branch", ["attention", "ffn"])
+def test_the_value_path_leaves_out_what_is_ablated(any_model, branch, monkeypatch):
+    hooks = [len(module._forward_hooks) for module in any_model.modules()]
+    with zero_branch(any_model, branch, [2]):
+        expected = plainly(monkeypatch, lambda: item_norms(any_model, 2, ITEMS))
+        rows = sweep._by_value_path(any_model, 2, ITEMS[:, None], 10, False)
+        torch.testing.assert_close(rows.norm(dim=1), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(item_norms(any_model, 2, ITEMS), expected, rtol=1e-5, atol=0)
+    assert hooks == [len(module._forward_hooks) for module in any_model.modules()]
+
+
+def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
+    model = build("llama")
+    expected = item_norms(model, 2, ITEMS)
+    with set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
+        assert sweep._by_value_path(model, 2, ITEMS[:, None], 10, False) is None
+        assert not torch.allclose(item_norms(model, 2, ITEMS), expected, rtol=1e-3)
+    assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], 10, False) is None
+    view = sweep.layer_view(model, 2)
+    other = dataclasses.replace(view, status="approximate")
+    monkeypatch.setattr(sweep, "layer_view", lambda *_: other)
+    assert sweep._by_value_path(model, 2, ITEMS[:, None], 10, False) is None
+    monkeypatch.setattr(sweep, "layer_view", lambda *_: view)  # layer 2 in the place of layer 1: proved wrong
+    assert sweep._by_value_path(model, 1, ITEMS[:, None], 10, False) is None
+    torch.testing.assert_close(item_norms(model, 2, ITEMS), expected)
+
+
+def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
     model = plain("llama", d=32, f=64, layers=5, heads=4, vocabulary=96, seed=1, scale=0.7)
-    calls = []
+    calls, views = [], []
+    real = sweep.layer_view
+    monkeypatch.setattr(
+        sweep, "layer_view", lambda model, number: views.append(number) or real(model, number)
+    )
+    item_norms(model, 3, ITEMS)
+    assert views == [1, 2, 3]
     for number, layer in enumerate(decoder_layers(model), start=1):
         layer.register_forward_hook(lambda m, a, r, number=number: calls.append(number))
     model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
-    decoder_layers(model)
-    watched = len(calls)  # finding the layers runs the first one only
-    assert set(calls) <= {1}
     item_norms(model, 3, ITEMS, batch=50)
     random_norms(model, 3, 20, 1.0, batch=50)
-    assert set(calls[watched:]) == {1, 2, 3}
     ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS, batch=50)
-    assert 4 not in calls and "head" not in calls
+    assert set(calls) == {1, 2, 3}
+
+
+def test_a_sample_of_the_vocabulary_and_its_standard_error():
+    model = plain("llama", d=16, f=32, layers=1, heads=4, vocabulary=5000, seed=1, scale=0.7)
+    sample = vocabulary_sample(model)
+    assert len(sample.items) == 4096 and sample.size == 5000 and sample.items.unique().equal(sample.items)
+    assert torch.equal(sample.items, vocabulary_sample(model).items)
+    assert not torch.equal(sample.items, vocabulary_sample(model, seed=1).items)
+    whole = vocabulary_sample(model, items=10**9)
+    property_ = torch.rand(5000, generator=torch.Generator().manual_seed(0)) < 0.3
+    truth, error = whole.share(property_[whole.items])
+    assert error == 0
+    shares, errors = zip(
+        *(vocabulary_sample(model, 400, seed).share(property_[vocabulary_sample(model, 400, seed).items])
+          for seed in range(300)), strict=True,
+    )  # fmt: skip
+    away = torch.tensor(shares) - truth
+    assert away.square().mean().sqrt() == pytest.approx(sum(errors) / 300, rel=0.1)
+    with pytest.raises(ParameterError, match="items"):
+        vocabulary_sample(model, 0)
 
 
 def test_hooks_are_removed():

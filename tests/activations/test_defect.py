@@ -1,0 +1,274 @@
+"""The defect against loops over single forward passes, on planted defects, and on texts that tell nothing."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sdnb
+from sdnb.activations import Defect, StateReader, detect, find_defect, hidden_states, mean_pairwise_angle
+from sdnb.activations.defect import MASSIVE
+from sdnb.decompose import angle_deg
+from sdnb.errors import ParameterError, TextError
+from tests.tiny import build, planted_model
+
+VOCABULARY = 96
+
+
+def random_lines(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCABULARY, (n,), generator=generator) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return build("llama", d=32, f=64, layers=3, heads=4, vocabulary=VOCABULARY, seed=1, scale=0.7)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A model whose token 0 explodes at layer 2 and decays at layer 5, loaded."""
+    return planted_model(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def loaded(planted):
+    return sdnb.load(str(planted.folder))
+
+
+def with_trigger(lines, *places):
+    """The lines with token 0 put at some (line, position)."""
+    lines = [line.clone() for line in lines]
+    for line, position in places:
+        lines[line][position] = 0
+    return lines
+
+
+LINES = with_trigger(random_lines(9, 4, 7, 12, 6, 20), (0, 0), (2, 3), (3, 0), (3, 7), (5, 0))
+
+
+def test_everything_equals_a_loop_over_lines_layers_and_tokens(loaded):
+    found = find_defect(loaded, LINES)
+    states = [hidden_states(loaded.model, line[None])[:, 0] for line in LINES]
+    norms = torch.cat(states, dim=1).norm(dim=-1)
+    torch.testing.assert_close(found.norms, norms, rtol=1e-4, atol=1e-5)
+    rule = detect(found.norms, initial=found.positions == 0, reference=StateReader(loaded, LINES).reference)
+    expected, low = [], []
+    for number, line in enumerate(LINES):
+        for position in range(len(line)):
+            for layer in range(7):
+                state = states[number][layer, position]
+                if state.norm() > rule.limits[layer]:
+                    expected.append((number, position, layer, int(line[position]), state))
+                else:
+                    low.append(state.norm().item())
+    places = torch.stack(
+        [found.states.line, found.states.position, found.states.layer, found.states.token_id]
+    )
+    assert places.T.tolist() == [list(entry[:4]) for entry in expected] and found.count == len(expected) > 10
+    kept = torch.stack([entry[4] for entry in expected])
+    torch.testing.assert_close(found.states.states, kept, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.direction, kept.mean(0), rtol=1e-4, atol=1e-3)
+    assert math.isclose(found.mean_low_norm, sum(low) / len(low), rel_tol=1e-4)
+    torch.testing.assert_close(
+        found.first_states, torch.stack([s[:, 0] for s in states]).mean(0), rtol=1e-4, atol=1e-3
+    )
+    for layer in range(7):
+        here = kept[[entry[2] == layer for entry in expected]]
+        torch.testing.assert_close(found.means[layer], here.sum(0) / max(len(here), 1), rtol=1e-4, atol=1e-3)
+
+
+def test_the_planted_defect_is_found(planted, loaded):
+    found = find_defect(loaded, LINES)
+    assert found.found and found.explosion_layers == [2] and found.decay_layers == [5]
+    assert float(angle_deg(found.direction, planted.direction)) < 3
+    assert set(found.states.token_id.tolist()) == {0} and set(found.states.layer.tolist()) == {2, 3, 4}
+    assert list(found.by_layer) == [2] and float(angle_deg(found.by_layer[2], planted.direction)) < 3
+    rows = found.high_norm_tokens()
+    assert [(row["token_id"], row["position"], row["count"]) for row in rows] == [
+        (0, "first", 3),
+        (0, "later", 2),
+    ]
+    assert rows[0]["peak_norm"] == pytest.approx(planted.peak_norm, rel=0.1)
+    assert "explosion layers [2]" in repr(found) and len(repr(found)) < 300
+
+
+def test_a_given_threshold_and_states_that_are_not_wanted(loaded):
+    found = find_defect(loaded, LINES, threshold=3.0, states=False)
+    assert found.states is None and found.limits.tolist() == [3.0] * 7
+    assert torch.equal(found.high, found.norms > 3.0) and found.count == int((found.norms > 3.0).sum())
+
+
+def test_a_text_of_high_norm_tokens_alone_is_compared_with_the_held_out_text(planted, loaded):
+    text = SimpleNamespace(lines=[torch.zeros(40, dtype=torch.int64)], add_special_tokens=False)
+    found = find_defect(loaded, text)
+    assert found.high_norm.all() and found.explosion_layers == [2] and found.undecided is None
+    blind = find_defect(dataclasses.replace(loaded, tokenizer=None), text)
+    assert not blind.found and blind.undecided is not None and blind.undecided in repr(blind)
+    mixed = with_trigger(random_lines(10), *((0, i) for i in range(7)))
+    blind = find_defect(dataclasses.replace(loaded, tokenizer=None), mixed)
+    assert not blind.found and "token 0" in blind.undecided
+    assert find_defect(loaded, mixed).explosion_layers == [2]
+    assert find_defect(loaded, [torch.tensor([0])]).high_norm.tolist() == [True], "one token is enough"
+
+
+def test_no_high_norm_state(plain):
+    found = find_defect(plain, random_lines(12, 9))
+    assert not found.found and found.count == 0 and found.threshold is None and found.undecided is None
+    assert (
+        not found.direction.any() and not found.means.any() and found.massive == [] and found.by_layer == {}
+    )
+    assert found.explosion_layers == found.climbs == [] and found.high_norm_tokens() == []
+    place = found.at()
+    assert not place.found and place.high_norm is None
+    assert place.threshold == pytest.approx(5 * found.norms[place.layer].median().item())
+    with pytest.raises(TextError):
+        find_defect(plain, [])
+
+
+class Recorded(StateReader):
+    """Takes states that the test made up, (L+1, d) for each token, one line of them at a time."""
+
+    def __init__(self, *lines):
+        super().__init__(build("llama", d=4, f=8, layers=1, heads=2, vocabulary=8, seed=0, scale=1.0),
+                         [torch.zeros(line.shape[1], dtype=torch.int64) for line in lines])  # fmt: skip
+        self.made = lines
+        self.read()
+
+    def read(self, numbers=None):
+        for number in range(len(self.lines)) if numbers is None else numbers:
+            for layer, state in enumerate(self.made[number]):
+                self.visit(layer, state[None], torch.ones(1, len(state), dtype=torch.bool), [number])
+
+
+def made(norms, axis, d=64, seed=0):
+    """States of given norms (L+1, n) along given coordinates (L+1,), with a tenth of noise: (L+1, n, d)."""
+    noise = torch.randn(*norms.shape, d, generator=torch.Generator().manual_seed(seed)) / d**0.5
+    states = 0.1 * noise
+    for layer, coordinate in enumerate(axis):
+        states[layer, :, coordinate] += 1
+    return torch.nn.functional.normalize(states, dim=-1) * norms[..., None]
+
+
+def noise(layers, n, d=64, seed=1):
+    return torch.randn(layers + 1, n, d, generator=torch.Generator().manual_seed(seed)) / d**0.5
+
+
+def test_massive_dimensions_differ_from_layer_to_layer_and_an_early_one_is_not_lost():
+    early = made(torch.tensor([1.0, 30, 30, 1, 1, 1, 1, 1])[:, None], [5] * 8)
+    late = made(torch.tensor([1.0, 1, 1, 1, 2000, 2000, 2000, 1])[:, None], [9] * 8, seed=2)
+    found = Recorded(torch.cat([early, late, noise(7, 30)], dim=1)).defect()
+    rows = {(row["layer"], row["dimension"]): row for row in found.massive}
+    assert sorted(rows) == [(1, 5), (2, 5), (4, 9), (5, 9), (6, 9)]
+    assert rows[1, 5]["value"] == pytest.approx(30, rel=0.02) and rows[1, 5]["share"] == pytest.approx(
+        1, abs=0.03
+    )
+    assert all(row["ordinary"] < 1 for row in found.massive)
+    assert found.explosion_layers == [4, 1]
+    assert found.by_layer[1].argmax() == 5 and found.by_layer[4].argmax() == 9
+    ordinary = torch.cat([late[1], noise(7, 30)[1]])[:, 5].square().mean().sqrt()
+    assert rows[1, 5]["ordinary"] == pytest.approx(ordinary.item(), rel=1e-4)
+
+
+def test_a_high_norm_along_no_axis_has_no_massive_dimension():
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    direction = direction.clamp(-2, 2) / direction.clamp(-2, 2).norm()
+    high = torch.tensor([1.0, 1, 500, 500, 1])[:, None, None] * direction
+    found = Recorded(torch.cat([high, noise(4, 30)], dim=1)).defect()
+    assert found.found and found.massive == []
+    assert float(angle_deg(found.direction, direction)) < 0.01
+    assert (64 * direction.square() < MASSIVE**2).all()
+
+
+def test_two_explosions_of_one_token_have_a_direction_each():
+    first = made(
+        torch.tensor([1.0, 1, 800, 800, 800, 1, 20_000, 20_000, 1])[:, None], [5, 5, 5, 5, 5, 5, 9, 9, 9]
+    )
+    found = Recorded(torch.cat([first, noise(8, 20)], dim=1)).defect()
+    assert found.explosion_layers == [6, 2] and found.decay_layers == [8, 5]
+    assert {number: int(mean.argmax()) for number, mean in found.by_layer.items()} == {6: 9, 2: 5}
+    torch.testing.assert_close(found.by_layer[2], first[2:5, 0].mean(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.by_layer[6], first[6:8, 0].mean(0), rtol=1e-4, atol=1e-3)
+
+
+def test_lines_whose_states_were_not_all_kept_are_read_again():
+    """Line 0 is ten times as long as the rest: from its own median no cut lets its high-norm states pass."""
+    norms = torch.tensor([1.0, 100, 100, 100])[:, None].expand(4, 9)
+    long = torch.cat([made(norms, [5] * 4), made(10 * norms[:, :1] ** 0.5, [9] * 4)], dim=1)
+    reader = Recorded(long, *(noise(3, 12, seed=seed) for seed in range(5)))
+    found = reader.defect()
+    high = torch.cat([long, *reader.made[1:]], dim=1).norm(dim=-1) > found.limits[:, None]
+    assert found.count == int(high.sum()) > 27 and found.states.line.unique().tolist() == [0]
+
+
+def test_what_counts_as_exploded_after_a_layer():
+    norms = torch.ones(5, 30)
+    norms[2:4, :10] = torch.linspace(100, 109, 10)
+    found = Recorded(made(norms, [5] * 5)).defect()
+    place = found.at()
+    assert place.layer == 2 and place.found and place.high_norm == pytest.approx(104, abs=1)
+    assert place.ordinary_norm == pytest.approx(1) and place.threshold == pytest.approx(100.9 / 2, rel=0.01)
+    asked = found.at(1)
+    assert (
+        asked.layer == 1 and asked.found and asked.high_norm is None and asked.threshold == pytest.approx(5)
+    )
+    norms[2, 20] = 60.0  # an ordinary token comes close: between the two
+    close = dataclasses.replace(found, norms=norms, limits=found.limits.clamp(min=80))
+    assert close.at().threshold == pytest.approx((100.9 * 60) ** 0.5, rel=0.01)
+    with pytest.raises(ParameterError, match="1 to 4"):
+        found.at(5)
+
+
+def test_the_cache_gives_back_what_was_found(loaded, tmp_path, monkeypatch):
+    found = find_defect(loaded, LINES, results_dir=tmp_path)
+    monkeypatch.setattr(StateReader, "read", lambda *_: pytest.fail("the text is read again"))
+    again = find_defect(loaded, LINES, results_dir=tmp_path)
+    for field in dataclasses.fields(Defect):
+        old, new = getattr(found, field.name), getattr(again, field.name)
+        if isinstance(old, torch.Tensor):
+            assert torch.equal(old, new)
+        elif field.name in ("by_layer", "states"):
+            old, new = (value if isinstance(value, dict) else vars(value) for value in (old, new))
+            assert list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
+        else:
+            assert old == new
+    assert find_defect(loaded, LINES, results_dir=tmp_path, states=False).states is None
+    monkeypatch.undo()
+    other = find_defect(loaded, LINES, threshold=3.0, results_dir=tmp_path)
+    assert (
+        other.count != found.count
+        and find_defect(loaded, LINES[:3], results_dir=tmp_path).count < found.count
+    )
+    for path in (tmp_path / loaded.slug / "cache").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])  # damaged files are written again
+    assert find_defect(loaded, LINES, results_dir=tmp_path).count == found.count
+    assert not list((tmp_path / loaded.slug / "cache").glob("*.part"))
+
+
+def naive_mean_angle(states):
+    angles = []
+    for i in range(len(states)):
+        for j in range(len(states)):
+            if i != j:
+                a, b = states[i].double(), states[j].double()
+                angles.append(math.degrees(math.acos(min(1.0, abs(float(a @ b / (a.norm() * b.norm())))))))
+    return sum(angles) / len(angles)
+
+
+def test_mean_pairwise_angle_equals_the_double_loop():
+    states = torch.randn(37, 16, generator=torch.Generator().manual_seed(3)) + 1.0
+    mean, error = mean_pairwise_angle(states, chunk=10)
+    assert math.isclose(mean, naive_mean_angle(states), rel_tol=1e-9) and error == 0.0
+    parallel, _ = mean_pairwise_angle(states[:1] * torch.tensor([[1.0], [-2.0], [300.0]]))
+    assert parallel < 1e-4
+    with pytest.raises(ParameterError, match="no pair"):
+        mean_pairwise_angle(torch.ones(1, 4))
+
+
+def test_the_estimate_lies_within_its_error():
+    states = torch.randn(3000, 8, generator=torch.Generator().manual_seed(3)) + 0.5
+    exact, _ = mean_pairwise_angle(states)
+    estimate, error = mean_pairwise_angle(states, exact_up_to=1000, chunk=50, seed=1)
+    assert 0 < error < 2 and abs(estimate - exact) < 4 * error
