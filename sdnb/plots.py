@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 COLOURS = {
     "L": "#3b5bdb", "F": "#e8590c", "gain": "#2b8a3e", "attention": "#3b5bdb", "ffn": "#e8590c",
@@ -103,7 +104,7 @@ def annotate(
     """
     figure = ax.figure
     figure.draw_without_rendering()  # so that the layout stands and texts have a size
-    taken = [text.get_window_extent() for text in ax.texts]
+    taken = [Text.get_window_extent(text) for text in ax.texts]  # without the lines that lead to them
     dots = [
         line.get_transform().transform(line.get_xydata()) for line in ax.lines if len(line.get_xdata()) > 2
     ]

@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from sdnb.errors import RecordError
-from sdnb.files import atomic_write, locked, sweep
+from sdnb.files import atomic_write, locked
 
 _OWN_KEYS = ("template", "arrays", "provenance")
 _TRIES = 20
@@ -525,8 +525,9 @@ def _write(path: Path, values: dict, tensors: dict, figures: dict, origin: dict)
     drawn = {path.with_name(_figure_name(path.stem, name)): _png(fig) for name, fig in figures.items()}
     with locked(path.parent / ".lock"):
         _refuse_other_model(path, origin)
-        for target in (path, arrays, *drawn):
-            sweep(target)
+        for left in path.parent.glob(f".*{path.stem[:2]}_*.tmp"):  # of killed writers
+            if ".ipynb." not in left.name:
+                left.unlink(missing_ok=True)
         for target, picture in drawn.items():
             atomic_write(target, picture)
         # Until the JSON that names them is in place, new arrays stand under a hidden name.
