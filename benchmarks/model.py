@@ -19,8 +19,8 @@ from linearize import SAMPLES, least_squares, least_squares_operations
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sdnb.anatomy import layer_view
 from sdnb.decompose import angle_deg, leading_triplets
+from sdnb.layers import layer_view
 from sdnb.linearize import closed_form_fit, linear_layer
 
 VOCABULARY, SEED, PLANTED = 1024, 0, 3.0

@@ -20,9 +20,9 @@ from common import GIB, SHAPES, Shape, anonymous_bytes, limits, parse, store, ti
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from sdnb.anatomy import layer_view
 from sdnb.decompose import leading_triplets, nearest_eigenpair
 from sdnb.errors import MemoryShortage
+from sdnb.layers import layer_view
 from sdnb.linearize import linear_layer
 from sdnb.loading import load
 

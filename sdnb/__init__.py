@@ -20,8 +20,9 @@ _WHERE = {
         "residual_branches",
     ),
     "sdnb.linearize": (
-        "LinearLayer", "SampledFit", "attention_matrix", "branch_scales", "closed_form_fit", "ffn_matrix",
-        "gaussian_moments", "linear_layer", "sampled_fit", "stream_scales",
+        "LinearLayer", "SampledFit", "apply_linear", "attention_intercept", "attention_matrix",
+        "branch_scales", "closed_form_fit", "gaussian_moments", "linear_layer", "sampled_fit",
+        "stream_scales",
     ),
     "sdnb.decompose": (
         "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain",

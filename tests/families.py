@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sdnb.layers.small_configs import redraw_model
+from tests.small_models import redraw_model
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 2, 4, 2, 64
 POSITIONS = 64

@@ -1,22 +1,19 @@
-"""What a Hugging Face decoder looks like, found by watching it; the only place that knows."""
+"""What a Hugging Face decoder layer looks like, found by watching it; `view.py` is the file to read first."""
 
-from sdnb.layers.attention import AttentionMatrix
-from sdnb.layers.branches import residual_branches
-from sdnb.layers.contributions import branch_contributions
-from sdnb.layers.ffn import FFNFormula
+from sdnb.layers.branches import BranchModules, LayerBranches, residual_branches
+from sdnb.layers.decoder import decoder_layers
 from sdnb.layers.matrices import WeightMatrix, layer_matrices, model_matrices, replaced_matrices
 from sdnb.layers.norms import Norm
 from sdnb.layers.reading import each_layer, layer_view
-from sdnb.layers.trace import decoder_layers
-from sdnb.layers.view import LayerView
+from sdnb.layers.view import FFNFormula, LayerView
 
 __all__ = [
-    "AttentionMatrix",
+    "BranchModules",
     "FFNFormula",
+    "LayerBranches",
     "LayerView",
     "Norm",
     "WeightMatrix",
-    "branch_contributions",
     "decoder_layers",
     "each_layer",
     "layer_matrices",

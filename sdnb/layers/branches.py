@@ -1,24 +1,16 @@
-"""Where in the real model the branches of a layer begin and end, so that a hook can be put there.
-
-What a layer's modules are for is found on a float32 copy of it (`sdnb.layers`); here the same modules are
-looked up by name in the model itself.
-"""
+"""Where in the real model the branches of a layer begin and end, so that a hook can be put there."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from sdnb.errors import LayerUnsupported, ParameterError
-from sdnb.layers.form import BranchForm, branch_form, build_of
-from sdnb.layers.probe import LayerProbe
-from sdnb.layers.trace import Decoder, find_decoder
-from sdnb.layers.wiring import find_wiring
-
-_Form = tuple[tuple[BranchForm, float | Tensor] | None, ...]
-# Of layers that were watched, by model and build.
-_forms: WeakKeyDictionary[nn.Module, dict[tuple, _Form]] = WeakKeyDictionary()
+from sdnb.errors import LayerUnsupported
+from sdnb.layers.decoder import find_decoder
+from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.view import BranchStructure
+from sdnb.layers.watching import RESTORED, fit_residual, read_norms, watch_layer
+from sdnb.layers.weights import structure_key
 
 
 @dataclass(frozen=True)
@@ -26,11 +18,10 @@ class BranchModules:
     """One branch of one layer, as modules of the real model.
 
     Args:
-        inputs: the modules that read the branch's normed input.
+        inputs: the modules that read the branch's normed input; none where the layer has no such branch.
         norm: the norm before it, or None.
         post_norm: the norm behind it, or None.
-        multiplier: its coefficient in the layer's sum, as it was fitted on the first layer of this structure.
-        output: the module whose output is the branch's, before post-norm and multiplier.
+        multiplier: its coefficient in the layer's sum, a number or one for each coordinate, (d,).
         ablated: the module that, returning zeros, takes the branch out of the layer: the last linear map,
             since the module around it adds the residual in some families (Bloom, MPT).
     """
@@ -39,20 +30,12 @@ class BranchModules:
     norm: nn.Module | None
     post_norm: nn.Module | None
     multiplier: float | Tensor
-    output: nn.Module
     ablated: nn.Module
 
 
 @dataclass(frozen=True)
 class LayerBranches:
-    """One layer of the real model.
-
-    Args:
-        number: the layer, 1..L.
-        layer: the layer itself.
-        attention: its attention branch.
-        ffn: its FFN branch.
-    """
+    """Layer `number` of the real model, 1..L: its module and its two branches."""
 
     number: int
     layer: nn.Module
@@ -63,59 +46,47 @@ class LayerBranches:
 def residual_branches(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerBranches]:
     """Find the branches of decoder layers in the real model.
 
-    A model's layers are watched once for each build: those of one class with submodules of the same names,
-    classes and shapes count as wired alike. That is not checked here, and a `forward` that is replaced later
-    is not noticed.
+    Of layers that are built alike, with submodules of the same names, classes and shapes, one is watched, and
+    the others' parts are taken by the same names.
 
     Args:
-        model: a causal language model.
+        model: a causal language model of transformers, or what `sdnb.load` returned.
         numbers: the layers, 1..L; all of them when None.
 
     Returns:
         One entry for each number, in the order given.
 
     Raises:
-        ParameterError: there is no such layer.
+        LayerUnsupported: a branch is not recognised.
     """
-    decoder = find_decoder(model)
-    numbers = range(1, len(decoder.layers) + 1) if numbers is None else list(numbers)
-    forms, found = _forms.setdefault(model, {}), []
-    for number in numbers:
-        if not 1 <= number <= len(decoder.layers):
-            count = len(decoder.layers)
-            raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {count}")
-        layer = decoder.layers[number - 1]
-        build = build_of(layer)
-        if build not in forms:
-            forms[build] = _form(decoder, number)
-        modules = (_in_model(branch, layer, number) for branch in forms[build])
-        found.append(LayerBranches(number, layer, *modules))
+    decoder, found = find_decoder(model), []
+    structures = decoder.known.structures
+    for number in range(1, len(decoder.layers) + 1) if numbers is None else numbers:
+        layer, multipliers = decoder.layer(number), (1.0, 1.0)
+        key = structure_key(layer)
+        if key not in structures or not structures[key].plain:
+            isolated = IsolatedLayer(decoder, number)
+            if key not in structures:
+                structures[key] = watch_layer(isolated).structure
+            view, error = fit_residual(read_norms(isolated, structures[key]))
+            if not error < RESTORED:
+                reason = f"adds up unlike another layer that is built like it (error {error:.1e} of a branch)"
+                raise LayerUnsupported(number, "layer", reason)
+            multipliers = view.attention.multiplier, view.ffn.multiplier
+        sides = zip((structures[key].attention, structures[key].ffn), multipliers, strict=True)
+        found.append(LayerBranches(number, layer, *(_modules(number, layer, *side) for side in sides)))
     return found
 
 
-def _form(decoder: Decoder, number: int) -> _Form:
-    """The names of the parts of a layer's branches, None for one that it has not."""
-    probe = LayerProbe(decoder, number)
-    wiring = find_wiring(probe)
-    branches = (wiring.attention, wiring.ffn)
-    return tuple((branch_form(probe, b), b.multiplier) if b.entries else None for b in branches)
-
-
-def _in_model(
-    known: tuple[BranchForm, float | Tensor] | None, layer: nn.Module, number: int
+def _modules(
+    number: int, layer: nn.Module, where: BranchStructure, multiplier: float | Tensor
 ) -> BranchModules:
-    """The modules of the real layer that have the names of the copy's."""
-    if known is None:  # a layer that is attention only: a hook on a module that never runs does nothing
-        return BranchModules((), None, None, 1.0, nn.Identity(), nn.Identity())
-    form, multiplier = known
-    if any(behind for _, behind in form.entries):
+    """The modules of a real layer that have these names."""
+    if where.gated:
         reason = "a gate stands between its norm and its input: no module reads what the norm gives"
-        raise LayerUnsupported(number, form.name, reason)
-    return BranchModules(
-        tuple(layer.get_submodule(name) for name, _ in form.entries),
-        None if form.norm is None else layer.get_submodule(form.norm),
-        None if form.post_norm is None else layer.get_submodule(form.post_norm),
-        multiplier,
-        layer.get_submodule(form.exit),
-        layer.get_submodule(form.silenced),
-    )
+        raise LayerUnsupported(number, where.module, reason)
+    inputs = tuple(layer.get_submodule(name) for name in where.inputs)
+    norm, post_norm = (name and layer.get_submodule(name) for name in (where.norm, where.post_norm))
+    # a layer of attention alone has no FFN: a hook on a module that never runs does nothing
+    ablated = layer.get_submodule(where.ablated) if where.ablated else nn.Identity()
+    return BranchModules(inputs, norm, post_norm, multiplier, ablated)

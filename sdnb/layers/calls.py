@@ -1,4 +1,4 @@
-"""Calls of modules: where in the arguments the hidden state stands, how a result carries it, what was seen.
+"""Calls of modules: where in the arguments the hidden state stands, and how a result carries it.
 
 Across families the hidden state is positional or a keyword, and layers return a tensor or a tuple; whoever
 asks, asks here.
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
+class StopForward(Exception):
+    """Raised by a hook or a replaced `forward` to end a pass that has shown what was asked for."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, and where among them the hidden state stands.
-
-    Args:
-        args: the positional arguments.
-        kwargs: the keyword arguments.
-        place: the index or the keyword of the hidden state; None if no argument is a floating-point tensor.
-    """
+    """The arguments of one call, and the index or keyword of the hidden state (None if there is none)."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -32,20 +30,10 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Call":
-        """Finds the hidden state: the first floating-point tensor, positional, `hidden_states`, then others.
-
-        Args:
-            args: the positional arguments.
-            kwargs: the keyword arguments.
-
-        Returns:
-            The call.
-        """
+        """Find the hidden state: the first float tensor, positional, `hidden_states`, then by keyword."""
         names = sorted(kwargs, key=lambda name: name != "hidden_states")
-        places = [*range(len(args)), *names]
-        values = [*args, *(kwargs[name] for name in names)]
-        found = (place for place, value in zip(places, values, strict=True) if is_float(value))
-        return cls(args, kwargs, next(found, None))
+        values = [*enumerate(args), *((name, kwargs[name]) for name in names)]
+        return cls(args, kwargs, next((place for place, value in values if is_float(value)), None))
 
     @property
     def hidden(self) -> Tensor | None:
@@ -55,26 +43,12 @@ class Call:
         return self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
 
     def replaced(self, change: Callable[[Any], Any]) -> "Call":
-        """The same call with every top-level argument passed through a function.
-
-        Args:
-            change: takes and returns an argument.
-
-        Returns:
-            The changed call.
-        """
+        """The same call with every top-level argument passed through a function."""
         args = tuple(change(value) for value in self.args)
         return Call(args, {name: change(value) for name, value in self.kwargs.items()}, self.place)
 
     def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """The same call with another hidden state.
-
-        Args:
-            hidden: what stands in the hidden state's place.
-
-        Returns:
-            The changed call.
-        """
+        """The same call with another tensor in the hidden state's place."""
         if isinstance(self.place, int):
             args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
             return Call(args, self.kwargs, self.place)
@@ -82,83 +56,57 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """One call of a submodule.
-
-    Args:
-        name: its name in the layer.
-        module: the submodule.
-        given: a clone of its first floating-point argument.
-        returned: a clone of the tensor that it returned.
-        width: how many items it returned; None where it returned a bare tensor.
-    """
+class ModuleCall:
+    """What one submodule was given and returned in a pass, as copies; `items` is None for a bare tensor."""
 
     name: str
     module: nn.Module
     given: Tensor
     returned: Tensor
-    width: int | None = None
+    items: int | None
 
-    def inside(self, other: "Seen") -> bool:
-        """Whether this module is another one or lies inside it.
-
-        Args:
-            other: the module that may contain this one.
-
-        Returns:
-            True if it does.
-        """
+    def inside(self, other: "ModuleCall") -> bool:
+        """Whether this module is the other one or lies inside it."""
         return self.name == other.name or self.name.startswith(other.name + ".")
+
+    def changes(self) -> bool:
+        """Whether it returned something else than it was given."""
+        return not same(self.given, self.returned)
+
+
+def outermost(calls: list[ModuleCall]) -> list[ModuleCall]:
+    """The calls whose module lies inside no other module of the list, in order."""
+    return [c for c in calls if not any(c is not other and c.inside(other) for other in calls)]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order, whatever their shapes.
-
-    Args:
-        a: a tensor.
-        b: another one.
-
-    Returns:
-        True if they are equal bit for bit.
-    """
+    """Whether two tensors hold the same numbers in the same order, whatever their shapes."""
     return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 def is_float(value: object) -> bool:
-    """Whether a value is a floating-point tensor.
-
-    Args:
-        value: anything.
-
-    Returns:
-        True for a floating-point tensor.
-    """
+    """Whether a value is a floating-point tensor."""
     return torch.is_tensor(value) and value.is_floating_point()
 
 
+def item_count(result: object) -> int | None:
+    """How many items a module returned; None for a bare tensor."""
+    return len(result) if isinstance(result, (tuple, list)) else None
+
+
 def unwrap(result: object) -> Tensor | None:
-    """The tensor that a module returns: the result itself, or the first item of a tuple or list.
-
-    Args:
-        result: what a module returned.
-
-    Returns:
-        The floating-point tensor, or None if there is none in that place.
-    """
+    """The floating-point tensor that a module returns, bare or as the first item of a tuple; else None."""
     first = result[0] if isinstance(result, (tuple, list)) and result else result
     return first if is_float(first) else None
 
 
+def wrapped(hidden: Tensor, items: int | None) -> object:
+    """A tensor as the result of a module that returns so many items, the others None."""
+    return hidden if items is None else (hidden, *[None] * (items - 1))
+
+
 def rewrap(result: object, hidden: Tensor) -> object:
-    """The same result with another tensor in the place that `unwrap` reads.
-
-    Args:
-        result: what a module returned.
-        hidden: the new tensor.
-
-    Returns:
-        A tensor or a tuple, as the module returns it.
-    """
+    """The same result with another tensor in the place that `unwrap` reads."""
     if not isinstance(result, (tuple, list)):
         return hidden
     items = [hidden, *result[1:]]
@@ -166,15 +114,7 @@ def rewrap(result: object, hidden: Tensor) -> object:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to every tensor in nested tuples, lists and dicts.
-
-    Args:
-        value: an argument of a layer.
-        change: takes and returns a tensor.
-
-    Returns:
-        The value with its tensors changed.
-    """
+    """The value with a function applied to every tensor in its nested tuples, lists and dicts."""
     if torch.is_tensor(value):
         return change(value)
     if type(value) in (tuple, list):
@@ -185,36 +125,26 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
+def run_errors_as(error: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raise what a module may raise when it is run in its block as another error; but not a full memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RUN_ERRORS as cause:
+        raise error(cause) from cause
+
+
+@contextmanager
 def replaced_forward(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Gives modules another `forward` for the length of a block, and takes it away again exactly.
-
-    Args:
-        forwards: module -> the function that stands in for its `forward`.
-
-    Yields:
-        Nothing.
-    """
-    missing = object()
-    before = {module: vars(module).get("forward", missing) for module in forwards}
+    """Give modules another `forward` for the length of a block, and take it away again exactly."""
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     try:
         for module, forward in forwards.items():
             vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is missing:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = forward
-
-
-def outermost(seen: list[Seen]) -> list[Seen]:
-    """The calls that lie inside no other of the list.
-
-    Args:
-        seen: calls of one pass.
-
-    Returns:
-        Those whose module is contained in no other module of the list, in order.
-    """
-    return [s for s in seen if not any(s is not other and s.inside(other) for other in seen)]
+        for module in forwards:
+            vars(module).pop("forward", None)
+        for module, forward in own.items():
+            vars(module)["forward"] = forward

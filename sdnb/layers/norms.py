@@ -3,14 +3,15 @@
 Nothing is read from attributes, so Gemma's 1 + w, LayerNorms without parameters and L2 norms come out alike.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.layers.calls import RUN_ERRORS, Seen, same
-from sdnb.layers.rows import random_rows
+from sdnb.layers.calls import RUN_ERRORS, ModuleCall, same
+from sdnb.layers.isolated import random_rows
 
 LARGE = 1e3  # entries at which an epsilon does not matter
 SMALL = 1e-3  # entries at which it does
@@ -26,74 +27,35 @@ class Norm:
         bias: the answer to a row whose normed value is zero, shape (d,).
         centred: whether the mean is subtracted (LayerNorm) or not (RMS norm).
         epsilon: what is added to the mean square.
-        module: the real module, in float32.
-        name: its name in the layer.
+        name: the module's name in the layer.
     """
 
     gain: Tensor
     bias: Tensor
     centred: bool
     epsilon: float
-    module: nn.Module
     name: str
 
     def scale(self, x: Tensor) -> Tensor:
-        """The divisor that depends on the data: sqrt(mean((x - c mean(x))^2) + epsilon).
-
-        Args:
-            x: rows, shape (n, d).
-
-        Returns:
-            The root mean square (or the standard deviation) of each row, shape (n, 1).
-        """
+        """sqrt(mean((x - c mean(x))^2) + epsilon), the divisor that depends on the data, (n, 1)."""
         return (self.centre(x).square().mean(-1, keepdim=True) + self.epsilon).sqrt()
 
     def centre(self, x: Tensor) -> Tensor:
-        """The rows without their mean, if the norm subtracts it.
-
-        Args:
-            x: rows, shape (n, d).
-
-        Returns:
-            x - c mean(x), shape (n, d).
-        """
+        """The rows without their mean, if the norm subtracts it; shape (n, d) in and out."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def linear(self, x: Tensor) -> Tensor:
-        """The norm without the divisor that depends on the data.
-
-        Args:
-            x: rows, shape (..., d).
-
-        Returns:
-            gain * (x - c mean(x)) + bias, shape (..., d).
-        """
+        """The norm without its divisor, gain * (x - c mean(x)) + bias; shape (n, d) in and out."""
         return self.gain * self.centre(x) + self.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The formula, on any rows.
-
-        Args:
-            x: rows, shape (n, d).
-
-        Returns:
-            gain * (x - c mean(x)) / scale(x) + bias, shape (n, d).
-        """
+        """The whole formula, on rows of shape (n, d)."""
         return self.gain * self.centre(x) / self.scale(x) + self.bias
 
 
 @torch.no_grad()
 def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
-    """Measures a norm by feeding it rows, and checks the formula on others.
-
-    Args:
-        name: the module's name in the layer.
-        module: the module in question.
-        like: a tensor of the device and of the last dimension d that it reads.
-
-    Returns:
-        The norm; None if the module does not follow the formula, or does not take rows at all.
-    """
+    """Measure a norm of rows (.., d) shaped `like`, and check the formula; None if it does not follow it."""
     try:
         return _measured(name, module, like)
     except RUN_ERRORS:
@@ -111,19 +73,19 @@ def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     signs, trials = rows[24:25] / LARGE, rows[-24:]
     bias = (up + down).mean(0) / 2
     shifted = (moved - up).norm() / (up - bias).norm()
-    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, module, name)
+    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, name)
     gain = ((large - bias) / rough(LARGE * signs))[0]
     # at entries of size t the answer shrinks by t / sqrt(t^2 + epsilon)
     shrunk = ((small - bias).norm() / (gain * rough(SMALL * signs)).norm()).double()
     size = rough.scale(SMALL * signs).double().square()
     epsilon = (size * (shrunk**-2 - 1)).clamp(min=0).item()
-    norm = Norm(gain, bias, rough.centred, epsilon, module, name)
-    errors = [(got - want).norm() / want.norm() for got, want in
-              zip(norm(trials).chunk(3), real.chunk(3), strict=True)]  # fmt: skip
-    return norm if (torch.stack(errors) <= TOLERANCE).all() else None
+    norm = Norm(gain, bias, rough.centred, epsilon, name)
+    pairs = zip(norm(trials).chunk(3), real.chunk(3), strict=True)
+    errors = torch.stack([(got - want).norm() / want.norm() for got, want in pairs])
+    return norm if (errors <= TOLERANCE).all() else None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # drawn for every norm of every layer otherwise
 def _trial_rows(d: int, device: torch.device) -> Tensor:
     """What norms are fed: large rows, their negatives, the same shifted, +-1 large and small, and others."""
     x = random_rows(d, device, 0)
@@ -132,60 +94,28 @@ def _trial_rows(d: int, device: torch.device) -> Tensor:
     return torch.cat([*large, *alternating, x, 0.1 * x, 30 * x + 3])
 
 
-def norms_of(calls: list[Seen], d: int) -> list[tuple[Seen, Norm]]:
-    """Those of some calls that are norms of hidden states.
-
-    Args:
-        calls: calls of one pass.
-        d: hidden size.
-
-    Returns:
-        Each such call with its norm, in the order given.
-    """
-    kept = [s for s in calls if s.given.shape == s.returned.shape]
-    measured = [(s, measure_norm(s.name, s.module, s.given)) for s in kept]
-    return [(s, norm) for s, norm in measured if norm is not None and len(norm.gain) == d]
+def norms_among(calls: Collection[ModuleCall], d: int) -> list[ModuleCall]:
+    """Those of some calls that are norms of hidden states of size d."""
+    fitting = [c for c in calls if c.given.shape == c.returned.shape and c.given.shape[-1] == d]
+    return [c for c in fitting if measure_norm(c.name, c.module, c.given) is not None]
 
 
-def preferred(calls: list[Seen], d: int) -> Seen | None:
-    """The call that stands between two tensors: a norm, if there is one among those that do.
-
-    In BERT the module around a norm returns what the norm returns.
-
-    Args:
-        calls: calls of one pass.
-        d: hidden size.
-
-    Returns:
-        The first norm; without one the outermost call; None of nothing.
-    """
-    norms = norms_of(calls, d)
-    return norms[0][0] if norms else min(calls, key=lambda s: s.name.count("."), default=None)
+def before(calls: Collection[ModuleCall], read: Tensor) -> ModuleCall | None:
+    """The call that wrote a tensor which others read: a norm if there is one, else the outermost."""
+    return _preferred([c for c in calls if same(c.returned, read) and c.changes()], read)
 
 
-def before(seen: list[Seen], reader: Tensor) -> Seen | None:
-    """The module that wrote a tensor which others read: its output is that tensor and its input is not.
-
-    Args:
-        seen: the calls of one pass.
-        reader: the tensor that is read.
-
-    Returns:
-        Such a module, a norm if there is one, or None.
-    """
-    found = [s for s in seen if same(s.returned, reader) and not same(s.given, reader)]
-    return preferred(found, reader.shape[-1])
+def after(calls: Collection[ModuleCall], written: Tensor) -> ModuleCall | None:
+    """The call that reads a tensor and changes it: a norm if there is one, else the outermost."""
+    return _preferred([c for c in calls if same(c.given, written) and c.changes()], written)
 
 
-def after(seen: list[Seen], writer: Tensor) -> Seen | None:
-    """The module that reads a tensor and changes it.
+def _preferred(calls: list[ModuleCall], like: Tensor) -> ModuleCall | None:
+    """The first norm among calls (in BERT the module around one returns the same), else the outermost."""
+    norms = norms_among(calls, like.shape[-1])
+    return norms[0] if norms else min(calls, key=lambda c: c.name.count("."), default=None)
 
-    Args:
-        seen: the calls of one pass.
-        writer: the tensor that was written.
 
-    Returns:
-        Such a module, a norm if there is one, or None.
-    """
-    found = [s for s in seen if same(s.given, writer) and not same(s.returned, writer)]
-    return preferred(found, writer.shape[-1])
+def linearised(norms: Collection[Norm]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What norms return when their divisors are left out, for `IsolatedLayer.altered`."""
+    return {norm.name: lambda given, _, norm=norm: norm.linear(given) for norm in norms}

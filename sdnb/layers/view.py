@@ -1,253 +1,240 @@
-"""One decoder layer as linear algebra sees it, read off the real modules and checked against them."""
+"""One decoder layer as linear algebra sees it. Read this file first.
+
+    x ──┬── norm ── attention ── post-norm ── multiplier ── a ──┐
+        └───────────────────── residual path ───────────────────┴─ y = x + a
+
+    y ──┬── norm ── FFN ── post-norm ── multiplier ── f ────────┐
+        └───────────────────── residual path ───────────────────┴─ y + f ── output norm ── output
+
+Every branch has a norm in most families; few have a post-norm (Gemma) or a multiplier (Granite). A parallel
+layer (GPT-J, Falcon) gives x to both branches: x + a + f. The residual path is nearly always bare. In BERT it
+passes the norm that the FFN reads, and an output norm; in Doge it has coefficients.
+
+A `LayerView` holds this picture for one layer: which submodules are which (`structure`, names only), every
+norm's gain and bias, multipliers, attention's matrix W_O rep(W_V), the FFN's formula, and how far all of it
+is from the real layer. A view comes about in four steps:
+
+1. `isolated.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
+2. `watching.py` finds the parts, by what modules do and not by their names: what mixes tokens is attention;
+   with the last linear map of both branches ablated, what is left of the layer is the residual path.
+3. `attention.py` and `ffn.py` read the matrix and the formula, the latter with what `roles.py` says of each
+   row of each matrix.
+4. `reading.py` does all this in order, and compares what was read with the real layer. What does not fit is
+   not used. Layers that are built alike skip step 2, and are compared all the same.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sdnb.layers.attention import AttentionMatrix
-from sdnb.layers.check import Errors
-from sdnb.layers.experts import find_expert
-from sdnb.layers.ffn import FFNFormula
+from sdnb.errors import ParameterError
+from sdnb.layers.isolated import IsolatedLayer
 from sdnb.layers.norms import Norm
-from sdnb.layers.parts import Wiring, branch_output, module_output
-from sdnb.layers.probe import LayerProbe
 
 
-class _FFN(SimpleNamespace):
-    """The FFN's branch, which for a while has its formula's fields too."""
+@dataclass(frozen=True)
+class BranchStructure:
+    """Which submodules of a layer make up one of its branches, by name; "" where it has no such branch."""
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(vars(self)["formula"], name)
+    module: str = ""
+    inputs: tuple[str, ...] = ()  # read the normed input; none where a gate stands in between
+    output: str = ""  # its output is the branch's, before post-norm and multiplier
+    ablated: str = ""  # returning zeros, takes the branch out of the layer
+    norm: str | None = None
+    post_norm: str | None = None
+    gated: bool = False  # a gate between norm and module belongs to the branch
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.formula(x)
+
+Rows = tuple[str, Tensor | slice]  # rows of a linear map: its name and their numbers
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the parts of a layer are: names and row numbers, no weights: it fits layers built alike."""
+
+    attention: BranchStructure
+    ffn: BranchStructure
+    parallel: bool  # both branches read the layer's input
+    middle: str  # the submodule that reads y (x, if parallel)
+    output_norm: str | None
+    attention_items: int | None  # how many items attention's module returns; None for a bare tensor
+    inner_norms: tuple[tuple[str, int], ...] = ()  # norms in attention's matrix by their gains, their sizes
+    plain: bool = False  # the residual path is bare and all multipliers are 1
+    # linear maps that read attention's input and, for each input of the projection behind the heads, which of
+    # their stacked outputs it is for a token alone; None where values pass more than that
+    values: tuple[tuple[str, ...], Tensor] | None = None
+    gate: Rows | None = None  # what stands inside the FFN's activation
+    up: Rows | None = None  # what the activation multiplies; None in a plain unit
+    # "layer:" and the path of an attribute of the layer, or a name that transformers knows; None where the
+    # FFN's formula is not recognised
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch, x -> multiplier * post_norm(module(norm(x))), and the residual path beside it."""
+
+    norm: Norm | None
+    post_norm: Norm | None
+    multiplier: float | Tensor = 1.0  # in the sum; a number, or one for each coordinate, (d,)
+    norm_on_residual: bool = False  # the residual stream passes `norm` too, as in layers that norm the sum
+    residual_scale: float | Tensor = 1.0  # the residual stream's coefficient in the sum, of the same kind
+    # of matrix or formula on normed rows of real length, relative to the module's output; None without one
+    error: float | None = None
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the module reads; (n, d) in and out."""
+        return x if self.norm is None else self.norm(x)
+
+    def added(self, output: Tensor) -> Tensor:
+        """What the branch adds where its module returned `output`; (n, d) in and out."""
+        return self.multiplier * (output if self.post_norm is None else self.post_norm(output))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The residual stream that the branch is added to; (n, d) in and out."""
+        return self.residual_scale * (self.normed(x) if self.norm_on_residual else x)
+
+
+@dataclass(frozen=True)
+class AttentionBranch(Branch):
+    """Attention: for a token alone its module is u -> matrix u + bias.
+
+    The matrix is W_O rep(W_V). Where attention is none (gates, sinks, clips) it is the least-squares fit on
+    Gaussian rows. A norm inside the value path (latent attention) is in it by its gain, without the divisor
+    that depends on the data.
+    """
+
+    matrix: Tensor | None = None  # (d, d)
+    bias: Tensor | None = None  # (d,)
+    inner_norms: tuple[Norm, ...] = ()  # those inside the value path
+    fit_residual: float | None = None  # what a least-squares fit left, relative to the module's answers
+    error_far: float | None = None  # on sums and multiples of rows, where clips and sinks cannot hide
+    error_basis: float | None = None  # on zero and on rows of the identity, where even these must agree
+
+    def inner_scale(self, u: Tensor, real: Tensor) -> Tensor:
+        """1 / k, shape (n, 1), with k (matrix u) nearest to real - bias; ones without inner norms."""
+        if not self.inner_norms:  # a fitted matrix has them in it, divisors and all
+            return torch.ones_like(u[:, :1])
+        linear = u @ self.matrix.T
+        return linear.square().sum(1, keepdim=True) / (linear * (real - self.bias)).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class FFNFormula:
+    """A feed-forward network down(phi(w u + b) [* (v u + c)]), one row of w (and v) for each inner unit.
+
+    Args:
+        w: rows w_i, shape (f, d).
+        b: biases b_i, shape (f,), or None.
+        v: rows v_i of a gated unit, shape (f, d), or None.
+        c: biases c_i, shape (f,), or None.
+        activation: phi, element by element, in float32 and in float64.
+        down: the matrix behind the units, shape (d, f).
+        down_bias: its bias, shape (d,), or None.
+    """
+
+    w: Tensor
+    b: Tensor | None
+    v: Tensor | None
+    c: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    down: Tensor
+    down_bias: Tensor | None
+
+    def inner(self, u: Tensor) -> Tensor:
+        """The inner units phi(w_i.u + b_i) [* (v_i.u + c_i)] of rows (n, d), shape (n, f)."""
+        y = self.activation(nn.functional.linear(u, self.w, self.b))
+        return y if self.v is None else y * nn.functional.linear(u, self.v, self.c)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The whole network, down inner(u) + down_bias, on rows (n, d)."""
+        return nn.functional.linear(self.inner(u), self.down, self.down_bias)
+
+
+@dataclass(frozen=True)
+class FFNBranch(Branch):
+    """The feed-forward network."""
+
+    # None where it is not recognised and the FFN has to be sampled; one dead unit where there is no FFN
+    formula: FFNFormula | None = None
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """A decoder layer: x + a(x) + f(x + a(x)), or x + a(x) + f(x) if parallel, with each branch taken apart.
-
-    Each branch is multiplier * post_norm(module(norm(x))). In some families the residual stream does not pass
-    untouched: then y = beside_attention(x) + a(x) and the output is closing(beside_ffn(y) + f(y)). All
-    tensors are float32, on the layer's device.
+    """A decoder layer taken apart; see the picture above. All tensors are float32, on the layer's device.
 
     Args:
-        probe: the float32 copy of the layer that is watched.
-        wiring: branches, norms, multipliers, serial or parallel.
-        affine: attention's matrix and bias, without any norm's gain.
-        formula: the feed-forward formula; None if it is not recognised and has to be sampled.
-        errors: what the check measured.
+        isolated: the float32 copy of the layer.
+        structure: which submodules are which.
+        attention: norms, multiplier, matrix, bias and their errors.
+        ffn: norms, multiplier, formula and its error.
+        output_norm: the norm that the whole sum passes at the end (BERT), as a rule None.
+        error: norms, multipliers and sum around the real modules against the layer, relative to a branch.
         status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
-            feed-forward formula is not recognised; "refused" only where the check was told not to raise.
-        only: the one expert that stands for the FFN, from `of_expert`; None as a rule.
+            FFN's formula is not recognised.
+        one_expert: what takes the FFN's place in a view made by `expert`.
     """
 
-    probe: LayerProbe
-    wiring: Wiring
-    affine: AttentionMatrix
-    formula: FFNFormula | None
-    errors: Errors
-    status: str
-    only: Callable[[Tensor], Tensor] | None = None
+    isolated: IsolatedLayer
+    structure: Structure
+    attention: AttentionBranch
+    ffn: FFNBranch
+    output_norm: Norm | None
+    error: float | None = None
+    status: str | None = None
+    one_expert: Callable[[Tensor], Tensor] | None = None
 
     @property
     def number(self) -> int:
         """The layer's number, 1..L."""
-        return self.probe.number
+        return self.isolated.number
 
     @property
     def hidden_size(self) -> int:
         """The width d of the residual stream."""
-        return self.probe.hidden_size
+        return self.isolated.hidden_size
 
     @property
     def parallel(self) -> bool:
         """Whether the FFN reads the layer's input instead of the residual stream after attention."""
-        return self.wiring.parallel
-
-    @property
-    def attention(self) -> SimpleNamespace:
-        """Attention's branch (for a while a namespace; see `sdnb.layers` for its fields)."""
-        branch, affine = self.wiring.attention, self.affine
-        return SimpleNamespace(
-            name=branch.name, norm=branch.norm, post_norm=branch.post_norm, multiplier=branch.multiplier,
-            norm_on_residual=branch.on_stream, residual_scale=branch.skip, matrix=affine.matrix,
-            bias=affine.bias, inner_norms=affine.inner_norms, fit_residual=affine.residual,
-            error=self.errors.attention, error_far=self.errors.linearity,
-        )  # fmt: skip
-
-    @property
-    def ffn(self) -> "_FFN":
-        """The FFN's branch (for a while a namespace)."""
-        branch = self.wiring.ffn
-        return _FFN(
-            name=branch.name, norm=branch.norm, post_norm=branch.post_norm, multiplier=branch.multiplier,
-            norm_on_residual=branch.on_stream, residual_scale=branch.skip, formula=self.formula,
-            error=self.errors.ffn,
-        )  # fmt: skip
-
-    @property
-    def error(self) -> float:
-        """The layer's error."""
-        return self.errors.layer
-
-    @property
-    def output_norm(self) -> Norm | None:
-        """The norm that the sum of all passes at the end of the layer (BERT), as a rule None."""
-        return self.wiring.closing
+        return self.structure.parallel
 
     @property
     def plain_residual(self) -> bool:
-        """Whether the layer adds its branches to its input, which itself passes untouched."""
-        return self.wiring.plain
-
-    def attention_residual(self, x: Tensor) -> Tensor:
-        """The residual stream that attention is added to, shape (n, d)."""
-        return self.wiring.attention.beside(x)
-
-    def ffn_residual(self, y: Tensor) -> Tensor:
-        """The residual stream that the FFN is added to, shape (n, d)."""
-        return self.wiring.ffn.beside(y)
-
-    def expert(self, number: int) -> "LayerView":
-        """The same layer with one expert of its mixture in the FFN's place."""
-        return self.of_expert(number)
-
-    @property
-    def attention_matrix(self) -> Tensor:
-        """W_O rep(W_V), shape (d, d): attention on one-token sequences, without bias and without gains.
-
-        Where attention is no matrix (gates, sinks, clips) it is the least-squares fit on Gaussian rows.
-        """
-        return self.affine.matrix
-
-    @property
-    def attention_bias(self) -> Tensor:
-        """Attention's answer to zero, shape (d,)."""
-        return self.affine.bias
-
-    @property
-    def attention_inner_norms(self) -> tuple[Norm, ...]:
-        """Norms inside attention that are in the matrix by their gains alone (latent attention)."""
-        return self.affine.inner_norms
-
-    @property
-    def attention_norm(self) -> Norm | None:
-        """The norm before attention."""
-        return self.wiring.attention.norm
-
-    @property
-    def attention_post_norm(self) -> Norm | None:
-        """The norm between attention and the residual stream."""
-        return self.wiring.attention.post_norm
-
-    @property
-    def attention_multiplier(self) -> float | Tensor:
-        """The coefficient of attention in the layer's sum."""
-        return self.wiring.attention.multiplier
-
-    @property
-    def ffn_norm(self) -> Norm | None:
-        """The norm before the FFN."""
-        return self.wiring.ffn.norm
-
-    @property
-    def ffn_post_norm(self) -> Norm | None:
-        """The norm between the FFN and the residual stream."""
-        return self.wiring.ffn.post_norm
-
-    @property
-    def ffn_multiplier(self) -> float | Tensor:
-        """The coefficient of the FFN in the layer's sum."""
-        return self.wiring.ffn.multiplier
-
-    @property
-    def closing_norm(self) -> Norm | None:
-        """The norm that the sum of all passes at the end of the layer (BERT), as a rule None."""
-        return self.wiring.closing
-
-    @property
-    def plain_stream(self) -> bool:
-        """Whether the layer adds its branches to its input, which itself passes untouched."""
-        return self.wiring.plain
-
-    @property
-    def norms_on_stream(self) -> tuple[bool, bool]:
-        """Whether the residual stream passes attention's norm too, and the FFN's."""
-        return self.wiring.attention.on_stream, self.wiring.ffn.on_stream
-
-    @property
-    def skips(self) -> tuple[float | Tensor, float | Tensor]:
-        """The stream's coefficients in the sums with attention and with the FFN, as a rule 1."""
-        return self.wiring.attention.skip, self.wiring.ffn.skip
-
-    @property
-    def attention_error(self) -> float:
-        """Matrix and bias against the real module, relative to its output, on normed rows of real length."""
-        return self.errors.attention
-
-    @property
-    def ffn_error(self) -> float | None:
-        """The formula against the real FFN, relative to its output; None without a formula."""
-        return self.errors.ffn
-
-    @property
-    def layer_error(self) -> float:
-        """Norms, multipliers and sum around the real modules against the real layer, relative to a branch."""
-        return self.errors.layer
+        """Whether the residual stream passes untouched, so that the layer adds its branches to its input."""
+        sides = (self.attention, self.ffn)
+        return self.output_norm is None and all(
+            is_one(b.residual_scale) and not b.norm_on_residual for b in sides
+        )
 
     def attention_module(self, u: Tensor) -> Tensor:
-        """The real attention module on normed one-token sequences.
-
-        Args:
-            u: normed rows, shape (n, d).
-
-        Returns:
-            Its output before post-norm and multiplier, shape (n, d).
-        """
-        return module_output(self.probe, self.wiring.attention, u)
+        """The real attention on normed one-token rows, before post-norm and multiplier; (n, d) in and out."""
+        where = self.structure.attention
+        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm if where.gated else None)
 
     def attention_inner_scale(self, u: Tensor) -> Tensor:
-        """The divisor, depending on the data, of the norms inside attention's value path.
-
-        Args:
-            u: normed rows, shape (n, d).
-
-        Returns:
-            s with attention(u) = attention_matrix u / s + attention_bias, shape (n, 1); ones as a rule.
-        """
-        return self.affine.inner_scale(u, self.attention_module(u))
+        """The divisor s of inner norms, attention_module(u) = matrix u / s + bias, (n, 1); as a rule 1."""
+        return self.attention.inner_scale(u, self.attention_module(u))
 
     def ffn_module(self, u: Tensor) -> Tensor:
-        """The real feed-forward network on normed rows.
+        """The real FFN on normed rows, before post-norm and multiplier; (n, d) in and out."""
+        return self._ffn(u) if self.one_expert is None else self.one_expert(u)
 
-        Args:
-            u: normed rows, shape (n, d).
-
-        Returns:
-            Its output before post-norm and multiplier, shape (n, d).
-        """
-        if self.only is not None:
-            return self.only(u)
-        return module_output(self.probe, self.wiring.ffn, u, self.wiring.stand_in)
-
-    def of_expert(self, number: int) -> "LayerView":
-        """The same layer with one expert of its mixture, with weight 1, in the FFN's place.
-
-        Its linear fit, from samples as that of the whole mixture, is the F of this expert.
-
-        Args:
-            number: the expert, from 0 as the router counts.
-
-        Returns:
-            The view; `layer` and `ffn_branch` remain those of the real layer with all its experts.
-        """
-        return replace(self, only=find_expert(self.probe, self.wiring, number))
+    def _ffn(self, u: Tensor) -> Tensor:
+        """The FFN with all its experts; zeros where the layer has none."""
+        where = self.structure.ffn
+        if not where.module:
+            return torch.zeros_like(u)
+        stub = (self.structure.attention.module, self.structure.attention_items)
+        behind = where.norm if where.gated else None
+        return self.isolated.feed(u, where.inputs, where.output, behind=behind, stub=stub)
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """What attention adds to one-token sequences, on the real modules; differentiable.
+        """What attention adds to one-token sequences, its module the real one; differentiable.
 
         Args:
             x: hidden states, shape (n, d).
@@ -255,10 +242,10 @@ class LayerView:
         Returns:
             multiplier * post_norm(attention(norm(x))), shape (n, d).
         """
-        return branch_output(self.probe, self.wiring.attention, x)
+        return self.attention.added(self.attention_module(self.attention.normed(x)))
 
     def ffn_branch(self, x: Tensor) -> Tensor:
-        """What the FFN adds to the residual stream that it reads, on the real modules; differentiable.
+        """What the FFN adds to the residual stream that it reads, its module the real one; differentiable.
 
         Args:
             x: hidden states (after attention, in a serial layer), shape (n, d).
@@ -266,37 +253,53 @@ class LayerView:
         Returns:
             multiplier * post_norm(FFN(norm(x))), shape (n, d).
         """
-        return branch_output(self.probe, self.wiring.ffn, x, self.wiring.stand_in)
+        return self.ffn.added(self._ffn(self.ffn.normed(x)))
 
-    def beside_attention(self, x: Tensor) -> Tensor:
-        """The residual stream that attention is added to: x itself, or its norm or a multiple of it.
+    def attention_residual(self, x: Tensor) -> Tensor:
+        """The residual stream that attention is added to: x, its norm or a multiple; (n, d) in and out."""
+        return self._residual(self.attention, x)
 
-        Args:
-            x: hidden states, shape (n, d).
+    def ffn_residual(self, y: Tensor) -> Tensor:
+        """The residual stream that the FFN is added to: y, its norm or a multiple; (n, d) in and out."""
+        return self._residual(self.ffn, y)
 
-        Returns:
-            Shape (n, d).
-        """
-        return self.wiring.attention.beside(x)
-
-    def beside_ffn(self, y: Tensor) -> Tensor:
-        """The residual stream that the FFN is added to: y itself, or its norm or a multiple of it.
-
-        Args:
-            y: the stream after attention (the layer's input, if parallel), shape (n, d).
-
-        Returns:
-            Shape (n, d).
-        """
-        return self.wiring.ffn.beside(y)
+    def _residual(self, branch: Branch, x: Tensor) -> Tensor:
+        """The residual path by the norm's module, not its formula: a branch of zeros leaves no rounding."""
+        x = self.isolated.module(branch.norm.name)(x) if branch.norm_on_residual else x
+        return branch.residual_scale * x
 
     def layer(self, x: Tensor) -> Tensor:
-        """The real layer on one-token sequences; differentiable.
+        """The real layer on one-token sequences; (n, d) in and out; differentiable."""
+        return self.isolated.rows(x)
+
+    @torch.no_grad()
+    def expert(self, number: int) -> LayerView:
+        """The same layer with one expert of its mixture, with weight 1, in the place of `ffn_module`.
 
         Args:
-            x: hidden states, shape (n, d).
+            number: the expert, from 0 as the router counts.
 
         Returns:
-            The layer's output, shape (n, d).
+            The view; its F, from samples, is that of the expert: no router, no shared experts. `layer` and
+            `ffn_branch` remain those of the real layer.
+
+        Raises:
+            ParameterError: the layer has no such expert.
         """
-        return self.probe.rows(x)
+        modules = self.isolated.layer.modules()
+        held = ((m, p) for m in modules for p in m.parameters(recurse=False) if p.ndim == 3)
+        experts, parameter = next(held, (None, ()))
+        if not 0 <= number < len(parameter):
+            have = f"{len(parameter)} experts, counted from 0" if experts else "no mixture of experts"
+            raise ParameterError(f"expert {number} does not exist: layer {self.number} has {have}")
+
+        def one_expert(u: Tensor) -> Tensor:
+            numbers = torch.full((len(u), 1), number, device=u.device)
+            return experts(u, numbers, torch.ones_like(u[:, :1]))
+
+        return replace(self, one_expert=one_expert)
+
+
+def is_one(coefficient: float | Tensor) -> bool:
+    """Whether a coefficient is the number 1, and not one for each coordinate."""
+    return not torch.is_tensor(coefficient) and coefficient == 1.0

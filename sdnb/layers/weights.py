@@ -16,40 +16,43 @@ from transformers.pytorch_utils import Conv1D
 
 from sdnb.errors import ModelError
 
-LINEAR_CLASSES = (nn.Linear, Conv1D)
 HOOK_TABLES = {
     name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)
 }
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain affine map with a weight matrix: `nn.Linear` or transformers' `Conv1D`."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The matrix W of an affine leaf y = W x + b, shape (out, in); a `Conv1D` stores its transpose."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
 def as_float32(tensor: Tensor) -> Tensor:
-    """Clones a tensor, floating point as float32, everything else as it is.
-
-    Args:
-        tensor: any tensor with data.
-
-    Returns:
-        A tensor of the same shape that shares no memory with the argument.
-    """
+    """A copy that shares no memory: floating point as float32, everything else as it is."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(dtype, copy=True)
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterates over a module's direct parameters and buffers.
-
-    Args:
-        module: any module; its children are not visited.
-
-    Yields:
-        The name and the tensor of each parameter or buffer that is not None.
-    """
+    """Name and tensor of a module's direct parameters and buffers that are not None."""
     for table in (module._parameters, module._buffers):
         yield from ((name, tensor) for name, tensor in table.items() if tensor is not None)
 
 
+def structure_key(layer: nn.Module) -> tuple:
+    """Names, classes and shapes of all that is in a layer; layers that share them count as built alike."""
+    return tuple(
+        (name, type(module), tuple((key, tuple(tensor.shape)) for key, tensor in own_tensors(module)))
+        for name, module in layer.named_modules()
+    )
+
+
 def read_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Reads a module's direct parameters and buffers as float32, fetching them where they are offloaded.
+    """Read a module's direct parameters and buffers as float32, fetching them where they are offloaded.
 
     Args:
         module: any module; its children are not visited.
@@ -73,14 +76,7 @@ def read_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def copy_layer(layer: nn.Module) -> nn.Module:
-    """Copies one decoder layer in float32, without hooks and without gradients, in evaluation mode.
-
-    Args:
-        layer: the layer, on any device, in any floating-point dtype, offloaded or not.
-
-    Returns:
-        An independent module that does what the layer does; the original is left as it was.
-    """
+    """Copy a decoder layer, offloaded or not, in float32 without hooks or gradients, in evaluation mode."""
     memo: dict[int, object] = {}
     for module in layer.modules():
         tensors = read_tensors(module)
@@ -96,33 +92,9 @@ def copy_layer(layer: nn.Module) -> nn.Module:
                 memo[id(value)] = type(value)()  # copied one by one they take most of the time
         if "_hf_hook" in vars(module):
             memo[id(module._hf_hook)] = None  # it holds the map of all offloaded weights
-    twin = copy.deepcopy(layer, memo)
-    for module in twin.modules():
+    copied = copy.deepcopy(layer, memo)
+    for module in copied.modules():
         if "_hf_hook" in vars(module):
             for name in ("_hf_hook", "_old_forward", "forward"):
                 vars(module).pop(name, None)
-    return twin.eval()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain affine map with a weight matrix: `nn.Linear` or transformers' `Conv1D`.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True for an affine leaf.
-    """
-    return isinstance(module, LINEAR_CLASSES)
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The matrix W of an affine leaf y = W x + b, whichever way round it is stored.
-
-    Args:
-        module: an `nn.Linear` (stores W) or a `Conv1D` (stores its transpose).
-
-    Returns:
-        W, shape (out, in).
-    """
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    return copied.eval()

@@ -1,10 +1,12 @@
-"""Fused matrices are cut as the model uses them: against cuts written out by hand, and a twin cut wrongly."""
+"""Fused matrices are cut as the model uses them: against cuts written out by hand, and wrong cuts."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
 from sdnb.errors import LayerUnsupported
+from sdnb.layers.decoder import find_decoder
+from sdnb.layers.isolated import IsolatedLayer
 from sdnb.layers.matrices import (
     check_roles,
     layer_matrices,
@@ -12,9 +14,7 @@ from sdnb.layers.matrices import (
     parameters_left_out,
     replaced_matrices,
 )
-from sdnb.layers.probe import LayerProbe
-from sdnb.layers.roles import layer_roles
-from sdnb.layers.trace import find_decoder
+from sdnb.layers.roles import find_roles
 from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
 
 HEAD = HIDDEN // HEADS
@@ -90,23 +90,25 @@ def test_fused_gate_and_up_are_told_apart():
 
 def test_a_plain_thirds_cut_of_neox_is_refused():
     decoder = find_decoder(build("gpt_neox"))
-    roles = layer_roles(LayerProbe(decoder, 1))
-    check_roles(LayerProbe(decoder, 1), roles)
+    isolated = IsolatedLayer(decoder, 1)
+    roles = find_roles(isolated)
+    check_roles(isolated, roles)
     thirds = torch.arange(3 * HIDDEN).chunk(3)
     roles.rows["attention.query_key_value"] = dict(zip("qkv", thirds, strict=True))
     with pytest.raises(LayerUnsupported, match="cut wrongly"):
-        check_roles(LayerProbe(decoder, 1), roles)
+        check_roles(isolated, roles)
 
 
 def test_gate_and_up_in_each_others_place_are_refused():
     decoder = find_decoder(build("llama"))
-    roles = layer_roles(LayerProbe(decoder, 1))
+    isolated = IsolatedLayer(decoder, 1)
+    roles = find_roles(isolated)
     rows = roles.rows
     rows["mlp.gate_proj"], rows["mlp.up_proj"] = (
         {"up": rows["mlp.gate_proj"]["gate"]}, {"gate": rows["mlp.up_proj"]["up"]},
     )  # fmt: skip
     with pytest.raises(LayerUnsupported, match="negative of up"):
-        check_roles(LayerProbe(decoder, 1), roles)
+        check_roles(isolated, roles)
 
 
 def test_an_encoder_has_matrices_too():

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from sdnb.errors import LayerUnsupported, ModelError, ParameterError
-from sdnb.layers import decoder_layers, layer_view
-from sdnb.layers.check import measure, verdict
-from sdnb.layers.residual import coefficients, relative
+from sdnb.layers import decoder_layers, each_layer, layer_view
+from sdnb.layers.reading import measured, verdict
+from sdnb.layers.watching import coefficients, relative
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
 
@@ -24,8 +24,8 @@ class TestApproximate:
     def test_a_clip_makes_attention_approximate(self):
         clipped = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
         assert clipped.status == "approximate"
-        assert 1e-2 < clipped.attention_error < 0.7
-        assert clipped.attention_error < 2 * clipped.affine.residual
+        assert 1e-2 < clipped.attention.error < 0.7
+        assert clipped.attention.error < 2 * clipped.attention.fit_residual
         wide = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1e4}), 1)
         assert wide.status == "exact"
 
@@ -33,8 +33,8 @@ class TestApproximate:
         options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
         model = random_model("mixtral", **options)
         view = layer_view(model, 2)
-        assert (view.status, view.formula, view.ffn_error) == ("sampled", None, None)
-        assert max(view.attention_error, view.layer_error) < 1e-5
+        assert (view.status, view.ffn.formula, view.ffn.error) == ("sampled", None, None)
+        assert max(view.attention.error, view.error) < 1e-5
         u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
         real = decoder_layers(model)[1].mlp(u[:, None])
         real = real[0] if isinstance(real, tuple) else real
@@ -46,26 +46,28 @@ class TestApproximate:
         gate, up = experts.gate_up_proj[3].chunk(2)
         u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
         expected = (torch.nn.functional.silu(u @ gate.T) * (u @ up.T)) @ experts.down_proj[3].T
-        assert close(view.of_expert(3).ffn_module(u), expected)
+        assert close(view.expert(3).ffn_module(u), expected)
         B = closed_form_fit(gate, torch.nn.functional.silu, None, up, None)
-        F = experts.down_proj[3] @ B * view.ffn_norm.gain
-        layer = linear_layer(view.of_expert(3), samples=20_000)
+        F = experts.down_proj[3] @ B * view.ffn.norm.gain
+        layer = linear_layer(view.expert(3), samples=20_000)
         assert (layer.F - F).norm() / F.norm() < 2 * layer.standard_error < 0.2
-        with pytest.raises(ParameterError, match="experts 0 to 3"):
-            view.of_expert(4)
+        with pytest.raises(ParameterError, match="layer 2 has 4 experts"):
+            view.expert(4)
         with pytest.raises(ParameterError, match="no mixture"):
-            layer_view(build("llama"), 1).of_expert(0)
+            layer_view(build("llama"), 1).expert(0)
 
     def test_an_attention_that_is_no_matrix_is_fitted(self):
         """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""
         view = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
         u = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(1))
-        left = view.attention_module(u) - u @ view.attention_matrix.T - view.attention_bias
-        assert (left.T @ u / len(u)).norm() < 0.1 * view.attention_matrix.norm()
-        assert left.norm() / view.attention_module(u).norm() == pytest.approx(view.affine.residual, rel=0.1)
-        wrong = replace(view.affine, matrix=view.attention_matrix.roll(1, 0))
+        left = view.attention_module(u) - u @ view.attention.matrix.T - view.attention.bias
+        assert (left.T @ u / len(u)).norm() < 0.1 * view.attention.matrix.norm()
+        assert left.norm() / view.attention_module(u).norm() == pytest.approx(
+            view.attention.fit_residual, rel=0.1
+        )
+        wrong = replace(view.attention, matrix=view.attention.matrix.roll(1, 0))
         with pytest.raises(LayerUnsupported, match="basis rows"):
-            verdict(view.probe, view.wiring, measure(view.probe, view.wiring, wrong, view.formula))
+            verdict(measured(replace(view, attention=wrong)))
 
     def test_a_layer_of_attention_alone(self):
         kinds = {"layers_block_type": ["attention", "mlp"], "head_dim": 8, "n_groups": 1}
@@ -95,7 +97,7 @@ class TestBranchesThatWriteZero:
     )  # fmt: skip
     def test_an_ffn_is_zero(self, family, name):
         view, intact = layer_view(self.silenced(family, name), 2), layer_view(build(family), 2)
-        assert view.status == "exact" and view.ffn_multiplier == 1.0
+        assert view.status == "exact" and view.ffn.multiplier == 1.0
         layer = linear_layer(view)
         assert not layer.F.any() and layer.A.any()
         assert torch.equal(layer.A, linear_layer(intact).A) and view.parallel == intact.parallel
@@ -163,12 +165,19 @@ class TestRefused:
         with pytest.raises(ParameterError, match="layers 1 to 2"):
             layer_view(build("llama"), number)
 
-    def test_without_the_check_the_errors_are_told(self):
+    def test_a_convolution_in_attentions_place(self):
         model = random_model("lfm2", **LLAMA_LIKE, layer_types=["conv", "full_attention"])
-        with pytest.raises(LayerUnsupported, match="not a linear map"):
+        with pytest.raises(LayerUnsupported, match="layer 1, conv: is not a linear map"):
             layer_view(model, 1)
-        view = layer_view(model, 1, check=False)
-        assert view.status == "refused" and view.attention_error > 0.7
+        unsupported = {}
+        assert [view.number for view in each_layer(model, unsupported)] == [2]
+        assert unsupported.keys() == {1} and "not a linear map" in unsupported[1]
+
+
+def test_a_model_without_any_linear_view():
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
+    with pytest.raises(LayerUnsupported, match="state-space"):
+        list(each_layer(random_model("mamba", **sizes, use_mambapy=False)))
 
 
 def test_an_error_too_small_to_square_is_none_the_less_one():

@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload
 
 from sdnb.errors import ModelError
-from sdnb.layers import branch_contributions, decoder_layers, layer_view
+from sdnb.layers import decoder_layers, layer_view
 from sdnb.linearize import (
     attention_intercept,
     attention_matrix,
@@ -31,9 +31,9 @@ class TestAgainstTheWeights:
             attention.v_proj.weight[size * (h * KV_HEADS // HEADS) :][:size].double() for h in range(HEADS)
         ]
         A = attention.o_proj.weight.double() @ torch.cat(heads)
-        assert close(view.attention_matrix, A.float())
+        assert close(view.attention.matrix, A.float())
         permuted = attention.o_proj.weight.double() @ torch.cat(heads[::-1])
-        assert not close(view.attention_matrix, permuted.float(), 0.1)
+        assert not close(view.attention.matrix, permuted.float(), 0.1)
 
     def test_biases_of_llama_go_through_the_projection(self):
         model = build("llama")
@@ -41,35 +41,38 @@ class TestAgainstTheWeights:
         size = HIDDEN // HEADS
         values = attention.v_proj.bias.reshape(KV_HEADS, size).repeat_interleave(HEADS // KV_HEADS, 0)
         expected = attention.o_proj.weight @ values.reshape(-1) + attention.o_proj.bias
-        assert close(view.attention_bias, expected)
+        assert close(view.attention.bias, expected)
 
     def test_fused_heads_of_gpt_neox(self):
         """Its fused projection stores query, key and value of one head after another."""
         model = build("gpt_neox")
         attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
         fused = attention.query_key_value.weight.reshape(HEADS, 3, HIDDEN // HEADS, HIDDEN)
-        assert close(view.attention_matrix, attention.dense.weight @ fused[:, 2].reshape(HIDDEN, HIDDEN))
+        assert close(view.attention.matrix, attention.dense.weight @ fused[:, 2].reshape(HIDDEN, HIDDEN))
         thirds = attention.query_key_value.weight[2 * HIDDEN :]
-        assert not close(view.attention_matrix, attention.dense.weight @ thirds, 0.1)
+        assert not close(view.attention.matrix, attention.dense.weight @ thirds, 0.1)
 
     def test_transposed_weights_of_gpt2(self):
         model = build("gpt2")
         block, view = decoder_layers(model)[1], layer_view(model, 2)
         A = (block.attn.c_attn.weight[:, 2 * HIDDEN :] @ block.attn.c_proj.weight).T
-        assert close(view.attention_matrix, A)
-        assert close(view.ffn.w, block.mlp.c_fc.weight.T)
-        assert close(view.ffn.down, block.mlp.c_proj.weight.T)
+        assert close(view.attention.matrix, A)
+        assert close(view.ffn.formula.w, block.mlp.c_fc.weight.T)
+        assert close(view.ffn.formula.down, block.mlp.c_proj.weight.T)
 
     def test_gate_and_up_of_llama_and_phi3(self):
-        mlp, ffn = decoder_layers(build("llama"))[1].mlp, layer_view(build("llama"), 2).ffn
+        mlp, ffn = decoder_layers(build("llama"))[1].mlp, layer_view(build("llama"), 2).ffn.formula
         assert torch.equal(ffn.w, mlp.gate_proj.weight) and torch.equal(ffn.b, mlp.gate_proj.bias)
         assert torch.equal(ffn.v, mlp.up_proj.weight) and torch.equal(ffn.c, mlp.up_proj.bias)
-        fused, ffn = decoder_layers(build("phi3"))[1].mlp.gate_up_proj, layer_view(build("phi3"), 2).ffn
+        fused, ffn = (
+            decoder_layers(build("phi3"))[1].mlp.gate_up_proj,
+            layer_view(build("phi3"), 2).ffn.formula,
+        )
         assert torch.equal(ffn.w, fused.weight[:INNER]) and torch.equal(ffn.v, fused.weight[INNER:])
 
     def test_activation_keeps_float64(self):
         z = torch.linspace(-3, 3, 7, dtype=torch.float64)
-        activation = layer_view(build("gemma"), 1).ffn.activation
+        activation = layer_view(build("gemma"), 1).ffn.formula.activation
         assert torch.allclose(
             activation(z), torch.nn.functional.gelu(z, approximate="tanh"), rtol=0, atol=1e-12
         )
@@ -96,12 +99,12 @@ def test_half_precision_is_read_exactly(name, dtype):
     half, rounded = build(name, dtype=dtype), build(name, dtype=dtype).float()
     view, twin, unrounded = layer_view(half, 2), layer_view(rounded, 2), layer_view(build(name), 2)
     assert view.status == twin.status == "exact"
-    assert close(view.attention_matrix, twin.attention_matrix, 1e-6)
-    assert close(view.attention_norm.gain, twin.attention_norm.gain, 1e-6)
-    assert torch.equal(view.ffn.down, twin.ffn.down)
+    assert close(view.attention.matrix, twin.attention.matrix, 1e-6)
+    assert close(view.attention.norm.gain, twin.attention.norm.gain, 1e-6)
+    assert torch.equal(view.ffn.formula.down, twin.ffn.formula.down)
     rounding = 2 * torch.finfo(dtype).eps
-    error = (view.attention_matrix - unrounded.attention_matrix).norm()
-    assert 0 < error < rounding * unrounded.attention_matrix.norm()
+    error = (view.attention.matrix - unrounded.attention.matrix).norm()
+    assert 0 < error < rounding * unrounded.attention.matrix.norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -111,8 +114,8 @@ def test_offloaded_weights_are_fetched(name):
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in decoder_layers(model)[1].parameters())
     offloaded = layer_view(model, 2)
-    assert torch.equal(offloaded.attention_matrix, view.attention_matrix)
-    assert torch.equal(offloaded.ffn.down, view.ffn.down)
+    assert torch.equal(offloaded.attention.matrix, view.attention.matrix)
+    assert torch.equal(offloaded.ffn.formula.down, view.ffn.formula.down)
     assert all(p.is_meta for p in decoder_layers(model)[1].parameters())
     leaves = [m for m in decoder_layers(model)[1].modules() if m._parameters]
     assert leaves and all("_hf_hook" in vars(m) and "forward" in vars(m) for m in leaves)
@@ -141,56 +144,6 @@ def test_branches_are_differentiable(name):
         assert (gradient * direction).sum() == pytest.approx(difference.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "mpt", "bloom", "gptj", "falcon_serial", "granite", "opt"]
-)
-def test_contributions_add_up_to_what_the_layer_does(name):
-    """On whole sequences, against hooks on the real model: masks, positions, post-norms, multipliers."""
-    model, seen = build(name), {}
-    layer = decoder_layers(model)[1]
-
-    def hook(module, args, kwargs, result):
-        seen["x"] = (args[0] if args else kwargs["hidden_states"]).clone()
-        seen["y"] = (result[0] if isinstance(result, tuple) else result).clone()
-
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    ids = torch.arange(3, 17).reshape(2, 7)
-    model(ids)
-    handle.remove()
-    attention, ffn, stream = branch_contributions(model, 2, seen["x"], ids)
-    assert close(attention + ffn, seen["y"] - seen["x"])
-    assert not stream.any()
-    view = layer_view(model, 2)
-    first = seen["x"][:, 0]  # the first token sees only itself, as a sequence of one token does
-    assert close(attention[:, 0], view.attention_branch(first))
-    assert not close(attention[:, 1], view.attention_branch(seen["x"][:, 1]), 0.01)
-    flat = (seen["x"] if view.parallel else seen["x"] + attention).reshape(-1, HIDDEN)
-    assert close(ffn.reshape(-1, HIDDEN), view.ffn_branch(flat))
-
-
-@pytest.mark.parametrize("name", ["bert", "doge"])
-def test_contributions_where_the_stream_changes_too(name):
-    """What the stream's norms and coefficients do is told apart, and all three add up."""
-    model = build(name)
-    layer, x = decoder_layers(model)[1], torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
-    ids = torch.arange(3, 13).reshape(2, 5)
-    attention, ffn, stream = branch_contributions(model, 2, x, ids)
-    view = layer_view(model, 2)
-    a, f = view.attention_branch(x[:, 0]), ffn[:, 0]
-    assert close(attention[:, 0], a)
-    y = view.beside_attention(x[:, 0]) + a
-    assert close(f, view.ffn_branch(y))
-    assert close((attention + ffn + stream)[:, 0], view.layer(x[:, 0]) - x[:, 0])
-    if name == "bert":
-        normed = layer.attention.output.LayerNorm(x[:, 0] + a)
-        assert close(view.beside_ffn(y), normed)
-        out = layer.output.LayerNorm(normed + f)
-    else:
-        scaled = layer.input_residual * x[:, 0] + a
-        out = layer.post_attention_residual * scaled + f
-    assert close(stream[:, 0], out - x[:, 0] - a - f)
-
-
 class TestNormsInside:
     """Latent attention: a norm in the value path enters by its gain, its divisor is told apart."""
 
@@ -212,9 +165,9 @@ class TestNormsInside:
         up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
         inner = up * attention.kv_a_layernorm.weight
         assert view.status == "exact"
-        assert [norm.name for norm in view.attention_inner_norms] == ["self_attn.kv_a_layernorm"]
-        assert close(view.attention_matrix, attention.o_proj.weight @ inner @ down)
-        assert not close(view.attention_matrix, attention.o_proj.weight @ up @ down, 0.01)
+        assert [norm.name for norm in view.attention.inner_norms] == ["self_attn.kv_a_layernorm"]
+        assert close(view.attention.matrix, attention.o_proj.weight @ inner @ down)
+        assert not close(view.attention.matrix, attention.o_proj.weight @ up @ down, 0.01)
 
     def test_the_divisor_is_that_of_the_latent(self):
         model = random_model("deepseek_v3", **self.OPTIONS)
@@ -223,7 +176,7 @@ class TestNormsInside:
         latent = u @ attention.kv_a_proj_with_mqa.weight[:16].T
         scale = view.attention_inner_scale(u)
         assert close(scale, latent.square().mean(1, keepdim=True).sqrt())
-        assert close(u @ view.attention_matrix.T / scale + view.attention_bias, view.attention_module(u))
+        assert close(u @ view.attention.matrix.T / scale + view.attention.bias, view.attention_module(u))
 
     def test_the_linear_branch_with_all_divisors_is_the_real_one(self):
         view = layer_view(random_model("deepseek_v3", **self.OPTIONS), 2)
@@ -234,7 +187,7 @@ class TestNormsInside:
 
     def test_there_is_none_elsewhere(self):
         view = layer_view(build("qwen3"), 2)  # its norms of queries and keys do not touch the values
-        assert view.attention_inner_norms == ()
+        assert view.attention.inner_norms == ()
         assert torch.equal(view.attention_inner_scale(torch.ones(3, HIDDEN)), torch.ones(3, 1))
 
 
@@ -243,5 +196,5 @@ def test_a_projection_outside_the_mixing_module_belongs_to_attention():
     model = random_model("roberta-prelayernorm", **sizes, is_decoder=True)
     attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
     assert view.status == "exact"
-    assert close(view.attention_matrix, attention.output.dense.weight @ attention.self.value.weight)
-    assert view.attention_norm.name == "attention.LayerNorm"
+    assert close(view.attention.matrix, attention.output.dense.weight @ attention.self.value.weight)
+    assert view.attention.norm.name == "attention.LayerNorm"

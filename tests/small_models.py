@@ -116,9 +116,9 @@ OWN: dict[str, dict] = {
 }  # fmt: skip
 
 
-# which of its forms a type was built in, where that decides the verdict
+# what a type was built as where there is a choice and that decides the verdict
 ONE_CODE = "one book of codes; with several, a token is several ids"
-FORMS = {
+BUILT_AS = {
     **dict.fromkeys(("musicgen", "musicgen_melody"), f"the decoder alone, with {ONE_CODE}"),
     **dict.fromkeys(("gemma4", "gemma4_text"), "without inputs for each layer, which depend on the token"),
     "granitemoehybrid": "without experts; beside them, its shared FFN makes a third branch",

@@ -1,0 +1,327 @@
+"""Finding the parts of a layer by what they do, in passes of its isolated copy.
+
+Attention moves the last token's output when an earlier token is changed. The trick that needs no table for
+the rest: with the last linear map of both branches ablated, what is left of the layer is the residual path.
+As a rule it returns its input. Where it does not, the stream passes norms itself (BERT norms the sum) or has
+a coefficient (Doge), and what stands between its places tells which.
+"""
+
+from dataclasses import replace
+from itertools import product
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sdnb.errors import LayerUnsupported
+from sdnb.layers.calls import ModuleCall, outermost, same
+from sdnb.layers.decoder import unsupported_type
+from sdnb.layers.isolated import IsolatedLayer, random_rows
+from sdnb.layers.norms import Norm, after, before, linearised, measure_norm, norms_among
+from sdnb.layers.view import AttentionBranch, Branch, BranchStructure, FFNBranch, LayerView, Structure, is_one
+from sdnb.layers.weights import is_linear
+
+LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
+RESTORED = 1e-4  # of the branches, for identities of the residual path that hold up to rounding
+UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
+AnyBranch = TypeVar("AnyBranch", bound=Branch)
+
+
+def ratio(error: Tensor, of: Tensor) -> Tensor:
+    """|error| / |of|, shape (): infinite if either is not finite, 0 without an error even where `of` is 0."""
+    # a branch may write exactly zero, as the last matrix of a new block does before it is trained
+    return torch.where(error.any(), (error.norm() / of.norm()).nan_to_num(torch.inf), 0.0)
+
+
+def relative(error: Tensor, of: Tensor) -> float:
+    """The `ratio` as a number, for which a GPU has to be waited for."""
+    return ratio(error, of).item()
+
+
+def trial_rows(isolated: IsolatedLayer) -> Tensor:
+    """Rows as a norm makes them, some of their multiples, and their sums, (24, d)."""
+    rows = random_rows(isolated.hidden_size, isolated.device, 0)  # a clip shows on rows of real length only,
+    return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])  # a sink on sums only
+
+
+def _nonlinearity(isolated: IsolatedLayer, name: str) -> float:
+    """How far a module is from affine on one-token sequences: the larger error on multiples and on sums."""
+    rows = trial_rows(isolated)
+    zero = isolated.feed(torch.zeros_like(rows[:1]), [name], name)
+    single, multiple, total = (isolated.feed(rows, [name], name) - zero).chunk(3)
+    errors = [(8 * single - multiple).norm() / multiple.norm()]
+    errors.append((single + single.roll(1, 0) - total).norm() / total.norm())
+    return torch.stack(errors).nan_to_num(torch.inf).max().item()
+
+
+def _mixing_modules(isolated: IsolatedLayer) -> list[str]:
+    """Submodules whose output at the last token moves though their input there stays, outermost first."""
+    x, other = random_rows(isolated.hidden_size, isolated.device, 1).split((3, 5))
+    passes = (isolated.watch(rows[None]) for rows in (x, torch.cat([other[:1], x[1:]])))
+    one, changed = ({call.name: call for call in calls if call.name} for calls in passes)
+    found = []
+    for name in one.keys() & changed.keys():
+        (given, returned), (given_then, returned_then) = (
+            (c.given, c.returned) for c in (one[name], changed[name])
+        )
+        if given.shape == returned.shape == (1, *x.shape) and torch.equal(given[:, -1], given_then[:, -1]):
+            moved = (returned - returned_then)[:, -1].norm() > 1e-4 * returned[:, -1].norm()
+            found += [name] if moved else []
+    return sorted(found, key=lambda name: (name.count("."), [*one].index(name)))
+
+
+def _norms_inside(isolated: IsolatedLayer, attention: str, calls: list[ModuleCall]) -> list[Norm]:
+    """Norms inside attention whose divisors matter at length one; those of queries and keys do not."""
+    mixer = next(call for call in calls if call.name == attention)
+    small = [c for c in calls if c.inside(mixer) and all(p.ndim < 2 for p in c.module.parameters())]
+    norms = [measure_norm(c.name, c.module, c.given) for c in small if c.given.shape == c.returned.shape]
+    rows = trial_rows(isolated)
+    plain, found = isolated.feed(rows, [attention], attention), []
+    for norm in filter(None, norms):
+        with isolated.altered(linearised([norm])):
+            changed = isolated.feed(rows, [attention], attention)
+        found += [norm] if (changed - plain).norm() > LINEAR * plain.norm() else []
+    return found
+
+
+def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[str, list[Norm]]:
+    """Of the modules that mix tokens the outermost that is affine at length one, with its inner norms."""
+    candidates = _mixing_modules(isolated)
+    if not candidates:
+        reason = "no submodule with hidden states in and out mixes tokens"
+        silent = outermost([call for call in calls if call.name and not call.returned.any()])
+        names = [call.name for call in silent if any(p.ndim > 1 for p in call.module.parameters())]
+        if names:  # as attention before its last matrix is trained
+            reason = f"writes zero, nothing to watch: {reason}"
+        raise LayerUnsupported(isolated.number, " and ".join(names) or "layer", reason)
+    errors = [_nonlinearity(isolated, name) for name in candidates]
+    for name, error in zip(candidates, errors, strict=True):
+        if error < LINEAR:
+            return name, []
+    for name in candidates:  # a second look takes the norms inside by their gains
+        norms = _norms_inside(isolated, name, calls)
+        with isolated.altered(linearised(norms)):
+            if norms and _nonlinearity(isolated, name) < LINEAR:
+                return name, norms
+    return candidates[errors.index(min(errors))], []  # clips, sinks, gates: the nearest to affine
+
+
+@torch.no_grad()
+def watch_layer(isolated: IsolatedLayer) -> LayerView:
+    """The view of a layer's branches, norms and multipliers; attention's matrix and the formula follow."""
+    reason = unsupported_type(isolated.decoder.model)
+    if reason is not None:
+        raise LayerUnsupported(isolated.number, "layer", reason)
+    calls = isolated.watch(isolated.states()[:, None])
+    name, inner_norms = _find_attention(isolated, calls)
+    mixer = next(call for call in calls if call.name == name)
+    linears = [call for call in calls if is_linear(call.module)]
+    # where the mixing module ends before its output projection (RoBERTa), the projection stands behind it
+    projection = next((call for call in linears if same(call.given, mixer.returned)), mixer)
+    outside = [
+        c for c in calls if c.name and not c.inside(mixer) and not mixer.inside(c) and c is not projection
+    ]
+    last = [call for call in outside if same(call.returned, calls[-1].returned) and call.changes()]
+    output_norm = next((call.name for call in norms_among(last, isolated.hidden_size)), None)
+    # what may take a branch out when it returns zeros: first the last linear map, since the module around it
+    # may add the residual (Bloom, MPT); then modules as a whole (a mixture of experts)
+    inside = [call for call in linears if call.inside(mixer)]
+    of_attention = [*inside[-1:], mixer] if projection is mixer else [projection]
+    weighty = [call for call in outside if any(p.ndim > 1 for p in call.module.parameters())]
+    of_ffn = [*[call for call in outside if is_linear(call.module)][-1:], *outermost(weighty)[::-1]]
+    errors, reasons = [], []
+    for ablated in product(of_attention, of_ffn or [None]):
+        try:
+            structure = _structure(isolated, calls[-1], (mixer, projection), ablated, outside, output_norm)
+            view, error = fit_residual(read_norms(isolated, structure))
+        except LayerUnsupported as unsupported:  # what is no norm stands beside this one; others may do
+            reasons.append(unsupported)
+            continue
+        errors.append(error)
+        if error < RESTORED:
+            sizes = tuple((norm.name, len(norm.gain)) for norm in inner_norms)
+            multiplied = not (is_one(view.attention.multiplier) and is_one(view.ffn.multiplier))
+            plain = view.plain_residual and not multiplied
+            structure = replace(structure, inner_norms=sizes, plain=plain)
+            attention = replace(view.attention, inner_norms=tuple(inner_norms))
+            return replace(view, structure=structure, attention=attention)
+    if not errors:
+        raise reasons[0]
+    both = f"attention and {of_ffn[0].name}" if of_ffn else "attention"
+    reason = (
+        f"the residual stream is not recognised: with {both} ablated the layer does not return its input, "
+        f"nor its norm or a multiple (error {min(errors):.1e} of what it adds)"
+    )
+    raise LayerUnsupported(isolated.number, mixer.name, reason)
+
+
+def _structure(
+    isolated: IsolatedLayer,
+    layer: ModuleCall,
+    attention: tuple[ModuleCall, ModuleCall],
+    ablated: tuple[ModuleCall, ModuleCall | None],
+    outside: list[ModuleCall],
+    output_norm: str | None,
+) -> Structure:
+    """The structure of a layer if these two modules, ablated, take its branches out."""
+    mixer, projection = attention
+    if ablated[1] is None:  # a layer that is attention alone (Nemotron-H): parallel to nothing
+        norm = before(outside, mixer.given)
+        rest = [call for call in outside if call is not norm]
+        where = _branch(rest, [mixer], projection, ablated[0], norm, False)
+        return Structure(where, BranchStructure(), True, (norm or mixer).name, output_norm, mixer.items)
+    # the FFN's input is what its first linear map reads, or the module that is ablated as a whole
+    gate = before(outside, mixer.given)  # may hold linear maps of its own
+    linears = [c for c in outside if is_linear(c.module) and not (gate and c.inside(gate))]
+    reader = linears[0] if ablated[1] in linears else ablated[1]
+    readers = outermost([call for call in outside if same(call.given, reader.given)])
+    norms = [before(outside, call.given) for call in (mixer, reader)]
+    begin = [norm and _norm_at_the_start(outside, norm, isolated.hidden_size) for norm in norms]
+    norms = [inner or norm for inner, norm in zip(begin, norms, strict=True)]
+    rest = [
+        call for call in outside if call not in norms
+    ]  # Bloom's attention returns what the FFN's norm reads
+    first = _branch(rest, [mixer], projection, ablated[0], norms[0], begin[0] is not None)
+    second = _branch(rest, readers, ablated[1], ablated[1], norms[1], begin[1] is not None)
+    middle = norms[1] or reader
+    return Structure(first, second, same(middle.given, layer.given), middle.name, output_norm, mixer.items)
+
+
+def _norm_at_the_start(calls: list[ModuleCall], module: ModuleCall, d: int) -> ModuleCall | None:
+    """The norm with which a module begins that is none itself; a gate behind it is the branch's."""
+    if norms_among([module], d):
+        return None
+    inside = [c for c in calls if c is not module and c.inside(module) and same(c.given, module.given)]
+    return next(iter(norms_among(inside, d)), None)
+
+
+def _branch(
+    calls: list[ModuleCall],
+    inputs: list[ModuleCall],
+    output: ModuleCall,
+    ablated: ModuleCall,
+    norm: ModuleCall | None,
+    gated: bool,
+) -> BranchStructure:
+    """The names of a branch; what stands behind its output and is no norm (a convolution) is in it."""
+    post_norm = after(calls, output.returned)
+    while post_norm is not None and not norms_among([post_norm], post_norm.given.shape[-1]):
+        output, post_norm = post_norm, after(calls, post_norm.returned)
+    names = (call and call.name for call in (output, ablated, norm, post_norm))
+    read = () if gated else tuple(call.name for call in inputs)
+    return BranchStructure(inputs[0].name, read, *names, gated)
+
+
+def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
+    """A view with its norms measured where a structure names them, its residual path taken to be bare."""
+    like = torch.empty(0, isolated.hidden_size, device=isolated.device)
+    known: dict[str | None, Norm | None] = {None: None}
+
+    def norm(name: str | None, size: int = isolated.hidden_size) -> Norm | None:
+        if name not in known:
+            known[name] = measure_norm(name, isolated.module(name), like.new_empty(0, size))
+            if known[name] is None:
+                reason = (
+                    "stands where a norm of the hidden state is expected and is neither an RMS norm nor a"
+                )
+                raise LayerUnsupported(isolated.number, name, f"{reason} LayerNorm")
+        return known[name]
+
+    attention, ffn = ((norm(s.norm), norm(s.post_norm)) for s in (structure.attention, structure.ffn))
+    inner = tuple(norm(*name_and_size) for name_and_size in structure.inner_norms)
+    branches = AttentionBranch(*attention, inner_norms=inner), FFNBranch(*ffn)
+    return LayerView(isolated, structure, *branches, norm(structure.output_norm))
+
+
+@torch.no_grad()
+def fit_residual(view: LayerView) -> tuple[LayerView, float]:
+    """The view with what its residual stream passes beside each branch, and the branches' multipliers.
+
+    Args:
+        view: a layer with its norms.
+
+    Returns:
+        The view, and how far the residual path is from what was observed, relative to a branch. Multipliers
+        are fitted only where the path is restored up to rounding.
+    """
+    x = view.isolated.states()
+    middle, end, _ = _streams(view, x)
+    quiet_middle, quiet_end, _ = _streams(
+        view, x, view.structure.attention.ablated, view.structure.ffn.ablated
+    )
+    attention, ffn, first = view.attention, view.ffn, 0.0
+    if not view.parallel:
+        attention, first = _path(view, attention, x, quiet_middle, middle - quiet_middle)
+    given = x if view.parallel else quiet_middle
+    ffn, second = _path(view, ffn, given, quiet_end, end - quiet_end)
+    view, error = replace(view, attention=attention, ffn=ffn), max(first, second)
+    if error < RESTORED:
+        a, f, y, _ = additions(view, x)
+        attention = replace(attention, multiplier=coefficients(a, view.attention_branch(x)))
+        ffn = replace(ffn, multiplier=coefficients(f, view.ffn_branch(y)))
+        view = replace(view, attention=attention, ffn=ffn)
+    return view, error
+
+
+def _path(
+    view: LayerView, branch: AnyBranch, given: Tensor, taken: Tensor, added: Tensor
+) -> tuple[AnyBranch, float]:
+    """The branch with the residual path that makes `taken` of `given`, and the error relative to `added`."""
+    found = []
+    for on_residual in (False,) if view.parallel or branch.norm is None else (False, True):
+        base = view.isolated.module(branch.norm.name)(given) if on_residual else given
+        scale = coefficients(taken, base)
+        path = replace(branch, norm_on_residual=on_residual, residual_scale=scale)
+        found.append((path, relative(taken - scale * base, added)))
+        if found[-1][1] < RESTORED:
+            return found[-1]
+    return min(found, key=lambda path: path[1])
+
+
+def coefficients(real: Tensor, base: Tensor) -> float | Tensor:
+    """The c for which c * base comes nearest to what is real, both (..., d): <real, base> / <base, base>.
+
+    Args:
+        real: what was observed.
+        base: the same without the coefficient.
+
+    Returns:
+        A number if one will do, 1 up to rounding or if the base is zero; else one a coordinate, (d,).
+    """
+    products, squares = (
+        part.reshape(-1, base.shape[-1]).sum(0) for part in (real.double() * base, base.double().square())
+    )
+    if not squares.any():
+        return 1.0
+    c = (products.sum() / squares.sum()).item()
+    if relative(real - c * base, real) > UNIT:
+        return torch.where(squares == 0, 1.0, products / squares).to(real)
+    return 1.0 if abs(c - 1.0) < UNIT else c
+
+
+def _streams(view: LayerView, x: Tensor, *ablated: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the FFN's side reads, the sum of all before an output norm, and the output; (n, d) in and out."""
+    middle, last = view.structure.middle, view.structure.output_norm or ""
+    with view.isolated.ablated(*filter(None, ablated)):
+        calls = view.isolated.watch(x[:, None], {middle, last, ""})
+    first = {call.name: call for call in reversed(calls)}
+    y, end, out = first[middle].given, first[last].given if last else first[""].returned, first[""].returned
+    return y.reshape(x.shape), end.reshape(x.shape), out.reshape(x.shape)
+
+
+@torch.no_grad()
+def additions(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What attention and FFN add to hidden states in a real pass, what the FFN's side reads, and the output.
+
+    Args:
+        view: the layer.
+        x: hidden states of one-token sequences, shape (n, d).
+
+    Returns:
+        The four, each of shape (n, d).
+    """
+    middle, end, out = _streams(view, x)
+    if view.parallel:
+        quiet = _streams(view, x, view.structure.ffn.ablated)[1]
+        return quiet - view.ffn_residual(x), end - quiet, x, out
+    return middle - view.attention_residual(x), end - view.ffn_residual(middle), middle, out

@@ -1,0 +1,255 @@
+"""Layers built alike are read where the first of them had its parts, watched anew where that fails."""
+
+import gc
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from sdnb.errors import LayerUnsupported
+from sdnb.layers import decoder_layers, layer_view, reading, residual_branches
+from sdnb.layers.attention import find_values, read_attention
+from sdnb.layers.decoder import find_decoder
+from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.watching import watch_layer
+from tests.families import build
+
+
+def by_weights_and_by_probing(model, number=2):
+    """Where the values are, and attention's matrix both ways."""
+    view = watch_layer(IsolatedLayer(find_decoder(model), number))
+    values = find_values(view)
+    found = [replace(view, structure=replace(view.structure, values=way)) for way in (values, None)]
+    return values, *(read_attention(view).attention for view in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_neox", "gpt2", "falcon_serial", "phi3", "bloom", "gemma2", "opt", "gptj", "mpt"]
+)
+def test_the_weights_give_the_matrix_of_the_real_module(name):
+    values, fast, slow = by_weights_and_by_probing(build(name))
+    assert values is not None
+    assert (fast.matrix - slow.matrix).norm() < 1e-5 * slow.matrix.norm()
+    assert torch.equal(fast.bias, slow.bias)
+
+
+def test_values_that_are_copied_unequally_often():
+    model = build("llama")
+    attention = decoder_layers(model)[1].self_attn
+    with torch.no_grad():  # two equal rows: all their copies match the first of them
+        attention.v_proj.weight[1] = attention.v_proj.weight[0]
+        attention.v_proj.bias[1] = attention.v_proj.bias[0]
+    (_, entries), fast, slow = by_weights_and_by_probing(model)
+    assert len(entries.unique(return_counts=True)[1].unique()) > 1
+    assert (fast.matrix - slow.matrix).norm() < 1e-5 * slow.matrix.norm()
+
+
+def test_values_that_are_changed_on_their_way_are_not_read_off_the_weights():
+    model = build("llama")
+    attention = decoder_layers(model)[1].self_attn
+    attention.v_proj.register_forward_hook(lambda module, args, out: out.tanh())
+    assert by_weights_and_by_probing(model)[0] is not None  # hooks of the user are not copied
+    attention.o_proj = nn.Sequential(nn.Tanh(), attention.o_proj)
+    assert by_weights_and_by_probing(model)[0] is None
+
+
+class Doubled(nn.Linear):
+    """A linear map with something behind it that no submodule shows."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Sided(nn.Linear):
+    """A linear map with a small one beside it."""
+
+    def forward(self, x):
+        return super().forward(x) + 5e-5 * x.roll(1, -1) @ self.weight.T
+
+
+class Bent(nn.Linear):
+    """A linear map with a bend that neither its class nor its shapes show."""
+
+    bend = 0.0
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.bend * y.abs()
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [(Doubled, 0.999, 1.001), (Sided, 4e-5, 6e-5)])
+def test_what_stands_behind_or_beside_the_projection_is_in_the_matrix(kind, least, most):
+    model = build("llama")
+    plain = layer_view(model, 2).attention.matrix
+    decoder_layers(model)[1].self_attn.o_proj.__class__ = kind
+    view = layer_view(model, 2)
+    assert view.status == "exact" and view.structure.values is None
+    assert least < (view.attention.matrix - plain).norm() / plain.norm() < most
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_neox", "gpt2", "gemma2", "gptj", "falcon_serial", "granite", "bert", "doge"]
+)
+def test_the_second_layer_is_not_watched_and_its_view_is_the_same(name, monkeypatch):
+    alone, model = layer_view(build(name), 2), build(name)
+    layer_view(model, 1)
+    monkeypatch.setattr(reading, "watch_layer", None)
+    view = layer_view(model, 2)
+    assert view.number == 2 and view.status == alone.status == "exact"
+    assert view.parallel == alone.parallel
+    pairs = [(getattr(view.attention, key), getattr(alone.attention, key)) for key in ("matrix", "bias")]
+    pairs += [
+        (getattr(view.ffn.formula, k), getattr(alone.ffn.formula, k)) for k in ("w", "b", "v", "c", "down")
+    ]
+    for ours, theirs in ((view.attention, alone.attention), (view.ffn, alone.ffn)):
+        for key in ("multiplier", "residual_scale"):
+            pairs.append(tuple(torch.as_tensor(getattr(side, key)) for side in (ours, theirs)))
+        for norm in ("norm", "post_norm"):
+            one, other = getattr(ours, norm), getattr(theirs, norm)
+            assert (one is None) == (other is None)
+            pairs += [] if one is None else [(one.gain, other.gain), (one.bias, other.bias)]
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+    x = view.isolated.states()
+    assert torch.equal(view.ffn_branch(x), alone.ffn_branch(x))
+    assert torch.equal(view.attention_branch(x), alone.attention_branch(x))
+
+
+def test_a_layer_that_only_looks_alike_gets_its_own_activation():
+    """Both layers hold a plain function, which no name and no shape tells apart."""
+    model = build("llama")
+    for layer, phi in zip(decoder_layers(model), (nn.functional.silu, nn.functional.relu), strict=False):
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = phi
+    z = torch.linspace(-2, 2, 9)
+    assert torch.equal(layer_view(model, 1).ffn.formula.activation(z), nn.functional.silu(z))
+    view = layer_view(model, 2)
+    assert view.status == "exact" and view.ffn.error < 1e-5
+    assert torch.equal(view.ffn.formula.activation(z), nn.functional.relu(z))
+
+
+@pytest.mark.parametrize("bend", [0.3, 3e-5])
+def test_a_layer_that_does_not_fit_up_to_rounding_is_watched(bend):
+    def bent():
+        model = build("llama")
+        for layer, size in zip(decoder_layers(model), (0.0, bend), strict=False):
+            layer.self_attn.o_proj.__class__ = Bent
+            layer.self_attn.o_proj.bend = size
+        return model
+
+    alone, model = layer_view(bent(), 2), bent()
+    assert layer_view(model, 1).status == "exact"
+    view = layer_view(model, 2)
+    assert view.status == alone.status == ("approximate" if bend > 1e-3 else "exact")
+    assert torch.equal(view.attention.matrix, alone.attention.matrix)
+
+
+@dataclass
+class Scaled:
+    """An activation that cannot be hashed, and reaches a module."""
+
+    slope: float
+    module: nn.Module
+
+    def __call__(self, x):
+        return self.slope * nn.functional.silu(x)
+
+
+def test_what_is_known_of_a_model_keeps_nothing_of_it():
+    model = build("llama")
+    for layer in decoder_layers(model):
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = Scaled(1.0, layer.mlp)
+    view = layer_view(model, 1)
+    assert view.status == layer_view(model, 2).status == "exact"
+    copies = [weakref.ref(module) for module in view.isolated.layer.modules()]
+    del view
+    gc.collect()
+    assert not any(copy() for copy in copies)
+    del layer
+    pruned = weakref.ref(decoder_layers(model)[-1])
+    decoder_layers(model)[0].register_forward_hook(lambda *_, whole=model: whole.config and None)
+    model.model.layers = model.model.layers[:1]
+    kept = weakref.ref(model)
+    gc.collect()
+    assert pruned() is None
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+class InPlace(LlamaDecoderLayer):
+    """A layer that writes into its input before it reads it."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states.mul_(1.5), **kwargs)
+
+
+def test_a_layer_that_writes_into_its_input_spoils_nothing():
+    before = layer_view(build("llama"), 1).isolated.states()
+    model = build("llama")
+    decoder_layers(model)[0].__class__ = InPlace
+    with suppress(LayerUnsupported):
+        layer_view(model, 1)
+    assert torch.equal(layer_view(build("llama"), 1).isolated.states(), before)
+
+
+def test_another_default_dtype_leaves_no_trace():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with suppress(LayerUnsupported):
+            layer_view(build("mistral"), 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer_view(build("mistral"), 2).status == "exact"
+
+
+class Wrapper(nn.Module):
+    """Passes everything on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_layers_that_moved_or_were_exchanged_are_found_anew():
+    model, other = build("llama"), build("llama", seed=1)
+    matrix = layer_view(model, 1).attention.matrix
+    model.model.layers[0] = other.model.layers[0]
+    assert decoder_layers(model)[0] is other.model.layers[0]
+    assert not torch.equal(layer_view(model, 1).attention.matrix, matrix)
+    layers = decoder_layers(model)
+    model.model = Wrapper(model.model)
+    assert decoder_layers(model) == layers
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "bloom", "granite", "doge"])
+def test_branches_of_the_real_model(name):
+    """With both branches ablated the real layer passes its input on, times its coefficients."""
+    model, seen = build(name), {}
+
+    def keep(module, args, kwargs, out):
+        seen["x"] = (args or [kwargs.get("hidden_states")])[0]
+        seen["y"] = out[0] if isinstance(out, tuple) else out
+
+    for found in residual_branches(model):
+        view, layer = layer_view(model, found.number), decoder_layers(model)[found.number - 1]
+        assert found.layer is layer
+        hooks = [layer.register_forward_hook(keep, with_kwargs=True)]
+        for ours, theirs in ((found.attention, view.attention), (found.ffn, view.ffn)):
+            hooks.append(ours.ablated.register_forward_hook(lambda *call: torch.zeros_like(call[2])))
+            assert torch.equal(torch.as_tensor(ours.multiplier), torch.as_tensor(theirs.multiplier))
+            for norm in ("norm", "post_norm"):
+                where = getattr(theirs, norm)
+                assert getattr(ours, norm) is (where and layer.get_submodule(where.name))
+        model(torch.arange(3, 17).reshape(2, 7))
+        for hook in hooks:
+            hook.remove()
+        expected = view.ffn_residual(view.attention_residual(seen["x"]))
+        assert torch.allclose(seen["y"], expected, atol=1e-6)
