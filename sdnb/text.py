@@ -51,17 +51,20 @@ def encode(
     max_lines: int | None = None,
     add_special_tokens: bool | None = None,
     whole: bool = False,
+    max_tokens: int | None = None,
 ) -> Text:
     """Turn a text into token ids, one sequence a line.
 
     Args:
         loaded: the model, as `sdnb.load` gives it.
-        text: "heldout", the path of a UTF-8 text file, or a list of lines.
+        text: "heldout", the path of a UTF-8 text file, a list of lines, or one of token ids (a sequence).
         max_lines: how many lines to take from the start; None takes all.
         add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's
             adds none), False for no special tokens.
         whole: take the text as one sequence, a prompt as it is, instead of line by line (`max_lines` is then
             without effect).
+        max_tokens: cut each sequence off behind so many tokens; it may then be longer than the model's
+            number of positions, for whoever cuts it into windows (`sdnb.perplexity`).
 
     Returns:
         The token ids and how they were made.
@@ -69,22 +72,22 @@ def encode(
     Raises:
         TextError: there is no text or tokenizer, or a line does not fit the model.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer, vocabulary = loaded.tokenizer, loaded.model.get_input_embeddings().weight.shape[0]
+    limit = None if max_tokens else position_limit(loaded.model.config)
+    if not isinstance(text, str) and text and all(isinstance(i, int) for i in text):
+        ids = check_ids(text, max_tokens=limit, vocabulary=vocabulary)
+        starts = int(ids[0]) == getattr(tokenizer, "bos_token_id", None)
+        return Text([ids[:max_tokens]], text_hash([repr(list(text))]), starts, False, None)
     if tokenizer is None:
         raise TextError("The model has no tokenizer, so it cannot read text: pass token_ids instead.")
     strings = [whole_text(text)] if whole else lines_of(text, max_lines)
     add = True if add_special_tokens is None else bool(add_special_tokens)
-    limits = {
-        "max_tokens": position_limit(loaded.model.config),
-        "vocabulary": loaded.model.get_input_embeddings().weight.shape[0],
-    }
+    encoded = [
+        tokenizer(line, add_special_tokens=add, verbose=False).input_ids[:max_tokens] for line in strings
+    ]
     lines = [
-        check_ids(
-            tokenizer(line, add_special_tokens=add, verbose=False).input_ids,
-            what=f"The text {_short(line)}",
-            **limits,
-        )
-        for line in strings
+        check_ids(ids, what=f"The text {_short(line)}", max_tokens=limit, vocabulary=vocabulary)
+        for ids, line in zip(encoded, strings, strict=True)
     ]
     begin = tokenizer.bos_token_id
     starts = begin is not None and all(int(ids[0]) == begin for ids in lines)
