@@ -325,19 +325,14 @@ def _by_value_path(
 
 def _step(view: LayerView, x: Tensor, without: set[str], before_ffn: bool) -> Tensor:
     """One layer on one-token sequences (n, d), or what its FFN's norm reads."""
-    attention, ffn = view.attention, view.ffn
-    normed = x if attention.norm is None else attention.norm(x)
-    out = torch.zeros_like(x) if "attention" in without else normed @ attention.matrix.T + attention.bias
-    added = attention.multiplier * (out if attention.post_norm is None else attention.post_norm(out))
-    between = x if view.parallel else view.attention_residual(x) + added
+    attention, ffn, zeros = view.attention, view.ffn, torch.zeros_like(x)
+    out = zeros if "attention" in without else attention.normed(x) @ attention.matrix.T + attention.bias
+    added = attention.added(out)
+    between = x if view.parallel else attention.residual(x) + added
     if before_ffn:
         return between
-    normed = between if ffn.norm is None else ffn.norm(between)
-    out = torch.zeros_like(x) if "ffn" in without else ffn.formula(normed)
-    total = view.ffn_residual(between) + ffn.multiplier * (
-        out if ffn.post_norm is None else ffn.post_norm(out)
-    )
-    total = total + added if view.parallel else total
+    out = ffn.added(zeros if "ffn" in without else ffn.formula(ffn.normed(between)))
+    total = ffn.residual(between) + (out + added if view.parallel else out)
     return total if view.output_norm is None else view.output_norm(total)
 
 

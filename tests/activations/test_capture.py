@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from sdnb.activations import hidden_norms, hidden_states, token_batches, visit_states
+from sdnb.activations import (
+    find_defect,
+    hidden_norms,
+    hidden_states,
+    perplexity,
+    text_norms,
+    token_batches,
+    visit_states,
+)
+from sdnb.activations.capture import not_finite_because
+from sdnb.errors import ParameterError
 from tests.tiny import build
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "mpt")
@@ -64,3 +74,41 @@ def test_padded_batches_give_every_line_its_own_states(model):
     assert sorted(seen) == list(range(len(lines)))
     for number, line in enumerate(lines):
         torch.testing.assert_close(seen[number], hidden_states(model, line[None])[:, 0], rtol=1e-4, atol=1e-5)
+    expected = torch.cat([hidden_norms(model, line[None])[:, 0] for line in lines], dim=1)
+    torch.testing.assert_close(text_norms(model, lines), expected, rtol=1e-4, atol=1e-5)
+
+
+def half(scale: float = 1.0):
+    """A float16 model whose second layer's FFN writes `scale` times what it should."""
+    model = build("llama", d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
+    model.model.layers[1].mlp.down_proj.weight.data *= scale
+    return model.half()
+
+
+def test_float16_overflow_is_explained_by_the_layer_and_its_number():
+    lines = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 8, 7])]
+    assert find_defect(half(), lines).norms.isfinite().all()
+    model = half(3e5)
+    model.model.layers[1].mlp.down_proj.weight.data.clamp_(-60_000, 60_000)
+    with torch.no_grad():
+        largest = hidden_states(model.float(), lines[0][None], stop_after=2)[2].abs().max().item()
+    model.half()
+    assert largest > 65_504
+    for run in (lambda: find_defect(model, lines), lambda: perplexity(model, lines[0])):
+        with pytest.raises(ParameterError, match="Layer 2") as refused:
+            run()
+        assert "65,504" in str(refused.value) and "bfloat16" in str(refused.value)
+    named = float(
+        str(not_finite_because(model, lines[0])).split("float16: ")[1].split(" in")[0].replace(",", "")
+    )
+    assert 65_504 < named <= 1.01 * largest
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_what_is_not_finite_in_float32_is_damaged():
+    model = build("llama", d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    reason = not_finite_because(model, torch.tensor([5, 6]))
+    assert "layer 2" in reason and "damaged" in reason and "65,504" not in reason
+    model.half().model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
+    assert "layer 2" in not_finite_because(model, torch.tensor([5, 6])).lower()

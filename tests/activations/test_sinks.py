@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
+import transformers
 
-from sdnb.activations.sinks import attention_maps, eager_attention, sink_rate
+from sdnb.activations import perplexity
+from sdnb.activations.sinks import (
+    attention_maps,
+    eager_attention,
+    quantized_cache,
+    sink_rate,
+    sink_sequences,
+    sinks,
+)
 from sdnb.errors import ModelError, ParameterError, TextError
 from sdnb.layers import decoder_layers
 from tests.families import FAMILIES, build
@@ -111,7 +120,133 @@ def test_an_empty_answer_is_refused(model, answer, monkeypatch):
         sink_rate(model, IDS)
 
 
+def test_sinks_by_head_and_token_equal_a_loop(model):
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    maps, epsilon = by_hand(model, ids).double(), 0.1
+    found = sinks(model, ids, epsilon=epsilon)
+    assert found.rate == sink_rate(model, ids, epsilon=epsilon).value > 0
+    torch.testing.assert_close(found.attention, sink_rate(model, ids).attention)
+    for layer in range(3):
+        for head in range(4):
+            alphas = [maps[layer, line, head, :, 0].mean() for line in range(2)]
+            assert found.heads[layer, head] == sum(alpha > epsilon for alpha in alphas) / 2
+    for line in range(2):
+        for token in range(20):
+            column = maps[:, line, :, token:, token].mean(-1)
+            expected = (column > epsilon).double().mean() if token <= 12 else torch.tensor(torch.nan)
+            torch.testing.assert_close(found.tokens[line, token], expected.double(), equal_nan=True)
+    states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for layer, (module, x) in enumerate(zip(decoder_layers(model), states, strict=False)):
+        u = module.input_layernorm(x)
+        attention = module.self_attn
+        for linear, norms in ((attention.k_proj, found.key_norms), (attention.v_proj, found.value_norms)):
+            expected = linear(u).view(2, 20, 2, 8).norm(dim=-1).mean(-1)  # rotating keys keeps their norms
+            torch.testing.assert_close(norms[layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_of_a_text():
+    assert sink_sequences(torch.arange(2000)).shape == (16, 64)
+    rows = sink_sequences(torch.arange(130), begin_token=7)
+    assert rows.shape == (2, 64) and rows[:, 0].tolist() == [7, 7] and rows[1, 1:4].tolist() == [63, 64, 65]
+    assert sink_sequences(torch.arange(5)).shape == (1, 5)
+    with pytest.raises(TextError):
+        sink_sequences(torch.arange(1))
+
+
+def rounded_by_hand(keys, values, bits, keep):
+    """Key channels over tokens, values over the channels of a head, number by number; (B, H, T, D)."""
+    keys, values = keys.clone(), values.clone()
+    batch, heads, length, size = keys.shape
+    rounded = [t for t in range(length) if t not in keep]
+
+    def steps(x):
+        low, step = x.min(), (x.max() - x.min()) / (2**bits - 1)
+        return torch.stack([low + torch.round((value - low) / step) * step for value in x])
+
+    for b in range(batch):
+        for h in range(heads):
+            for c in range(size):
+                keys[b, h, rounded, c] = steps(keys[b, h, rounded, c])
+            for t in rounded:
+                values[b, h, t] = steps(values[b, h, t])
+    return keys, values
+
+
+@pytest.mark.parametrize("keep", [(), (0, 3)])
+def test_a_cache_of_few_bits_equals_attention_written_out(keep, monkeypatch):
+    model = plain("llama", d=32, f=64, layers=2, heads=4, vocabulary=96, seed=1, scale=0.7)
+    seen = []
+    original = transformers.models.llama.modeling_llama.eager_attention_forward
+
+    def attend(module, query, key, value, *args, **kwargs):
+        if len(key) == 3:  # a pass that looks for the layers has one line
+            seen.append((key.clone(), value.clone()))
+        return original(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "eager_attention_forward", attend)
+    with eager_attention(model), torch.no_grad():
+        model(IDS, use_cache=False)
+        with quantized_cache(model, bits=3, keep=keep):
+            model(IDS, use_cache=False)
+    (key, value), quantized = seen[0], seen[2]  # the first layer reads the same in both passes
+    for found, expected in zip(quantized, rounded_by_hand(key, value, 3, keep), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_are_kept_may_differ_from_line_to_line(model):
+    keep = torch.zeros(3, 6, dtype=torch.bool)
+    keep[0, 2] = keep[1, :] = True
+    with torch.no_grad():
+        exact = model(IDS, use_cache=False).logits
+        with quantized_cache(model, bits=2, keep=keep):
+            some = model(IDS, use_cache=False).logits
+        for line, positions in enumerate(([2], range(6), [])):
+            with quantized_cache(model, bits=2, keep=positions):
+                alone = model(IDS[line : line + 1], use_cache=False).logits
+            torch.testing.assert_close(some[line : line + 1], alone)
+    assert torch.equal(some[1], exact[1]) and not torch.equal(some[2], exact[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_attends_to_the_cache(family):
+    model = build(family)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert sinks(model, IDS).key_norms.shape == (2, 3, 6)
+    with torch.no_grad():
+        exact = model(IDS, use_cache=False).logits
+        errors = []
+        for bits in (8, 4, 2):
+            with quantized_cache(model, bits=bits):
+                errors.append((model(IDS, use_cache=False).logits - exact).norm() / exact.norm())
+        assert 0 < errors[0] < errors[1] < errors[2] and errors[0] < 0.02
+        with quantized_cache(model, bits=2, keep=range(6)):
+            assert torch.equal(model(IDS, use_cache=False).logits, exact)
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_perplexity_with_a_cache_of_few_bits(model):
+    ids = torch.randint(3, 96, (48,), generator=torch.Generator().manual_seed(1))
+    exact = perplexity(model, ids, window=12).nll
+    with quantized_cache(model, bits=2):
+        assert not torch.allclose(perplexity(model, ids, window=12).nll, exact, rtol=1e-3)
+    with quantized_cache(model, bits=2, keep=range(12)):
+        assert torch.equal(perplexity(model, ids, window=12).nll, exact)
+    assert torch.equal(perplexity(model, ids, window=12).nll, exact)
+
+
+def test_a_model_without_a_cache_is_refused(model, monkeypatch):
+    for layer in decoder_layers(model):
+        forward = layer.self_attn.forward
+        monkeypatch.setattr(
+            layer.self_attn, "forward", lambda *a, f=forward, **k: f(*a, **k | {"past_key_values": None})
+        )
+    with pytest.raises(ModelError, match="cache"), quantized_cache(model):
+        model(IDS, use_cache=False)
+
+
 def test_bad_input(model):
+    with pytest.raises(ParameterError, match="bits"), quantized_cache(model, bits=0):
+        pass
     with pytest.raises(TextError, match="2 tokens"):
         sink_rate(model, IDS[:, :1])
     with pytest.raises(ParameterError, match="position"):
