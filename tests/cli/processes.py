@@ -1,7 +1,22 @@
-"""Looking at processes; imports nothing that takes a process long."""
+"""Looking at processes, and small notebooks to run; imports nothing that takes a process long."""
 
 import time
 from pathlib import Path
+
+import nbformat
+
+PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: float = 1\nfail_on: str = ""'
+"""Of the notebooks that the tests make."""
+
+
+def make(path: Path, sources: list[str], parameters: str = PARAMETERS) -> Path:
+    """Write a template with these code cells, set to a kernel that does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "no-such-kernel", "display_name": "stale", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
 
 
 def is_alive(pid: int) -> bool:
@@ -13,6 +28,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition) -> None:
+    """Wait, for up to two minutes, until a condition holds; it must hold then."""
     deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
