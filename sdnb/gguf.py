@@ -278,7 +278,7 @@ def _convert(found: Checkpoint, path: Path, header: Header, base: Checkpoint | N
         network = _network(found, path, header, base)
         network.save_pretrained(aside)
         if base is None and "tokenizer.ggml.model" in header.settings:
-            _tokenizer(found, path, header).save_pretrained(aside)
+            _tokenizer(found, path, header, network).save_pretrained(aside)
         note = {"format": f"gguf {header.format}", "rounding_noise": rounding_noise(path, header, network)}
         (aside / _NOTE).write_text(json.dumps(note))  # NaN included, which Python reads back
         aside.replace(folder)
@@ -386,7 +386,7 @@ def first_line(error: BaseException) -> str:
 
 def _raw(path: Path, tensor: Tensor) -> np.ndarray:
     """A tensor's bytes."""
-    return np.memmap(path, np.uint8, "r", tensor.place, (tensor.size,))
+    return np.asarray(np.memmap(path, np.uint8, "r", tensor.place, (tensor.size,)))
 
 
 def _complete(config: PretrainedConfig, path: Path, header: Header) -> None:
@@ -436,12 +436,12 @@ def _same_rotation(network: nn.Module, path: Path, header: Header, on_trust: boo
     return any(torch.allclose(own, told, rtol=1e-3, atol=1e-12) for own in same)
 
 
-def _tokenizer(found: Checkpoint, path: Path, header: Header) -> PreTrainedTokenizerBase:
+def _tokenizer(found: Checkpoint, path: Path, header: Header, network: nn.Module) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     said = "tokenizer.ggml.add_bos_token" in header.settings
     begins = not said and header.settings.get("tokenizer.ggml.pre") in _BEGIN
-    options = {"add_bos_token": True} if begins else {}
+    options = {"config": network.config} | ({"add_bos_token": True} if begins else {})
     try:
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, **options
@@ -499,7 +499,7 @@ def step_rms(kind: str, raw: np.ndarray) -> float:
     for start in range(0, len(blocks), 1 << 16):
         pair = np.stack([blocks[start : start + (1 << 16)]] * 2)
         pair[0, :, first:last], pair[1, :, first:last] = 0, ones
-        low, high = dequantize(pair, number)
+        low, high = dequantize(pair.reshape(2, -1), number)  # long rows, which it takes 16 at a time
         total, count = total + float(np.square(high - low, dtype=np.float64).sum()), count + low.size
     return math.sqrt(total / count / 12)
 
