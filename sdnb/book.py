@@ -306,18 +306,18 @@ def _gallery(main: list[Page], contents: dict[Page, dict], files: dict[str, Path
 
 def _claim(content: dict) -> str:
     """The first sentence below a notebook's title, without its citation."""
-    text = " ".join("".join(content["cells"][0]["source"]).splitlines()[1:])
-    text = re.sub(r"\s*\(?\{cite:\w+\}`[^`]*`\)?", "", text.replace("**Claim.**", "")).strip()
+    text = " ".join("".join(content["cells"][0]["source"]).splitlines()[1:]).strip()
+    text = re.sub(r"\s*\{cite:p\}`[^`]*`", "", re.sub(r"^\*\*[^*]+\*\*\s*", "", text))
     return re.split(r"(?<=[.?!]) ", text)[0] if text else ""
 
 
 def _first_picture(content: dict) -> bytes | None:
-    for cell in content["cells"]:
-        for output in cell.get("outputs", []):
-            picture = output.get("data", {}).get("image/png")
-            if picture:
-                return base64.b64decode("".join(picture))
-    return None
+    outputs = [output.get("data", {}) for cell in content["cells"] for output in cell.get("outputs", [])]
+    found = ["".join(data["image/png"]) for data in outputs if "image/png" in data]
+    for saved in content["metadata"].get("widgets", {}).values():  # the explorer's
+        states = [state for state in saved["state"].values() if state["model_name"] == "ImageModel"]
+        found += [buffer["data"] for state in states for buffer in state.get("buffers", [])]
+    return base64.b64decode(found[0]) if found else None
 
 
 def _thumbnail(picture: bytes) -> bytes:

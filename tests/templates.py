@@ -1,7 +1,7 @@
 """Every notebook executed once, as `sdnb run --jobs 2` does, on a model with a defect planted by hand.
 
 Executing takes a kernel each, so all tests that look at executed notebooks share one run, whichever process
-comes first: the tests of what they find, and those of the book that is made of them. The parameters with which
+comes first: the tests of what they find, and those of the book that is made of them. Parameters with which
 a notebook takes seconds stand in SMALL: a new notebook gets its line there.
 """
 
@@ -42,6 +42,9 @@ SMALL = {
     "17_fine_tuned_spectra": {"kinds": ["up"], "deciles": [1], "seeds": [0], "steps": 2},
     "18_random_matrix_model": {"rows": 40, "columns": 160, "draws": 4},
     "19_across_models": {},
+    "20_attention_sinks": {"max_tokens": 256},
+    "21_single_weights": {"max_tokens": 256},
+    "22_number_formats": {"max_tokens": 128},
     "explorer": {},
 }
 """By notebook. The planted defect is the begin token's, so that is asked for everywhere."""
@@ -75,7 +78,7 @@ class Executed:
         return run.Model(str(self.planted.folder))
 
     def notebook(self, template: str, model: str | None = None) -> Path:
-        """An executed notebook, of the planted model or another one; without a model it has its own folder."""
+        """An executed notebook, of the planted model or another; one without a model has its own folder."""
         path = self.results / run.Model(model or self.model.name).slug / f"{template}.ipynb"
         return path if path.is_file() else self.results / run.NO_MODEL / path.name
 
