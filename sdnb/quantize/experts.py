@@ -7,7 +7,7 @@ loop over experts, every product with a slice of one of them is seen, with the s
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from sdnb.activations import input_device
 from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers
+from sdnb.layers.calls import replaced_forward
 
 QUANTILE, SHARE = 0.995, 0.1
 """An expert is named when its largest output is above this quantile and this share of the model's largest."""
@@ -68,20 +69,20 @@ class _Products(TorchFunctionMode):
         return result
 
 
-def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, dict[str, nn.Parameter]]]:
+def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, list[nn.Parameter]]]:
     """Modules whose parameters hold experts as slices, (experts, rows, columns).
 
     Args:
         model: a causal language model.
 
     Yields:
-        Layer 1..L, full name of the module, the module, and its three-dimensional parameters by name.
+        Layer 1..L, full name of the module, the module, and its three-dimensional parameters.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for number, layer in enumerate(decoder_layers(model), start=1):
         for module in layer.modules():
-            found = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-            if found and len({len(parameter) for parameter in found.values()}) == 1:
+            found = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+            if len(found) > 1 and len({len(parameter) for parameter in found}) == 1:
                 yield number, names[id(module)], module, found
 
 
@@ -101,28 +102,28 @@ def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatis
         ModelError: the model has no experts of this kind.
     """
     rows: list[list[ExpertStatistics]] = []
-    with ExitStack() as stack:
-        for number, name, module, parameters in expert_parameters(model):
-            count = len(next(iter(parameters.values())))
-            rows.append([ExpertStatistics(f"{name}.{e}", number, e, 0, 0.0, 0.0) for e in range(count)])
-            module.forward = partial(_watched, module, parameters, rows[-1])
-            stack.callback(vars(module).pop, "forward")
-        if not rows:
-            raise ModelError(
-                f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are "
-                "linear modules of their own are in input_statistics"
-            )
+    forwards: dict[nn.Module, Callable] = {}
+    for number, name, module, parameters in expert_parameters(model):
+        count = len(parameters[0])
+        rows.append([ExpertStatistics(f"{name}.{e}", number, e, 0, 0.0, 0.0) for e in range(count)])
+        forwards[module] = partial(_watched, module, parameters, rows[-1])
+    if not rows:
+        raise ModelError(
+            f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are linear "
+            "modules of their own are in input_statistics"
+        )
+    with replaced_forward(forwards):
         yield lambda: [found for layer in rows for found in layer]
 
 
-def _watched(module: nn.Module, parameters: dict, rows: list[ExpertStatistics], *args, **kwargs) -> object:
+def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], *args, **kwargs) -> object:
     """Run the module and note the last product with a slice of each expert."""
     last: dict[int, tuple[Tensor, Tensor]] = {}
 
     def show(expert: int, x: Tensor, y: Tensor) -> None:
         last[expert] = (x, y)
 
-    with _Products(list(parameters.values()), show):
+    with _Products(parameters, show):
         # the plain loop over experts, not the batched products that transformers may put in its place
         result = inspect.unwrap(type(module).forward)(module, *args, **kwargs)
     for expert, (x, y) in last.items():

@@ -7,13 +7,15 @@ manager, which holds one copy of the quantized weights (a byte a weight for int8
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sdnb.errors import ParameterError
+from sdnb.layers import decoder_layers
+from sdnb.layers.calls import Call, replaced_forward
 from sdnb.quantize.formats import absmax_scale, exact_product, largest_entry, number_format, numbers
 from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules
 
@@ -190,32 +192,17 @@ def quantized(
     if scheme.alpha is not None:
         smoothing = smoothing_factors(linears, known, norms or {}, scheme.alpha)
     chosen = [n for n in linears if n not in skip and (not scheme.needs_calibration or n in known)]
-    with torch.no_grad(), ExitStack() as stack:
-        forwards = [
-            (linears[n].module, QuantizedLinear(linears[n], scheme, known.get(n), smoothing.get(n)))
-            for n in chosen
-        ]
+    forwards = {
+        linears[n].module: QuantizedLinear(linears[n], scheme, known.get(n), smoothing.get(n)) for n in chosen
+    }
 
-        def note_sequences(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tokens = next(
-                x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None
-            )
-            for _, forward in forwards:
-                forward.sequences = tokens.shape[:2]
+    def note_sequences(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        for forward in forwards.values():
+            forward.sequences = Call.of(args, kwargs).hidden.shape[:-1]
 
-        hook = model.base_model.register_forward_pre_hook(note_sequences, with_kwargs=True)
-        stack.callback(hook.remove)
-        for module, forward in forwards:
-            stack.callback(_restore, module, vars(module).get("forward"))
-            module.forward = forward
+    first = decoder_layers(model)[0].register_forward_pre_hook(note_sequences, with_kwargs=True)
+    with torch.no_grad(), first, replaced_forward(forwards):
         yield chosen
-
-
-def _restore(module: nn.Module, forward: object) -> None:
-    """Give a module the `forward` back that it had as an attribute, or none."""
-    del module.forward
-    if forward is not None:
-        module.forward = forward
 
 
 def smoothing_factors(

@@ -77,7 +77,7 @@ def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWe
             picks.append(pick(**_largest_term(W, *spikes[down.layer]), how="spike"))
         try:
             view = layer_view(model, down.layer)
-            gain = largest_gain(view.ffn_branch, W.shape[0], device=W.device)
+            gain = largest_gain(view)
             inner = view.ffn.formula.inner(view.ffn.norm(gain.input[None]))[0]
             picks.append(pick(**_largest_term(W, inner, W @ inner), how="gain"))
         except LayerUnsupported:

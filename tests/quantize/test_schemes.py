@@ -1,11 +1,15 @@
 """Quantized models, SmoothQuant's identity, and what the context manager leaves behind: nothing."""
 
+import math
+
 import pytest
 import torch
+from torch.nn.functional import linear as plain_linear
 
 from sdnb.activations import perplexity
 from sdnb.errors import ParameterError
 from sdnb.quantize import (
+    SCHEMES,
     LinearModule,
     QuantizedLinear,
     Scheme,
@@ -13,13 +17,59 @@ from sdnb.quantize import (
     kept_share,
     linear_modules,
     norm_feeding,
+    perplexity_ratio,
     quantized,
+    rounded,
     smoothing_factors,
 )
 from tests.tiny import build
 
 SIZES = {"d": 32, "f": 64, "layers": 2, "heads": 4, "vocabulary": 96, "scale": 0.7}
 IDS = torch.randint(2, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def linears():
+    """GPT-2's modules: stored as the transpose, with biases."""
+    return linear_modules(build("gpt2", d=32, f=64, layers=1, heads=4, vocabulary=96, seed=1, scale=0.7))
+
+
+@pytest.mark.parametrize("weights", ["tensor", "channel"])
+@pytest.mark.parametrize("inputs", ["tensor", "token"])
+def test_module_equals_integers_scaled_once(linears, weights, inputs):
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    x[1] *= 40  # two sequences of unlike size: each has its own scale
+    for linear in (linears["transformer.h.0.attn.c_attn"], linears["transformer.h.0.mlp.c_fc"]):
+        found = QuantizedLinear(linear, Scheme(weights=weights, inputs=inputs))(x)
+        W = linear.module.weight.T.double()
+        for b in range(2):
+            for t in range(5):
+                row = x[b, t].double()
+                sx = (row if inputs == "token" else x[b].double()).abs().max() / 127
+                for i in range(9):
+                    sw = (W[i] if weights == "channel" else W).abs().max() / 127
+                    product = int((torch.round(row / sx).long() * torch.round(W[i] / sw).long()).sum())
+                    expected = product * sx * sw + linear.module.bias[i].double()
+                    assert found[b, t, i].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3", "mxfp8", "mxfp4", "nvfp4", "int8_block", "int4_block"])
+def test_module_equals_rounded_weights_times_rounded_inputs(linears, name):
+    x = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(0))
+    linear = linears["transformer.h.0.mlp.c_proj"]
+    expected = plain_linear(rounded(x, name), rounded(linear.weight, name), linear.module.bias)
+    torch.testing.assert_close(QuantizedLinear(linear, Scheme(name))(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_rounded_in_parts_and_one_scale_for_a_sequence_does_not_depend_on_the_batch(
+    linears, monkeypatch
+):
+    module = QuantizedLinear(linears["transformer.h.0.mlp.c_fc"], Scheme())
+    x = torch.randn(3, 4, 32) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    whole = module(x)
+    torch.testing.assert_close(whole, torch.cat([module(row[None]) for row in x]))
+    monkeypatch.setattr("sdnb.quantize.schemes.ENTRIES_AT_ONCE", 5 * 32)
+    torch.testing.assert_close(module(x), whole)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gpt_neox"])
@@ -71,11 +121,40 @@ def test_finer_scales_lose_less(case):
     assert 0 < errors["channel"] < errors["tensor"] < 0.5
 
 
-def test_float8_comes_near_too(case):
+def test_every_scheme_comes_near_and_bits_count(case):
     model, _, _ = case
     intact = model(IDS).logits
-    with quantized(model, Scheme(number_format="float8_e4m3")):
-        assert 0 < (model(IDS).logits - intact).norm() / intact.norm() < 0.5
+    errors = {}
+    for title, scheme in SCHEMES.items():
+        with quantized(model, scheme):
+            errors[title] = ((model(IDS).logits - intact).norm() / intact.norm()).item()
+    assert max(errors.values()) < 0.7 and min(errors.values()) > 0
+    assert errors["int8 blocks of 32"] < errors["int8 tensor"]
+    assert errors["mxfp8"] < errors["mxfp4"] and errors["nvfp4"] < errors["mxfp4"]
+
+
+def test_a_block_contains_an_outlier_and_a_tensor_does_not(linears):
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 3] = 5000.0
+    linear, errors = linears["transformer.h.0.mlp.c_proj"], {}
+    exact = linear.module(x)
+    for title, scheme in SCHEMES.items():
+        off = QuantizedLinear(linear, scheme)(x) - exact
+        errors[title] = (off.norm(dim=-1) / exact.norm(dim=-1))[0, 1:].mean().item()
+    assert errors["int8 tensor"] > 0.8, "the others are rounded to nothing"
+    assert errors["int8 blocks of 32"] < 0.02 and errors["int8 channel, token"] < 0.05
+
+
+def test_what_is_not_a_number_does_not_become_one(linears):
+    linear = linears["transformer.h.0.mlp.c_fc"]
+    for scheme in SCHEMES.values():
+        x = torch.ones(1, 3, 32)
+        x[0, 1, 4] = torch.inf
+        assert QuantizedLinear(linear, scheme)(x)[0, 1].isnan().any()
+    broken = torch.nn.Linear(4, 4)
+    broken.weight.data[0, 0] = torch.nan
+    with pytest.raises(ParameterError, match="finite"):
+        QuantizedLinear(LinearModule("x", broken, 1), Scheme())
 
 
 def test_static_scales_come_from_the_calibration_text(case):
@@ -149,7 +228,7 @@ def test_perplexity_runs_on_the_quantized_model(case):
     assert perplexity(model, IDS.flatten(), window=20).value == intact
 
 
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme("float8_e4m3"), Scheme(inputs="token")])
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme("nvfp4"), Scheme(inputs="token")])
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's FFN is given rows, not sequences
 def test_batching_changes_nothing(family, scheme):
     model = build(family, seed=1, **SIZES, ffn_dim=64, word_embed_proj_dim=32)
@@ -161,13 +240,33 @@ def test_batching_changes_nothing(family, scheme):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_ratio_of_perplexities_and_its_error_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    reference = 3 + 2 * torch.rand(50, generator=generator, dtype=torch.float64)
+    steps = 0.1 + 0.02 * torch.randn(50, generator=generator, dtype=torch.float64)
+    found = perplexity_ratio(reference + steps, reference)
+    assert found.ratio == pytest.approx(
+        (reference + steps).mean().exp().item() / reference.mean().exp().item()
+    )
+    many = [steps[torch.randint(50, (50,), generator=generator)].mean().exp().item() for _ in range(2000)]
+    assert found.error == pytest.approx(torch.tensor(many).std().item(), rel=0.1), "the bootstrap agrees"
+    assert math.isnan(perplexity_ratio(reference[:1], reference[:1]).error)
+    with pytest.raises(ParameterError, match="windows"):
+        perplexity_ratio(reference, reference[:3])
+
+
 def test_what_makes_no_sense_is_refused(case):
     model, _, _ = case
-    for wrong in ({"inputs": "row"}, {"weights": "token"}, {"number_format": "int3"}, {"alpha": 1.5}):
+    for wrong in (
+        {"inputs": "row"},
+        {"weights": "token"},
+        {"number_format": "int3"},
+        {"alpha": 1.5},
+        {"number_format": "mxfp4", "inputs": "token"},
+        {"inputs": "token", "static": True},
+    ):
         with pytest.raises(ParameterError):
             Scheme(**wrong)
-    with pytest.raises(ParameterError, match="token"):
-        Scheme(inputs="token", static=True)
     with pytest.raises(ParameterError, match="calibration"), quantized(model, Scheme(static=True)):
         pass
     with pytest.raises(ParameterError, match="memory"):

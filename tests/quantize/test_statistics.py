@@ -5,6 +5,7 @@ import torch
 from accelerate import cpu_offload
 
 from sdnb.quantize import (
+    Scheme,
     down_projections,
     input_statistics,
     linear_modules,
@@ -74,7 +75,7 @@ def test_equal_the_inputs_themselves(family):
         torch.testing.assert_close(statistics.channel_largest, X.amax(dim=0), rtol=1e-4, atol=1e-5)
         assert statistics.ratio == pytest.approx(statistics.largest / statistics.median)
         by_hand = error_by_hand(kept, linear_modules(model)[name].weight)
-        assert statistics.int8_error == pytest.approx(by_hand, rel=0.02)
+        assert statistics.output_error == pytest.approx(by_hand, rel=0.02)
         assert f".{statistics.layer - 1}." in name
         assert statistics.parameters == model.get_submodule(name).weight.numel()
 
@@ -100,7 +101,27 @@ def test_batches_and_padding_change_nothing(family):
     )
     for name in whole:
         assert whole[name].largest == pytest.approx(single[name].largest, rel=1e-4)
-        assert whole[name].int8_error == pytest.approx(single[name].int8_error, rel=0.02)
+        assert whole[name].output_error == pytest.approx(single[name].output_error, rel=0.02)
+
+
+def test_the_median_of_many_entries_is_drawn(monkeypatch):
+    model = build("llama", seed=1, **SIZES)
+    exact = input_statistics(model, lines(), scheme=None)
+    monkeypatch.setattr("sdnb.quantize.statistics.SAMPLED", 500)
+    drawn = input_statistics(model, lines(), scheme=None, max_tokens=24)
+    ratios = torch.tensor([drawn[name].median / exact[name].median for name in exact])
+    assert (ratios - 1).abs().max() < 0.3 and (ratios.mean() - 1).abs() < 0.03 and (ratios != 1).any()
+    assert all(found.output_error is None for found in drawn.values())
+
+
+def test_errors_are_those_of_the_scheme_that_is_asked_for():
+    model = build("gpt2", seed=1, **SIZES)  # biases, transposed weights
+    coarse = input_statistics(model, lines())
+    fine = input_statistics(model, lines(), scheme=Scheme("int8_block"))
+    half = input_statistics(model.bfloat16(), lines())
+    for name in coarse:
+        assert 0 < fine[name].output_error < coarse[name].output_error
+        assert half[name].output_error == pytest.approx(coarse[name].output_error, rel=0.2)
 
 
 def test_one_pass_and_no_trace():

@@ -1,0 +1,76 @@
+"""Statistics of experts against a loop that computes every expert by hand, and one expert that stands out."""
+
+import pytest
+import torch
+
+from sdnb.errors import ModelError
+from sdnb.quantize import expert_statistics, super_experts, watched_experts
+from tests.tiny import build
+
+SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.7}
+MORE = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+}
+LINES = [torch.randint(2, 96, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 11, 30)]
+
+
+def experts_of(model, layer: int) -> torch.nn.Module:
+    return model.model.layers[layer].mlp.experts
+
+
+def by_hand(model, layer: int) -> list[tuple[int, float, float]]:
+    """Tokens, largest input and output of every expert's down-projection, token by token."""
+    experts, calls = experts_of(model, layer), []
+    hook = experts.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    for line in LINES:
+        model(line[None], use_cache=False)
+    hook.remove()
+    found = [[0, 0.0, 0.0] for _ in range(8)]
+    for hidden, chosen in calls:
+        for row, numbers in zip(hidden, chosen, strict=True):
+            for e in numbers.tolist():
+                gate, up = (experts.gate_up_proj[e] @ row).chunk(2)
+                inner = experts.act_fn(gate) * up
+                count, x, y = found[e]
+                outer = experts.down_proj[e] @ inner
+                found[e] = [count + 1, max(x, inner.abs().max().item()), max(y, outer.abs().max().item())]
+    return [tuple(entry) for entry in found]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_statistics_are_those_of_a_loop_over_tokens(family):
+    model = build(family, **SIZES, **MORE[family])
+    found = expert_statistics(model, LINES)
+    assert [(s.layer, s.expert) for s in found] == [(layer, e) for layer in (1, 2) for e in range(8)]
+    expected = by_hand(model, 0) + by_hand(model, 1)
+    for entry, (tokens, x, y) in zip(found, expected, strict=True):
+        assert entry.tokens == tokens
+        assert (entry.largest_input, entry.largest_output) == pytest.approx((x, y), rel=1e-4)
+    assert found[9].name == "model.layers.1.mlp.experts.1"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_one_expert_that_is_scaled_by_hand_is_named(family):
+    model = build(family, **SIZES, **MORE[family])
+    before = super_experts(expert_statistics(model, LINES))
+    with torch.no_grad():
+        experts_of(model, 1).down_proj[3] *= 50
+    after = expert_statistics(model, LINES)
+    assert [(s.layer, s.expert) for s in super_experts(after)] == [(2, 3)]
+    assert before[0].largest_output < 0.1 * super_experts(after)[0].largest_output
+
+
+def test_the_answer_of_the_model_does_not_change():
+    model = build("qwen3_moe", **SIZES, **MORE["qwen3_moe"])
+    intact = model(LINES[0][None]).logits
+    with watched_experts(model) as results:
+        torch.testing.assert_close(model(LINES[0][None]).logits, intact)
+        assert sum(found.tokens for found in results()) == 2 * 2 * 30, "two layers, two experts a token"
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ModelError, match="experts"):
+        expert_statistics(build("llama", **SIZES), LINES)
