@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # What a module may raise when it is run in a way that it was not written for.
-RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+RUN_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 class StopForward(Exception):

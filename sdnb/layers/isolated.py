@@ -1,7 +1,7 @@
 """One decoder layer taken out of its model: run it, watch its modules, alter some, feed others by hand."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -81,15 +81,7 @@ class IsolatedLayer:
 
     @torch.no_grad()
     def watch(self, x: Tensor, names: Collection[str] | None = None) -> list[ModuleCall]:
-        """What submodules (all, or those named; "" is the layer) are given and return, in order of returning.
-
-        Args:
-            x: hidden states, shape (n, T, d).
-            names: the submodules to watch.
-
-        Returns:
-            One entry for each call of a submodule that takes and returns floating-point tensors.
-        """
+        """What submodules (all, or those named; "" is the layer) are given and return, as they return."""
         calls: list[ModuleCall] = []
         given: dict[nn.Module, Tensor | None] = {}
 
@@ -123,7 +115,7 @@ class IsolatedLayer:
                 stack.callback(self.module(name).register_forward_hook(answer, with_kwargs=True).remove)
             yield
 
-    def ablated(self, *names: str) -> "contextmanager":
+    def ablated(self, *names: str) -> AbstractContextManager[None]:
         """Make modules return zeros for the length of a block."""
         return self.altered({name: lambda _, returned: torch.zeros_like(returned) for name in names})
 

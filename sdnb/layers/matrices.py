@@ -64,14 +64,7 @@ class WeightMatrix:
 
 @contextmanager
 def replaced_matrices(changes: Sequence[tuple[WeightMatrix, Tensor]]) -> Iterator[None]:
-    """Give weight matrices other values for the length of a block and restore every weight bit for bit.
-
-    Args:
-        changes: pairs of a matrix and its values, shape (rows, inputs).
-
-    Yields:
-        Nothing.
-    """
+    """Give matrices other values, (rows, inputs), for a block, and restore every weight bit for bit."""
     kept = {matrix.module: matrix.module.weight.detach().clone() for matrix, _ in changes}
     try:
         for matrix, values in changes:
@@ -114,15 +107,7 @@ def layer_matrices(model: nn.Module, number: int) -> list[WeightMatrix]:
 def layer_matrices_or_reason(
     model: nn.Module, layers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[WeightMatrix] | str]]:
-    """Find the weight matrices of many layers, or why a layer has none.
-
-    Args:
-        model: a language model of transformers, decoder or encoder.
-        layers: numbers 1..L; all when None.
-
-    Yields:
-        A layer's number and its matrices, or the reason for which it is unsupported.
-    """
+    """Number and matrices of each layer in question (all when None), or the reason why it is unsupported."""
     for number in layers or range(1, len(find_decoder(model).layers) + 1):
         try:
             yield number, layer_matrices(model, number)

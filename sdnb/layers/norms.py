@@ -53,17 +53,16 @@ class Norm:
         return self.gain * self.centre(x) / self.scale(x) + self.bias
 
 
-@torch.no_grad()
 def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
-    """Measure a norm of rows (.., d) shaped `like`, and check the formula; None if it does not follow it."""
+    """Measure a norm of rows of a size and device; None if the module does not follow the formula."""
     try:
-        return _measured(name, module, like)
-    except RUN_ERRORS:
+        with torch.no_grad():
+            return _measured(name, module, like)
+    except RUN_ERRORS:  # modules that are no norms may raise anything when fed rows
         return None
 
 
 def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
-    """The measurement itself, in one call; modules that are no norms may raise anything when fed rows."""
     d = like.shape[-1]
     rows = _trial_rows(d, like.device)
     answers = module(rows.clone())  # a module may write into its input

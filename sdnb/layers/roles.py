@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sdnb.layers.calls import StopForward
 from sdnb.layers.isolated import IsolatedLayer
 from sdnb.layers.weights import is_linear
 
 TOKENS, SEQUENCES = 3, 16
 SEEN = 1e-5  # gradient, relative to the leaf's largest, from which a dependence counts
 SAME = 1e-4  # relative difference up to which a gradient counts as unchanged
-STATES, DRAWS = 4, 96  # base rows and random changes of pre-activations that tell gates from what they gate
+STATES, DRAWS = 2, 64  # base rows and random changes of pre-activations that tell gates from what they gate
+NOISE = 1_000_003  # random numbers drawn for a parameter, then repeated; a prime, so that no rows are alike
 
 
 @dataclass
@@ -58,14 +60,15 @@ def _watch_roles(copied: IsolatedLayer) -> Roles:
 @torch.no_grad()
 def _redraw(layer: nn.Module, seed: int = 0) -> None:
     """Random parameters of ordinary size: matrices that keep lengths, gains near what they are."""
+    generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        seed += 1
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        count = parameter.numel()
+        noise = torch.randn(min(count, NOISE), generator=generator).to(parameter.device)
         if parameter.ndim < 2:
-            parameter.copy_(0.1 * noise + (1.0 if parameter.float().mean() > 0.5 else 0.0))
+            noise = 0.1 * noise + (1.0 if parameter.float().mean() > 0.5 else 0.0)
         else:
-            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            noise = noise / parameter.shape[-1] ** 0.5
+        parameter.copy_(noise.repeat(count // NOISE + 1)[:count].view_as(parameter))
 
 
 def _rows(isolated: IsolatedLayer, tokens: int, seed: int = 1) -> Tensor:
@@ -144,7 +147,6 @@ def _linear_rows(isolated: IsolatedLayer, inner: list[str], down: str) -> dict[s
     base = _rows(isolated, 1, seed=3)[:STATES, 0]
     x = base.repeat_interleave(DRAWS, 0)[:, None]
     handles: dict[str, tuple[Tensor, Tensor]] = {}
-    reached: list[Tensor] = []
     generator = torch.Generator().manual_seed(4)
 
     def change(module: nn.Module, args: tuple, result: Tensor) -> Tensor:
@@ -153,14 +155,19 @@ def _linear_rows(isolated: IsolatedLayer, inner: list[str], down: str) -> dict[s
         handles[isolated.names[module]] = (handle, kept.reshape(STATES, DRAWS, -1))
         return handle
 
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise StopForward(args[0])
+
     with torch.enable_grad(), ExitStack() as stack:
         for name in inner:
             stack.callback(isolated.module(name).register_forward_hook(change).remove)
-        reads = isolated.module(down).register_forward_pre_hook(lambda _, args: reached.append(args[0]))
-        stack.callback(reads.remove)
-        isolated.output(x)
-        weights = torch.randn(reached[0].shape[-1], generator=generator).to(x.device)
-        gradients = torch.autograd.grad((reached[0] * weights).sum(), [h for h, _ in handles.values()])
+        stack.callback(isolated.module(down).register_forward_pre_hook(stop).remove)
+        try:
+            isolated.output(x)
+        except StopForward as reached:
+            units = reached.args[0]
+        weights = torch.randn(units.shape[-1], generator=generator).to(x.device)
+        gradients = torch.autograd.grad((units * weights).sum(), [h for h, _ in handles.values()])
     found = {}
     for (name, (_, kept)), gradient in zip(handles.items(), gradients, strict=True):
         size = gradient.abs().reshape(STATES, DRAWS, -1)

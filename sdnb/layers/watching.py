@@ -60,14 +60,12 @@ def _mixing_modules(isolated: IsolatedLayer) -> list[str]:
     passes = (isolated.watch(rows[None]) for rows in (x, torch.cat([other[:1], x[1:]])))
     one, changed = ({call.name: call for call in calls if call.name} for calls in passes)
     found = []
-    for name in one.keys() & changed.keys():
-        (given, returned), (given_then, returned_then) = (
-            (c.given, c.returned) for c in (one[name], changed[name])
-        )
-        if given.shape == returned.shape == (1, *x.shape) and torch.equal(given[:, -1], given_then[:, -1]):
-            moved = (returned - returned_then)[:, -1].norm() > 1e-4 * returned[:, -1].norm()
-            found += [name] if moved else []
-    return sorted(found, key=lambda name: (name.count("."), [*one].index(name)))
+    for name, call in one.items():
+        then, shape = changed.get(name, call), (1, *x.shape)
+        if call.given.shape == call.returned.shape == shape and same(call.given[:, -1], then.given[:, -1]):
+            move = (call.returned - then.returned)[:, -1]
+            found += [name] if move.norm() > 1e-4 * call.returned[:, -1].norm() else []
+    return sorted(found, key=lambda name: name.count("."))
 
 
 def _norms_inside(isolated: IsolatedLayer, attention: str, calls: list[ModuleCall]) -> list[Norm]:
@@ -178,9 +176,7 @@ def _structure(
     norms = [before(outside, call.given) for call in (mixer, reader)]
     begin = [norm and _norm_at_the_start(outside, norm, isolated.hidden_size) for norm in norms]
     norms = [inner or norm for inner, norm in zip(begin, norms, strict=True)]
-    rest = [
-        call for call in outside if call not in norms
-    ]  # Bloom's attention returns what the FFN's norm reads
+    rest = [call for call in outside if call not in norms]  # Bloom's attention returns what a norm reads
     first = _branch(rest, [mixer], projection, ablated[0], norms[0], begin[0] is not None)
     second = _branch(rest, readers, ablated[1], ablated[1], norms[1], begin[1] is not None)
     middle = norms[1] or reader
@@ -221,10 +217,8 @@ def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
         if name not in known:
             known[name] = measure_norm(name, isolated.module(name), like.new_empty(0, size))
             if known[name] is None:
-                reason = (
-                    "stands where a norm of the hidden state is expected and is neither an RMS norm nor a"
-                )
-                raise LayerUnsupported(isolated.number, name, f"{reason} LayerNorm")
+                reason = "stands where a norm is expected and is neither an RMS norm nor a LayerNorm"
+                raise LayerUnsupported(isolated.number, name, reason)
         return known[name]
 
     attention, ffn = ((norm(s.norm), norm(s.post_norm)) for s in (structure.attention, structure.ffn))
@@ -235,21 +229,11 @@ def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
 
 @torch.no_grad()
 def fit_residual(view: LayerView) -> tuple[LayerView, float]:
-    """The view with what its residual stream passes beside each branch, and the branches' multipliers.
-
-    Args:
-        view: a layer with its norms.
-
-    Returns:
-        The view, and how far the residual path is from what was observed, relative to a branch. Multipliers
-        are fitted only where the path is restored up to rounding.
-    """
+    """The view with its residual path and, if that is restored up to rounding, multipliers; its error."""
     x = view.isolated.states()
+    attention, ffn, where, first = view.attention, view.ffn, view.structure, 0.0
     middle, end, _ = _streams(view, x)
-    quiet_middle, quiet_end, _ = _streams(
-        view, x, view.structure.attention.ablated, view.structure.ffn.ablated
-    )
-    attention, ffn, first = view.attention, view.ffn, 0.0
+    quiet_middle, quiet_end, _ = _streams(view, x, where.attention.ablated, where.ffn.ablated)
     if not view.parallel:
         attention, first = _path(view, attention, x, quiet_middle, middle - quiet_middle)
     given = x if view.parallel else quiet_middle
@@ -279,18 +263,8 @@ def _path(
 
 
 def coefficients(real: Tensor, base: Tensor) -> float | Tensor:
-    """The c for which c * base comes nearest to what is real, both (..., d): <real, base> / <base, base>.
-
-    Args:
-        real: what was observed.
-        base: the same without the coefficient.
-
-    Returns:
-        A number if one will do, 1 up to rounding or if the base is zero; else one a coordinate, (d,).
-    """
-    products, squares = (
-        part.reshape(-1, base.shape[-1]).sum(0) for part in (real.double() * base, base.double().square())
-    )
+    """The c for which c * base is nearest to what is real, (n, d): a number if one will do, else (d,)."""
+    products, squares = (real.double() * base).sum(0), base.double().square().sum(0)
     if not squares.any():
         return 1.0
     c = (products.sum() / squares.sum()).item()
@@ -311,15 +285,7 @@ def _streams(view: LayerView, x: Tensor, *ablated: str) -> tuple[Tensor, Tensor,
 
 @torch.no_grad()
 def additions(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attention and FFN add to hidden states in a real pass, what the FFN's side reads, and the output.
-
-    Args:
-        view: the layer.
-        x: hidden states of one-token sequences, shape (n, d).
-
-    Returns:
-        The four, each of shape (n, d).
-    """
+    """What attention and FFN add in a real pass, what the FFN's side reads, and the output; (n, d) all."""
     middle, end, out = _streams(view, x)
     if view.parallel:
         quiet = _streams(view, x, view.structure.ffn.ablated)[1]

@@ -52,17 +52,7 @@ def structure_key(layer: nn.Module) -> tuple:
 
 
 def read_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Read a module's direct parameters and buffers as float32, fetching them where they are offloaded.
-
-    Args:
-        module: any module; its children are not visited.
-
-    Returns:
-        Name -> tensor, clones with data.
-
-    Raises:
-        ModelError: a tensor has no data even after it was fetched.
-    """
+    """Float32 copies of a module's direct parameters and buffers by name, fetched if offloaded."""
     tensors = {}
     with align_module_device(module):
         for name, tensor in own_tensors(module):
