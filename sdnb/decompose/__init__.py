@@ -1,7 +1,12 @@
 """Single singular triplets, eigenpairs and largest gains, and the angles between directions."""
 
-from sdnb.decompose.angles import angle_deg, expected_nearest_angle, random_angle, random_angle_quantile
-from sdnb.decompose.chance import log10_chance
+from sdnb.decompose.angles import (
+    angle_deg,
+    expected_nearest_angle,
+    log10_chance,
+    random_angle,
+    random_angle_quantile,
+)
 from sdnb.decompose.eigenpair import Eigenpair, nearest_eigenpair
 from sdnb.decompose.gain import Gain, largest_gain
 from sdnb.decompose.triplets import Triplets, leading_triplets

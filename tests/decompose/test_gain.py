@@ -1,5 +1,7 @@
 """The largest gain on functions whose maximiser is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -81,7 +83,23 @@ def test_extra_starts_find_what_random_ones_miss():
     assert largest_gain(needle, 300, starts=16).gain < 0.5
     found = largest_gain(needle, 300, starts=16, extra=towards)
     assert found.gain > 0.99
-    assert largest_gain(needle, 300, starts=0, extra=towards).gain == found.gain
+    assert largest_gain(needle, 300, starts=0, extra=-towards[0]).gain > 0.99  # both signs are tried
+
+
+def test_a_layer_is_its_real_ffn_at_inputs_of_length_sqrt_d():
+    function, right, left = planted_ffn()
+    seen = []
+
+    def branch(x):
+        seen.append(x.detach())
+        return function(x)
+
+    matrix = torch.zeros(D, D)
+    layer = SimpleNamespace(hidden_size=D, ffn_branch=branch, attention=SimpleNamespace(matrix=matrix))
+    found = largest_gain(layer, extra=right)
+    assert angle_deg(found.output, left) < 2
+    assert found.gain == pytest.approx(function(found.input[None] * D**0.5).norm().item(), rel=1e-5)
+    assert torch.allclose(torch.cat(seen).norm(dim=1), torch.tensor(D**0.5))
 
 
 def test_a_seed_fixes_the_answer():
@@ -126,7 +144,8 @@ def test_bad_starts_are_refused():
         {"starts": 0},
         {"starts": -1},
         {"extra": torch.ones(2, D + 1)},
-        {"extra": torch.ones(D)},
+        {"extra": torch.ones(D + 1)},
+        {"d": None},
     ):
         with pytest.raises(ParameterError):
-            largest_gain(lambda x: x, D, **arguments)
+            largest_gain(lambda x: x, **{"d": D, **arguments})

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from sdnb.errors import ParameterError
-from sdnb.linearize import closed_form_coefficients, closed_form_fit
+from sdnb.linearize import closed_form_fit
 
 
 def brute_force(unit, d=2, nodes=120):
@@ -81,15 +81,6 @@ def test_float32_weights_give_float32_rows_within_1e_6():
     assert rounded.dtype == torch.float32
     assert ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-6
     assert closed_form_fit(w.bfloat16(), functional.gelu).dtype == torch.float32
-
-
-def test_coefficients_and_matrix_say_the_same():
-    w, b, v, c = random_units(5)
-    alpha, mu = closed_form_coefficients(w, functional.silu, b, v, c)
-    assert torch.allclose(
-        alpha[:, None] * w + mu[:, None] * v, closed_form_fit(w, functional.silu, b, v, c), rtol=1e-12
-    )
-    assert closed_form_coefficients(w, functional.silu, b)[1] is None
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
