@@ -127,11 +127,7 @@ DECODER_OF = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
 def causal_types() -> list[str]:
-    """All model types of transformers' causal-LM mapping, sorted.
-
-    Returns:
-        Their names.
-    """
+    """All model types of transformers' causal-LM mapping, sorted."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -139,21 +135,12 @@ def _is_set(config: PretrainedConfig, name: str) -> bool:
     """Whether a configuration has an option and a value for it."""
     try:
         return getattr(config, name, None) is not None
-    except Exception:  # transformers refuses to say what differs from layer to layer
+    except Exception:  # transformers does not say what differs from layer to layer
         return True
 
 
 def options_of(config_class: type[PretrainedConfig], kind: str, depth: int = 0) -> dict:
-    """The options of a small configuration: the generic sizes that a type has, and its own line.
-
-    Args:
-        config_class: the type's configuration class.
-        kind: the model type.
-        depth: how deep this configuration stands inside another.
-
-    Returns:
-        Option -> value; configurations inside (text, vision) as dictionaries.
-    """
+    """Option -> value of a small configuration: the generic sizes that a type has, and its own line."""
     default = config_class()
     options = {}
     for name, value in SMALL.items():
@@ -179,12 +166,7 @@ def _config(kind: str) -> PretrainedConfig:
 
 @torch.no_grad()
 def redraw_model(model: nn.Module, seed: int = 0) -> None:
-    """Redraws every parameter: gains around 1 (around 0 where they start there), biases, and weights.
-
-    Args:
-        model: the model, changed in place.
-        seed: of the random numbers.
-    """
+    """Redraw every parameter: gains around 1 (around 0 where they start there), biases, and weights."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -197,17 +179,7 @@ def redraw_model(model: nn.Module, seed: int = 0) -> None:
 
 
 def small_model(kind: str) -> PreTrainedModel:
-    """Builds a small model of a type, every parameter redrawn, so that no gain or bias is blind.
-
-    Args:
-        kind: a type of the causal-LM mapping.
-
-    Returns:
-        The model, float32, in evaluation mode.
-
-    Raises:
-        ModelError: it cannot be built small; the message says why.
-    """
+    """A small model of a type, every parameter redrawn, so that no gain or bias is blind; else ModelError."""
     try:
         config, build = _config(kind), AutoModelForCausalLM.from_config
         if kind in DECODER_OF:  # the mapping has the class of the decoder, the configuration of the whole

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.decoder import find_decoder
@@ -15,7 +15,7 @@ from sdnb.layers.matrices import (
     replaced_matrices,
 )
 from sdnb.layers.roles import find_roles
-from tests.families import FAMILIES, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build
+from tests.families import FAMILIES, HEADED, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, random_model
 
 HEAD = HIDDEN // HEADS
 GATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm",
@@ -58,20 +58,10 @@ def test_every_family_gives_its_matrices(name):
     assert found["up"].shape == found["down"].shape[::-1]
 
 
-FUSED = (
-    "gpt_neox",
-    "gpt_neox_serial",
-    "bloom",
-    "falcon",
-    "falcon_new",
-    "falcon_serial",
-    "gpt2",
-    "phi3",
-    "mpt",
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_neox", "gpt_neox_serial", "bloom", "falcon", "falcon_new", "falcon_serial", "gpt2", "phi3", "mpt"],
 )
-
-
-@pytest.mark.parametrize("name", FUSED)
 def test_fused_queries_keys_and_values_are_cut_as_published(name):
     model = build(name)
     found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
@@ -112,15 +102,7 @@ def test_gate_and_up_in_each_others_place_are_refused():
 
 
 def test_an_encoder_has_matrices_too():
-    config = AutoConfig.for_model(
-        "bert",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-    )
-    model = AutoModel.from_config(config).eval()
+    model = random_model("bert", AutoModel, **HEADED)
     found = {matrix.kind: matrix for matrix in layer_matrices(model, 2)}
     layer = model.encoder.layer[1]
     assert set(found) == {"q", "k", "v", "o", "up", "down"}
@@ -149,7 +131,7 @@ def test_replaced_weights_come_back_bit_for_bit(name, dtype):
 def test_weights_that_no_matrix_reads_are_named():
     llama = build("llama")
     assert parameters_left_out(llama, 1, layer_matrices(llama, 1)) == {}
-    mixture = AutoModel.from_config(AutoConfig.for_model("mixtral", **LLAMA_LIKE, num_local_experts=4))
+    mixture = random_model("mixtral", AutoModel, **LLAMA_LIKE, num_local_experts=4)
     found = layer_matrices(mixture, 2)
     assert {matrix.kind for matrix in found} == {"q", "k", "v", "o"}
     left = parameters_left_out(mixture, 2, found)

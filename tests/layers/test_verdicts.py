@@ -11,9 +11,7 @@ from sdnb.layers import decoder_layers, each_layer, layer_view
 from sdnb.layers.reading import measured, verdict
 from sdnb.layers.watching import coefficients, relative
 from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
-from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, build, random_model
-
-MPT = {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}
+from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, MPT_LIKE, build, random_model
 
 
 def close(a, b, tolerance=1e-5):
@@ -22,11 +20,11 @@ def close(a, b, tolerance=1e-5):
 
 class TestApproximate:
     def test_a_clip_makes_attention_approximate(self):
-        clipped = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
+        clipped = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1.0}), 1)
         assert clipped.status == "approximate"
         assert 1e-2 < clipped.attention.error < 0.7
         assert clipped.attention.error < 2 * clipped.attention.fit_residual
-        wide = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1e4}), 1)
+        wide = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1e4}), 1)
         assert wide.status == "exact"
 
     def test_a_mixture_of_experts_is_sampled(self):
@@ -58,7 +56,7 @@ class TestApproximate:
 
     def test_an_attention_that_is_no_matrix_is_fitted(self):
         """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""
-        view = layer_view(random_model("mpt", **MPT, attn_config={"clip_qkv": 1.0}), 1)
+        view = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1.0}), 1)
         u = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(1))
         left = view.attention_module(u) - u @ view.attention.matrix.T - view.attention.bias
         assert (left.T @ u / len(u)).norm() < 0.1 * view.attention.matrix.norm()

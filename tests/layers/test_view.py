@@ -8,11 +8,7 @@ from accelerate import cpu_offload
 
 from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers, layer_view
-from sdnb.linearize import (
-    attention_intercept,
-    attention_matrix,
-    branch_scales,
-)
+from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
 from tests.families import HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, random_model
 
 
@@ -92,16 +88,17 @@ def test_the_model_is_left_as_it_was(name):
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.bfloat16), ("gemma2", torch.float16), ("bloom", torch.bfloat16)]
+)
 def test_half_precision_is_read_exactly(name, dtype):
     """The view is that of the float32 model with the same, rounded, weights, and near the unrounded one's."""
     half, rounded = build(name, dtype=dtype), build(name, dtype=dtype).float()
-    view, twin, unrounded = layer_view(half, 2), layer_view(rounded, 2), layer_view(build(name), 2)
-    assert view.status == twin.status == "exact"
-    assert close(view.attention.matrix, twin.attention.matrix, 1e-6)
-    assert close(view.attention.norm.gain, twin.attention.norm.gain, 1e-6)
-    assert torch.equal(view.ffn.formula.down, twin.ffn.formula.down)
+    view, rounded_view, unrounded = layer_view(half, 2), layer_view(rounded, 2), layer_view(build(name), 2)
+    assert view.status == rounded_view.status == "exact"
+    assert close(view.attention.matrix, rounded_view.attention.matrix, 1e-6)
+    assert close(view.attention.norm.gain, rounded_view.attention.norm.gain, 1e-6)
+    assert torch.equal(view.ffn.formula.down, rounded_view.ffn.formula.down)
     rounding = 2 * torch.finfo(dtype).eps
     error = (view.attention.matrix - unrounded.attention.matrix).norm()
     assert 0 < error < rounding * unrounded.attention.matrix.norm()
@@ -147,16 +144,10 @@ def test_branches_are_differentiable(name):
 class TestNormsInside:
     """Latent attention: a norm in the value path enters by its gain, its divisor is told apart."""
 
-    OPTIONS = LLAMA_LIKE | {
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "head_dim": 8,
-        "v_head_dim": 16,
-        "first_k_dense_replace": 9,
-        "num_key_value_heads": HEADS,
-    }
+    OPTIONS = LLAMA_LIKE | dict(
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, v_head_dim=16,
+        first_k_dense_replace=9, num_key_value_heads=HEADS,
+    )  # fmt: skip
 
     def test_the_matrix_is_that_of_the_weights(self):
         model = random_model("deepseek_v3", **self.OPTIONS)
