@@ -1,18 +1,21 @@
 """One decoder layer as linear algebra sees it. Read this file first.
 
-    x ──┬── norm ── attention ── post-norm ── multiplier ── a ──┐
-        └───────────────────── residual path ───────────────────┴─ y = x + a
+    x ──┬── norm ── attention ── post-norm ── * multiplier ── a ──┐
+        │          (matrix, bias)                                 │
+        └──────────────────── residual path ──────────────────────┴── y
 
-    y ──┬── norm ── FFN ── post-norm ── multiplier ── f ────────┐
-        └───────────────────── residual path ───────────────────┴─ y + f ── output norm ── output
+    y ──┬── norm ──── FFN ────── post-norm ── * multiplier ── f ──┐
+        │          (formula)                                      │
+        └──────────────────── residual path ──────────────────────┴── output norm ── output
 
 Every branch has a norm in most families; few have a post-norm (Gemma) or a multiplier (Granite). A parallel
 layer (GPT-J, Falcon) gives x to both branches: x + a + f. The residual path is nearly always bare. In BERT it
 passes the norm that the FFN reads, and an output norm; in Doge it has coefficients.
 
-A `LayerView` holds this picture for one layer: which submodules are which (`structure`, names only), every
-norm's gain and bias, multipliers, attention's matrix W_O rep(W_V), the FFN's formula, and how far all of it
-is from the real layer. A view comes about in four steps:
+A `LayerView` holds this picture for one layer. `view.attention` and `view.ffn` are its branches: every norm's
+gain and bias, multipliers, attention's matrix W_O rep(W_V), the FFN's formula, and how far each is from the
+real module. `view.structure` says which submodules are which, by name. `view.layer(x)`, `view.ffn_branch(x)`
+and their like run the real modules. A view comes about in four steps:
 
 1. `isolated.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
 2. `watching.py` finds the parts, by what modules do and not by their names: what mixes tokens is attention;

@@ -78,7 +78,7 @@ def test_fused_gate_and_up_are_told_apart():
     torch.testing.assert_close(found["up"].read(), up)
 
 
-def test_a_plain_thirds_cut_of_neox_is_refused():
+def test_a_plain_thirds_cut_of_neox_is_caught():
     decoder = find_decoder(build("gpt_neox"))
     isolated = IsolatedLayer(decoder, 1)
     roles = find_roles(isolated)
@@ -89,7 +89,7 @@ def test_a_plain_thirds_cut_of_neox_is_refused():
         check_roles(isolated, roles)
 
 
-def test_gate_and_up_in_each_others_place_are_refused():
+def test_gate_and_up_in_each_others_place_are_caught():
     decoder = find_decoder(build("llama"))
     isolated = IsolatedLayer(decoder, 1)
     roles = find_roles(isolated)

@@ -1,4 +1,4 @@
-"""What is taken though it is no plain exact layer, and what is refused, with its reason."""
+"""What is taken though it is no plain exact layer, and what is unsupported, with its reason."""
 
 from dataclasses import replace
 
@@ -80,7 +80,7 @@ class TestApproximate:
 class TestBranchesThatWriteZero:
     """As layers begin that are added to a trained model, or whose last matrix is trained from zero."""
 
-    def silenced(self, family, *names):
+    def zeroed(self, family, *names):
         model = build(family)
         for name in names:
             for parameter in decoder_layers(model)[1].get_submodule(name).parameters():
@@ -94,17 +94,17 @@ class TestBranchesThatWriteZero:
          ("granite", "mlp.down_proj"), ("bert", "output.dense")],
     )  # fmt: skip
     def test_an_ffn_is_zero(self, family, name):
-        view, intact = layer_view(self.silenced(family, name), 2), layer_view(build(family), 2)
+        view, intact = layer_view(self.zeroed(family, name), 2), layer_view(build(family), 2)
         assert view.status == "exact" and view.ffn.multiplier == 1.0
         layer = linear_layer(view)
         assert not layer.F.any() and layer.A.any()
         assert torch.equal(layer.A, linear_layer(intact).A) and view.parallel == intact.parallel
 
     def test_a_branch_behind_a_gain_of_zero(self):
-        view = layer_view(self.silenced("olmo2", "post_feedforward_layernorm"), 2)
+        view = layer_view(self.zeroed("olmo2", "post_feedforward_layernorm"), 2)
         assert view.status == "sampled" and not linear_layer(view, samples=100).F.any()
         with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn: .* no matrix to read"):
-            layer_view(self.silenced("olmo2", "post_attention_layernorm"), 2)
+            layer_view(self.zeroed("olmo2", "post_attention_layernorm"), 2)
 
     @pytest.mark.parametrize(
         ("family", "name", "silent"),
@@ -116,11 +116,11 @@ class TestBranchesThatWriteZero:
         with pytest.raises(
             LayerUnsupported, match=f"layer 2, {silent}: writes zero, nothing to watch: no subm"
         ):
-            layer_view(self.silenced(family, name), 2)
+            layer_view(self.zeroed(family, name), 2)
 
     def test_both_are_named(self):
         with pytest.raises(LayerUnsupported, match="layer 2, self_attn and mlp: writes zero"):
-            layer_view(self.silenced("mistral", "self_attn.o_proj", "mlp.down_proj"), 2)
+            layer_view(self.zeroed("mistral", "self_attn.o_proj", "mlp.down_proj"), 2)
 
     def test_coefficients_of_nothing(self):
         base = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ class TestBranchesThatWriteZero:
         assert close(coefficients(base * torch.tensor([2.0, 5.0, 3.0]), base), torch.tensor([2.0, 1.0, 3.0]))
 
 
-class TestRefused:
+class TestUnsupported:
     def test_a_third_branch(self):
         """Granite with state-space layers adds experts and a shared FFN apart from each other."""
         kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -137,9 +137,9 @@ class TestRefused:
         model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
         with pytest.raises(
             LayerUnsupported, match=r"layer 2, self_attn.*does not return its input"
-        ) as refusal:
+        ) as unsupported:
             layer_view(model, 2)
-        assert refusal.value.layer == 2
+        assert unsupported.value.layer == 2
 
     def test_recurrent_networks_that_pass_for_gated_attention(self):
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}

@@ -1,4 +1,4 @@
-"""One layer's view: explicit references, what is left alone, half precision, offload, refusals."""
+"""One layer's view: explicit references, what is left alone, half precision, offload."""
 
 import copy
 
@@ -120,7 +120,7 @@ def test_offloaded_weights_are_fetched(name):
     assert torch.equal(model(ids).logits, build(name)(ids).logits)
 
 
-def test_weights_without_data_are_refused():
+def test_weights_without_data_are_an_error():
     model = build("llama")
     decoder_layers(model)[1].mlp.down_proj.to("meta")
     with pytest.raises(ModelError, match="meta"):
