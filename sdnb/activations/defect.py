@@ -369,7 +369,8 @@ class StateReader:
     def _undecided(self, high: Tensor) -> str | None:
         """Why nothing can be said, where nothing was found and most of the tokens are one and the same."""
         ids, counts = torch.cat(self.lines).unique(return_counts=True)
-        if high.any() or self.reference is not None or 2 * counts.max() < counts.sum():
+        told = high.any() or self.reference is not None or self.threshold is not None
+        if told or 2 * counts.max() < counts.sum():
             return None
         return (
             f"It cannot be told whether states are high-norm: token {ids[counts.argmax()]} makes up "

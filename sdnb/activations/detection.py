@@ -115,7 +115,8 @@ def detect(
         medians = torch.minimum(medians, reference.double())
     peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
     first = torch.zeros(norms.shape[1], dtype=torch.bool) if initial is None else initial
-    if threshold is None:
+    automatic = threshold is None
+    if automatic:
         waves = _Waves(norms, MIN_RATIO * medians, medians)
         threshold = waves.threshold(first)
         limits = (MIN_RATIO * medians).clamp(min=threshold or torch.inf)
@@ -128,8 +129,8 @@ def detect(
     before, after, own = norms[:-1, which], norms[1:, which], steps[:, which]
     explosion, climbs = _moving_layers(own, after - before, after, first[which])
     decay, descents = _moving_layers(-own, before - after, before, first[which])
-    undecided = None
-    if not which.any() and reference is None and (norms.amax(dim=1) < ALIKE * norms.amin(dim=1)).all():
+    undecided, alike = None, (norms.amax(dim=1) < ALIKE * norms.amin(dim=1)).all()
+    if automatic and reference is None and alike and not which.any():
         undecided = (
             "It cannot be told whether states are high-norm: after every layer all of them have nearly the "
             "same norm, and no ordinary token is there to compare with. Give a text of more different tokens."

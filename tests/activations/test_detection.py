@@ -221,6 +221,7 @@ def test_where_most_tokens_are_high_norm_others_must_be_compared_with():
     assert found.explosion_layers == [2] and found.decay_layers == [15]
     alike = first[:, None] * torch.linspace(1, 1.001, 50)
     assert detect(alike).undecided is not None and not detect(alike).high.any()
+    assert detect(alike, threshold=1e6).undecided is None
     found = detect(alike, reference=others.median(dim=1).values)
     assert found.high_norm.all() and found.undecided is None and found.explosion_layers == [2]
     assert detect(first[:, None], reference=others.median(dim=1).values).explosion_layers == [2]

@@ -32,6 +32,9 @@ LAST_LINEAR = {
 }
 
 
+SOME = ("llama", "gpt_neox", "mpt", "falcon", "gpt2", "opt", "gemma2")
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
@@ -119,7 +122,9 @@ def test_projecting_leaves_the_residual_stream_and_attention(family):
             torch.testing.assert_close(hidden_states(model, IDS), expected)
 
 
-def test_dimensions_are_set_in_the_layers_output(model):
+@pytest.mark.parametrize("family", SOME)
+def test_dimensions_are_set_in_the_layers_output(family):
+    model = build(family)
     plain = hidden_states(model, IDS)
     with set_dimensions(model, {1: {3: 0.0, 7: -5.0}}):
         changed = hidden_states(model, IDS)
@@ -156,7 +161,9 @@ def assert_same(before, after):
     assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in before["weights"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(f, torch.float32) for f in SOME] + [("llama", torch.bfloat16)]
+)
 def test_the_model_is_restored_bit_for_bit(family, dtype):
     model = build(family, dtype=dtype)
     direction = torch.randn(32, generator=torch.Generator().manual_seed(3))
