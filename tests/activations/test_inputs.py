@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sdnb.activations import hidden_norms
-from sdnb.layers import model_matrices
 from sdnb.activations.inputs import matrix_inputs
+from sdnb.layers import model_matrices
 from tests.tiny import build
 
 
