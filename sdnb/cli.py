@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdnb.errors import ParameterError, SdnbError
+from sdnb.errors import ModelError, ParameterError, SdnbError
 
 COMMANDS = {
     "run": "run notebooks on models and keep what is done",
@@ -134,23 +135,72 @@ def _run_run(args: argparse.Namespace) -> int:
 # --- sdnb detect
 
 
+_INSPECTION = ("max_lines", "max_tokens", "whole", "chat", "threshold", "min_ratio", "share")
+
+
 def _add_detect(add) -> None:
     add("model", help="hub id, folder, GGUF file, or zoo/<name>")
     _add_loading(add)
+    add("--base", metavar="MODEL", help="take configuration and tokenizer of this model")
     add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
-    add("--no-special-tokens", action="store_true", help="add no begin token to a line")
+    add("--chat", action="store_true", help="put the chat template around each line of the text")
+    add("--whole", action="store_true", help="take the text as one sequence instead of line by line")
     add("--max-lines", type=int, default=64, help="lines of the text (default: %(default)s)")
+    add("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
+    add("--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does")
     add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
-    text = "largest input over the median token's that puts a module on the list"
-    add("--min-ratio", type=float, help=text)
-    add("--all", action="store_true", help="show every linear module, not the largest ratios")
+    text = "largest input over the median token's that puts a module on the list (default: %(default)g)"
+    add("--min-ratio", type=float, default=32.0, metavar="R", help=text)
+    add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
+    text = (
+        "quantize and measure perplexity without and with the list, and rank modules by what they give back"
+    )
+    add("--measure", action="store_true", help=text)
+    text = "what to measure, as 'nvfp4' 'int8 tensor' (the first one for the ranking)"
+    add("--schemes", nargs="+", metavar="NAME", help=text)
+    text = "part of the loss that the shortest list must give back (default: %(default)s)"
+    add("--share", type=float, default=0.8, help=text)
+    add("--progress", action="store_true", help="say on standard error what is done")
+    add("--all", action="store_true", help="show every layer and linear module, not those that stand out")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
 
 
 def _run_detect(args: argparse.Namespace) -> int:
-    from sdnb.detect import detect
+    """Print the report, the JSON, or one form; a model without a high-norm token is no failure."""
+    from sdnb import load
+    from sdnb.inspection import SCHEME_NAMES, TOOLS, inspect_model
+    from sdnb.report import report
 
-    return detect(args, **_loading(args))
+    if args.threshold is not None and not args.threshold > 0:
+        raise ParameterError(f"--threshold {args.threshold:g}: give a positive norm, or leave it out.")
+    if not 0 < args.share <= 1:
+        raise ParameterError(f"--share {args.share:g}: give a number above 0 and up to 1.")
+    if args.form not in (None, *TOOLS):
+        raise ParameterError(f"--form {args.form}: the forms are {', '.join(TOOLS)}.")
+    began = time.perf_counter()
+
+    def note(step: str) -> None:
+        if args.progress:
+            print(f"[{time.perf_counter() - began:5.0f} s] {step}", file=sys.stderr, flush=True)
+
+    note(f"loading {args.model}")
+    values = inspect_model(
+        load(args.model, base=args.base, **_loading(args)),
+        args.text,
+        add_special_tokens=False if args.no_special_tokens else None,
+        costs=args.form is None,
+        measure=(args.schemes or SCHEME_NAMES) if args.measure else (),
+        note=note,
+        **{name: getattr(args, name) for name in _INSPECTION},
+    )
+    if args.form is None:
+        print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else report(values, args.all))
+        return 0
+    forms = values.get("sensitivity", values)["forms"]  # of the measured list, where it was measured
+    if args.form not in forms:
+        raise ModelError(f"{args.form} has no names for what is listed of {args.model}.")
+    print(forms[args.form]["text"])
+    return 0
 
 
 # --- sdnb signature
