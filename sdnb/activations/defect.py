@@ -270,12 +270,8 @@ class StateReader:
         cut = self._cut(layer, norms[real])
         row, position = ((norms > cut) & real).nonzero(as_tuple=True)
         line = torch.tensor(numbers)[row]
-        self._kept.append(
-            (
-                state[row.to(state.device), position.to(state.device)].cpu(),
-                torch.stack([line, position, torch.full_like(row, layer)], dim=1),
-            )
-        )
+        states = state[row.to(state.device), position.to(state.device)].cpu()
+        self._kept.append((states, torch.stack([line, position, torch.full_like(row, layer)], dim=1)))
         if self._limits is not None:
             return
         rows = state[real.to(state.device)].float()
@@ -352,15 +348,14 @@ class StateReader:
             chosen = found.states[found.layer == layer].double()
             mean = chosen.mean(dim=0)
             share = mean.square() / mean.square().sum()
-            low = (self._squares[layer] - chosen.square().sum(dim=0)).clamp(min=0) / max(
-                count - len(chosen), 1
-            )
+            low = (self._squares[layer] - chosen.square().sum(dim=0)).clamp(min=0)
+            low = (low / max(count - len(chosen), 1)).sqrt()
             means[layer] = mean.float()
             order = share.argsort(descending=True).tolist()
             rows += [
                 {
                     "layer": layer, "dimension": j, "value": mean[j].item(), "share": share[j].item(),
-                    "ordinary": low[j].sqrt().item(),
+                    "ordinary": low[j].item(),
                 }
                 for j in order if share[j] * len(share) >= MASSIVE**2
             ]  # fmt: skip
@@ -381,18 +376,19 @@ class StateReader:
 def reference_norms(loaded: object, text: object) -> Tensor | None:
     """Return the median norm after every layer of the tokens of some held-out lines, (L+1,).
 
-    None where there is no tokenizer to read them with, or where the text begins with them anyway.
+    None where the model cannot read them, or where the text begins with them anyway.
     """
-    if getattr(loaded, "tokenizer", None) is None:
-        return None
     from sdnb.text import encode
 
-    special = getattr(text, "add_special_tokens", None)
-    lines = encode(loaded, max_lines=REFERENCE_LINES, add_special_tokens=special).lines
-    own = _lines(text)
+    special, own = getattr(text, "add_special_tokens", None), _lines(text)
+    try:
+        lines = encode(loaded, max_lines=REFERENCE_LINES, add_special_tokens=special).lines
+    except (AttributeError, TextError):  # no tokenizer, or too few positions
+        return None
     if len(own) >= len(lines) and all(torch.equal(a, b) for a, b in zip(lines, own, strict=False)):
         return None
-    return text_norms(loaded, lines).median(dim=1).values
+    norms = text_norms(loaded, lines)
+    return norms.median(dim=1).values if norms.isfinite().all() else None
 
 
 def _lines(text: object) -> list[Tensor]:
