@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported, ModelError, ParameterError
-from sdnb.layers.calls import (
-    Call,
-    StopForward,
-    item_count,
-    replaced_forward,
-    run_errors_as,
-    unwrap,
-    wrapped,
-)
+from sdnb.layers.calls import Call, StopForward, item_count, replaced_forward, run_errors_as, unwrap, wrapped
 
 if TYPE_CHECKING:
     from sdnb.layers.roles import Roles
