@@ -138,15 +138,13 @@ def _costs(v: dict) -> str:
             f"cache       {found['bits']} bits, perplexity times "
             + "; ".join(f"{_times(row)}, {row['kept']} kept" for row in found["kept"])
         )
-        lines += (
-            [f"            to keep, or to put in front: {_few(found['front'])}"] if found["front"] else []
-        )
+        if found["front"]:
+            lines.append(f"            to keep, or to put in front: {_few(found['front'])}")
     if chosen := v.get("single_weight", {}).get("chosen"):
         found, place = v["single_weight"], f"[{chosen['row']}, {chosen['column']}]"
         also = f", also by {' and '.join(found['also'])}" if found["also"] else ""
-        lines.append(
-            f"one weight  {chosen['module']} {place} = {_number(chosen['value'])}, layer {chosen['layer']}{also}"
-        )
+        place += f" = {_number(chosen['value'])}, layer {chosen['layer']}"
+        lines.append(f"one weight  {chosen['module']} {place}{also}")
         if "zero" in found:
             peaks = [_number(found[name]["peak_norm"]) for name in ("intact", "zero", "others_zero")]
             others = found["others_zero"]

@@ -1,4 +1,4 @@
-"""`sdnb detect` from end to end: table, JSON, a model without high-norm tokens, and what is no decoder."""
+"""`sdnb detect` against planted truth and slow references, on every kind of model that it may be given."""
 
 import json
 
@@ -6,91 +6,234 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from sdnb.activations import hidden_norms
-from sdnb.cli.main import main
-from sdnb import token_labels
-from sdnb.loading import load
-from sdnb.observations.inspection import Inspection, inspect_lines
-from tests.tiny import planted_model, tiny_model, tiny_tokenizer
+from sdnb import encode, hidden_states, load
+from sdnb.cli import main
+from sdnb.inspection import MULTIPLES, TOOLS, inspect_model
+from sdnb.report import report
+from tests import ggufs
+from tests.tiny import build, planted_model, save, tiny_model, tiny_tokenizer
 
-LINES = "\n".join(f"the module number {n} provides a class for {n} objects" for n in range(12))
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_text(LINES, encoding="utf-8")
-    return str(path)
-
-
-def values_of(capsys, *words) -> dict:
-    assert main(["detect", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+LINES = [f"the module number {n} provides a class for {n} objects" + " of it" * (n % 3) for n in range(12)]
+SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 384, "seed": 1, "scale": 0.7}
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
-def test_finds_what_was_planted(tmp_path, text, capsys):
-    truth = planted_model(tmp_path / "model", "llama", layers=12, explosion_layer=2, decay_layer=12)
-    capsys.readouterr()
-    values = values_of(capsys, str(truth.folder), "--text", text)
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A planted model with 12 layers, loaded, its truth, and what is said of it."""
+    folder = tmp_path_factory.mktemp("planted")
+    truth = planted_model(folder, "llama", layers=12, explosion_layer=2, decay_layer=12)
+    loaded = load(str(truth.folder))
+    return loaded, truth, inspect_model(loaded, LINES)
+
+
+def check_report(values: dict) -> None:
+    """It is text that a terminal holds, and the values are JSON."""
+    json.dumps(values, allow_nan=False)
+    for everything in (False, True):
+        text = report(values, everything)
+        assert "None" not in text and "nan" not in text
+    assert len(report(values).splitlines()) <= 60
+
+
+def test_finds_what_was_planted(planted):
+    _, truth, values = planted
     assert values["explosion_layers"] == [truth.explosion_layer]
     assert values["decay_layers"] == [truth.decay_layer]
     [begin] = values["high_norm_tokens"]
     assert begin["token_id"] == 0 and begin["position"] == "first" and begin["count"] == 12
     assert begin["peak_norm"] == pytest.approx(truth.peak_norm, rel=0.1)
-    down = [f"model.layers.{n}.mlp.down_proj" for n in (truth.explosion_layer - 1, truth.decay_layer - 1)]
-    assert set(values["spiking_modules"]) == set(down)
+    assert values["high_norm_kinds"] == {"begin token": 12}
+    assert values["begin_token"] and values["add_special_tokens"] and values["begin_token_note"] is None
+    down = {f"model.layers.{n - 1}.mlp.down_proj" for n in (truth.explosion_layer, truth.decay_layer)}
+    assert set(values["spiking_modules"]) == down and values["fused_modules"] == []
     assert values["skip_list"] == [*values["spiking_modules"], "lm_head"]
-    assert all(form == values["skip_list"] for form in values["forms"].values())
-    assert set(values["forms"]) == {"modules_to_not_convert", "llm_int8_skip_modules", "ignore"}
-    assert len(values["linear_inputs"]) == 12 * 7
-    assert values["token_count"] > 12 and values["layer_count"] == 12
+    assert values["masking"]["first_positions"] == values["masking"]["tokens"] == 12
+    assert values["masking"]["high_norm_states_taken"] > 0.9 and values["masking"]["later"] == {}
+    assert values["first_float16_overflow"] is None and values["left_out"] == {}
+    check_report(values)
 
 
-def test_table_says_the_same(tmp_path, text, capsys):
-    truth = planted_model(tmp_path / "model", "llama")
-    assert main(["detect", str(truth.folder), "--text", text]) == 0
-    out = capsys.readouterr().out
-    assert f"explosion layers   {truth.explosion_layer}\n" in out
-    assert f"decay layers       {truth.decay_layer}\n" in out
-    assert f"  model.layers.{truth.explosion_layer - 1}.mlp.down_proj\n" in out and "  lm_head\n" in out
-    assert token_labels(tiny_tokenizer(), [0])[0] in out
-    assert "30 more" in out and "by token decides, from 32 on" in out
-    assert main(["detect", str(truth.folder), "--text", text, "--all"]) == 0
-    assert "more with smaller ratios" not in capsys.readouterr().out
-
-
-def test_massive_dimensions_stand_five_times_above_the_rms():
-    state = torch.ones(200)
-    state[[17, 150]] = torch.tensor([-40.0, 60.0])  # the rms is 5.2, five times that is 26
-    state[30] = 20.0
-    seen = Inspection(None, None, None, None, state, {}, None)
-    total = float((state**2).sum())
-    assert seen.massive_dimensions() == [
-        {"dimension": 150, "value": 60.0, "share": pytest.approx(3600 / total)},
-        {"dimension": 17, "value": -40.0, "share": pytest.approx(1600 / total)},
+def test_layers_and_inputs_are_those_of_a_loop_over_lines(planted):
+    loaded, _, values = planted
+    lines, modules = encode(loaded, LINES).lines, dict(loaded.model.named_modules())
+    inputs: dict[str, list] = {row["module"]: [] for row in values["linear_inputs"]}
+    hooks = [
+        modules[name].register_forward_hook(lambda m, args, y, kept=kept: kept.append(args[0][0].clone()))
+        for name, kept in inputs.items()
     ]
+    states = [hidden_states(loaded.model, line[None])[:, 0] for line in lines]
+    for hook in hooks:
+        hook.remove()
+    for number, row in enumerate(values["layers"], start=1):
+        norms = torch.cat([s[number] for s in states]).double().norm(dim=1)
+        entry, where = row["largest_entry"], torch.stack([s[number].abs().max() for s in states]).argmax()
+        at = states[where][number]
+        t, j = divmod(int(at.abs().argmax()), at.shape[1])
+        assert (entry["line"], entry["position"], entry["dimension"]) == (int(where), t, j)
+        assert entry["value"] == pytest.approx(at[t, j].item(), rel=1e-4)
+        assert entry["token_id"] == int(lines[where][t])
+        for k in MULTIPLES:
+            share = (norms > k * norms.median()).double().mean().item()
+            assert row["above_medians"][str(k)] == pytest.approx(share, abs=1e-6)
+    for row in values["linear_inputs"]:
+        x = inputs[row["module"]][row["line"]][row["position"]]
+        largest = max(kept.abs().max().item() for kept in inputs[row["module"]])
+        assert abs(x[row["dimension"]].item()) == pytest.approx(largest, rel=1e-4)
+        assert row["largest_input"] == pytest.approx(largest, rel=1e-4)
 
 
-def test_a_model_without_high_norm_tokens_says_so_and_succeeds(tmp_path, text, capsys):
-    folder = tiny_model(tmp_path / "model", "llama")
-    assert main(["detect", str(folder), "--text", text]) == 0
-    out = capsys.readouterr().out
-    assert "no high-norm token" in out and "  lm_head" in out
-    values = values_of(capsys, str(folder), "--text", text)
-    assert values["high_norm_tokens"] == [] and values["skip_list"] == ["lm_head"]
-    assert values["explosion_layers"] == [] and values["massive_dimensions"] == []
+def test_the_single_weight_is_the_planted_unit(planted):
+    _, truth, values = planted
+    found = values["single_weight"]
+    assert found["chosen"]["layer"] == truth.explosion_layer and found["chosen"]["column"] == 0
+    assert found["chosen"]["row"] == int(truth.direction.abs().argmax())
+    assert found["zero"]["peak_norm"] < 0.99 * found["intact"]["peak_norm"]
+    assert found["others_zero"]["count"] == 100 and found["intact"]["ratio"] == 1
+
+
+def test_cache_and_sinks_are_told(planted):
+    _, _, values = planted
+    sinks, cache = values["sinks"], values["cache"]
+    assert len(sinks["heads"]) == 12 and len(sinks["heads"][0]) == 4
+    assert sinks["rate"] == pytest.approx(sum(sinks["layer_rates"]) / 12)
+    assert [row["kept"] for row in cache["kept"]] == ["nothing", "first position"]
+    assert cache["front_ids"] == [0]
+
+
+def test_measured_list_gives_back_what_it_costs(planted):
+    loaded, _, _ = planted
+    values = inspect_model(loaded, LINES, costs=False, measure=["int8 tensor", "nvfp4"])
+    [row, block] = values["measured"]["schemes"]
+    assert (
+        row["nothing"]["ratio"] > row["list"]["ratio"] and row["given_back_list"] > row["given_back_random"]
+    )
+    assert block["scheme"] == "nvfp4" and 0 < row["kept_share"] < 1
+    ranked = values["sensitivity"]
+    assert ranked["gains"][0]["module"] in values["spiking_modules"] and ranked["recovered"] >= 0.8
+    assert set(ranked["forms"]) == set(TOOLS)
+    check_report(values)
+
+
+def test_float16_overflow_is_foreseen_and_explained(tmp_path, capsys):
+    truth = planted_model(tmp_path, "llama", size=1e6)
+    values = inspect_model(load(str(truth.folder)), LINES)
+    assert values["first_float16_overflow"] == truth.explosion_layer and values["float16_share"] > 1
+    check_report(values)
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES))
+    assert main(["detect", str(truth.folder), "--text", str(path), "--dtype", "float16"]) == 1
+    error = capsys.readouterr().err
+    assert f"Layer {truth.explosion_layer}" in error and "65,504" in error
+
+
+def test_a_model_without_high_norm_tokens(tmp_path):
+    values = inspect_model(load(str(tiny_model(tmp_path))), LINES)
+    assert values["high_norm_tokens"] == values["massive_dimensions"] == values["explosion_layers"] == []
+    assert values["skip_list"] == ["lm_head"] and values["masking"] is None
+    assert "chosen" not in values["single_weight"] and values["cache"]["front"] == []
+    check_report(values)
+    ranked = inspect_model(load(str(tmp_path)), LINES, costs=False, measure=["int8 tensor"])
+    assert "list" not in ranked["measured"]["schemes"][0] and ranked["sensitivity"]["gains"]
+    check_report(ranked)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_expert_scaled_by_hand_is_named(tmp_path, family):
+    model = build(family, **SIZES, **MIXTURES[family])
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3] *= 200
+    values = inspect_model(load(str(save(model, tmp_path, 384))), LINES)
+    assert values["super_experts"] == ["model.layers.1.mlp.experts.3"] and len(values["experts"]) == 16
+    check_report(values)
+
+
+def test_an_offloaded_model_is_read_and_not_quantized(tmp_path, planted, capsys):
+    truth = planted[1]
+    values = inspect_model(load(str(truth.folder), device="offload"), LINES)
+    same = ("explosion_layers", "decay_layers", "skip_list")
+    assert {key: values[key] for key in same} == {key: planted[2][key] for key in same}
+    assert values["single_weight"]["chosen"]["column"] == 0 and "zero" not in values["single_weight"]
+    check_report(values)
+    assert main(["detect", str(truth.folder), "--device", "offload", "--measure"]) == 1
+    assert "device=offload" in capsys.readouterr().err
+
+
+def test_a_gguf_file(tmp_path):
+    ggufs.write_model(tmp_path / "model.gguf", ggufs.small("llama"), "llama")
+    values = inspect_model(load(str(tmp_path / "model.gguf")), LINES)
+    assert values["format"].startswith("gguf") and len(values["layers"]) == 2
+    check_report(values)
+
+
+@pytest.mark.parametrize("options", [{"whole": True}, {"chat": True}, {"chat": True, "whole": True}, {}])
+def test_texts(planted, options):
+    loaded = planted[0]
+    loaded.tokenizer.chat_template = CHAT
+    try:
+        values = inspect_model(loaded, LINES[:4], costs=False, add_special_tokens=False, **options)
+    finally:
+        loaded.tokenizer.chat_template = None
+    assert values["line_count"] == (1 if options.get("whole") else 4)
+    assert values["begin_token"] == bool(options.get("chat")) and not values["add_special_tokens"]
+    assert (values["begin_token_note"] is None) == bool(options.get("chat"))
+    assert ("begin token" in values["high_norm_kinds"]) == bool(options.get("chat"))
+
+
+def test_max_tokens_counts_all_lines(planted):
+    whole = inspect_model(planted[0], LINES, costs=False, max_tokens=40)
+    assert whole["token_count"] == 40 and 1 < whole["line_count"] < 12
+
+
+def test_command(tmp_path, capsys):
+    truth, path = (
+        planted_model(tmp_path, "llama", layers=3, explosion_layer=1, decay_layer=3),
+        tmp_path / "text",
+    )
+    path.write_text("\n".join(LINES[:4]))
+    words = ["detect", str(truth.folder), "--text", str(path)]
+    capsys.readouterr()
+    assert main([*words, "--json", "--progress"]) == 0
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert set(values["forms"]) == set(TOOLS) and "tokens" in err
+    for tool in ("transformers", "gptqmodel", "llama.cpp"):
+        assert main([*words, "--form", tool]) == 0
+        assert capsys.readouterr().out == values["forms"][tool]["text"] + "\n"
+    assert main(words) == 0
+    assert values["spiking_modules"][0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["detect", "x", "--threshold", "-3"], "--threshold -3: give a positive norm, or leave it out"),
-        (["spectra", "x", "--rate", "2"], "--rate 2: give a probability between 0 and 1"),
+        (["--threshold", "-3"], "--threshold -3"),
+        (["--share", "2"], "--share 2"),
+        (["--form", "hqq"], "gptqmodel"),
+        (["--measure", "--schemes", "int9"], "int8 tensor"),
+        (["--max-tokens", "1"], "max_tokens is 1"),
+        (["--chat"], "--chat"),
+        (["--min-ratio", "0.5"], "threshold of the skip list"),
     ],
 )
-def test_an_option_out_of_range_is_named(words, message, capsys):
-    assert main(words) == 1
-    assert message in capsys.readouterr().err
+def test_an_option_out_of_range_is_named(words, message, planted, capsys):
+    assert main(["detect", str(planted[1].folder), "--max-lines", "2", *words]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_without_a_tokenizer_another_models_is_taken(tmp_path, planted, capsys):
+    model = build("llama", **SIZES)
+    model.save_pretrained(tmp_path / "bare")
+    assert main(["detect", str(tmp_path / "bare")]) == 1
+    error = capsys.readouterr().err
+    assert "--base" in error and "token_ids" not in error
+    other = tiny_model(tmp_path / "other", **{k: v for k, v in SIZES.items() if k != "seed"})
+    assert main(["detect", str(tmp_path / "bare"), "--base", str(other), "--max-lines", "4"]) == 0
 
 
 def test_an_encoder_is_refused_in_one_line(tmp_path, capsys):
@@ -104,22 +247,3 @@ def test_an_encoder_is_refused_in_one_line(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert "decoder" in captured.err or "causal" in captured.err
-
-
-def test_the_threshold_of_the_list_is_a_parameter(tmp_path, text, capsys):
-    folder = tiny_model(tmp_path / "model", "llama", layers=2)
-    capsys.readouterr()
-    values = values_of(capsys, str(folder), "--text", text, "--min-ratio", "1.01")
-    assert len(values["spiking_modules"]) > 5 and values["skip_threshold"] == 1.01
-    assert main(["detect", str(folder), "--text", text, "--min-ratio", "0.5"]) == 1
-    assert "threshold of the skip list" in capsys.readouterr().err
-
-
-def test_statistics_and_norms_come_from_one_pass(tmp_path):
-    loaded = load(str(planted_model(tmp_path, "llama").folder))
-    lines = [torch.tensor([0, 7, 8, 9, 10, 11]), torch.tensor([0, 12, 13]), torch.tensor([0, 5, 6, 7, 8, 9])]
-    seen = inspect_lines(loaded, lines)
-    expected = torch.cat([hidden_norms(loaded.model, line[None])[:, 0] for line in lines], dim=1)
-    torch.testing.assert_close(seen.norms, expected, rtol=1e-4, atol=1e-4)
-    assert seen.positions.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4, 5]
-    assert seen.detection.high_norm.nonzero().flatten().tolist() == [0, 6, 9]
