@@ -142,9 +142,7 @@ def test_what_cannot_be_fitted_is_refused(values):
 def test_the_rounding_band_ends_where_the_spectrum_of_the_true_errors_ends(shape):
     generator = torch.Generator().manual_seed(5)
     W = torch.randn(shape, generator=generator)
-    step = (
-        W.unflatten(1, (-1, 40)).abs().amax(-1, keepdim=True) / 7
-    )  # one for every 40
+    step = W.unflatten(1, (-1, 40)).abs().amax(-1, keepdim=True) / 7  # one for every 40
     stored = ((W.unflatten(1, (-1, 40)) / step).round() * step).flatten(1)
     sigma = (step.square().mean() / 12).sqrt().item()  # what the format's steps alone tell
     assert sigma == pytest.approx((stored - W).square().mean().sqrt().item(), rel=0.03)
