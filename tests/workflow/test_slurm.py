@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
+
+from sdnb.run import Model
+from tests.cli.processes import make
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = {
@@ -50,21 +52,14 @@ def slurm(tmp_path):
     return folder
 
 
-def make(path: Path) -> None:
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-    cells.append(nbformat.v4.new_code_cell("assert not broken, 'no good'"))
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
-
-
 def test_each_cell_is_a_job_with_its_gpu_and_a_failing_one_is_told(slurm, tmp_path):
     from tests.tiny import tiny_model  # not for a test that is skipped
 
-    (tmp_path / "templates").mkdir()
-    make(tmp_path / "templates" / "01_works.ipynb")
-    entries = []
+    make(tmp_path / "templates" / "01_works.ipynb", ["assert not broken, 'no good'"], PARAMETERS)
+    entries, folders = [], {}
     for name, broken in (("good", "false"), ("bad", "true")):
         model = tiny_model(tmp_path / "org" / name, layers=1)
+        folders[name] = tmp_path / "results" / Model(str(model)).slug
         entries.append(f"  - {{model: {model}, parameters: {{broken: {broken}}}}}")
     (tmp_path / "models.yaml").write_text("\n".join(["models:", *entries]))
     workflow = ROOT / "workflow"
@@ -81,5 +76,5 @@ def test_each_cell_is_a_job_with_its_gpu_and_a_failing_one_is_told(slurm, tmp_pa
     for words in jobs:
         for wanted in ("--gpus=1", "--cpus-per-task=4", "--mem 64000", "-t 240", "-p gpu", "-A research"):
             assert wanted in words
-    assert (tmp_path / "results" / "org__good" / "01_works.ipynb").is_file()
-    assert (tmp_path / "results" / "org__bad" / "01_works.failed.ipynb").is_file()
+    assert (folders["good"] / "01_works.ipynb").is_file()
+    assert (folders["bad"] / "01_works.failed.ipynb").is_file()

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
 pytest.importorskip("snakemake", reason="Snakemake is an extra of its own: `make cluster-test` runs these")
+
+from sdnb.run import Model
+from tests.cli.processes import make
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nhurdle: str = ""'
@@ -21,7 +23,7 @@ CELLS = {
     "02_fails": [
         LOG, "assert os.path.basename(model) != hurdle, 'too high'", "note('2'); time.sleep(0.5); note('2.')",
     ],
-    "19_across_models": [LOG, "note('19')"],  # by its name it reads the records of the others
+    "19_across_models": [LOG, "note('19')  # as sdnb.summary() does, it reads the records of the others"],
 }  # fmt: skip
 MODELS = """
 models:
@@ -47,19 +49,11 @@ def models(tmp_path_factory):
 @pytest.fixture
 def place(models, tmp_path):
     """A folder with templates and a models' file, in which Snakemake is started."""
-    (tmp_path / "templates").mkdir()
     for name, sources in CELLS.items():
-        make(tmp_path / "templates" / f"{name}.ipynb", sources)
+        make(tmp_path / "templates" / f"{name}.ipynb", sources, PARAMETERS)
     (tmp_path / "models.yaml").write_text(MODELS.format(folder=models))
     (tmp_path / "results").mkdir()
     return tmp_path
-
-
-def make(path: Path, sources: list[str]) -> None:
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-    cells += [nbformat.v4.new_code_cell(source) for source in sources]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
 
 
 def start(place: Path, *more: str, config: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -94,7 +88,7 @@ def jobs(said: str) -> int:
 
 
 def folder(place: Path, models: Path, name: str) -> Path:
-    return place / "results" / f"{models.name}__{name}".lower()
+    return place / "results" / Model(str(models / name)).slug
 
 
 def test_a_failing_cell_stops_only_what_waits_for_it_and_alone_is_run_again(place, models):
@@ -106,7 +100,9 @@ def test_a_failing_cell_stops_only_what_waits_for_it_and_alone_is_run_again(plac
     assert "AssertionError: too high" in kept and "AssertionError: too high" in said
     assert (failed / "02_fails.failed.ipynb").is_file() and not (failed / "02_fails.ipynb").exists()
 
-    make(place / "templates" / "02_fails.ipynb", [LOG, "note('2')"])  # the other cell of it has changed, too
+    make(
+        place / "templates" / "02_fails.ipynb", [LOG, "note('2')"], PARAMETERS
+    )  # the other cell of it has changed, too
     code, said = snakemake(place)
     assert code == 0 and jobs(said) == 3
     assert log(place)[6:] == ["2", "2", "19"], "the reader of records comes last"
@@ -131,13 +127,13 @@ def test_cells_with_a_gpu_take_turns(place):
 
 def test_what_was_done_before_a_kill_is_not_run_again(place, models):
     source = "note('2'); time.sleep(value * 100); note('2.')"  # for ever in the model whose value is 7
-    make(place / "templates" / "02_fails.ipynb", [LOG, source.replace("value", "(value - 1)")])
+    make(place / "templates" / "02_fails.ipynb", [LOG, source.replace("value", "(value - 1)")], PARAMETERS)
     process = start(place)
     deadline = time.monotonic() + 300
     while log(place).count("2.") < 1 or log(place).count("1.") < 2 or log(place).count("2") < 2:
         assert time.monotonic() < deadline and process.poll() is None, log(place)
         time.sleep(0.1)
-    while not (folder(place, models, "two") / ".runs" / "02_fails.json").is_file():
+    while not (folder(place, models, "two") / "02_fails.ipynb").is_file():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
