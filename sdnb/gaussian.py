@@ -55,7 +55,7 @@ def gaussian_moments(activation: Activation, s: Tensor, b: Tensor | None = None)
         raise ParameterError("s must be finite and not negative, b finite: the weights hold NaN or infinity")
     kinks = _kinks(activation, s)
     moments = s.new_zeros(3, len(s))
-    for units in s.argsort().split(_CHUNK[s.is_cuda]):  # neighbours in scale need the same grid
+    for units in s.argsort().split(_CHUNK[s.device.type != "cpu"]):  # neighbours in scale need the same grid
         moments[:, units] = _moments(activation, kinks, s[units], b[units])
     return tuple(moments)
 

@@ -226,7 +226,7 @@ def _ffn_matrix(
 def _closed_form_ffn(formula: object, norm: Norm | None, centre: bool) -> Tensor:
     """Return W_down B, with B fitted at inputs scaled by a norm's gain and bias if one is given."""
     F = formula.down.new_zeros(len(formula.down), formula.w.shape[1])
-    units = _UNITS[F.is_cuda]
+    units = _UNITS[F.device.type != "cpu"]
     for start in range(0, len(formula.w), units):
         rows = slice(start, start + units)
         w, b, v, c = (
@@ -387,7 +387,7 @@ def closed_form_fit(
     if c is not None and (v is None or shapes[3] != shapes[0][:1]):
         raise ParameterError(f"c must have shape (f,) and belongs to v; w, b, v, c are {shapes}")
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
-    at_once = len(w) if w.is_cuda else _ROWS
+    at_once = _ROWS if w.device.type == "cpu" else len(w)
     # squares are added up in float64, so that small weights do not vanish
     s = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in w.split(at_once)])
     spread = s if b is None else torch.maximum(s, _SMALLEST_SPREAD * b.detach().to(s).abs())

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdnb.errors import ParameterError
 
 _FEW = 256  # up to this size the dense decomposition is faster
-_WIDTH = 16, 32  # columns of the block, on a CPU and on a GPU, where batched eigenproblems are fast up to 32
+_WIDTH = 16, 32  # columns of the block, on a CPU and on a GPU (batched eigenproblems are fast up to 32)
 _TURNS = 40  # looks before the dense decomposition is cheaper
 _HIGHEST = 40  # degree of the filter
 _LIFT = 1e4  # how far the filter may lift the largest value in it over the block's smallest
@@ -82,7 +82,7 @@ def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5)
     M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
     scale = _scale(M)
     M = M / scale[..., None, None] if (scale != 1).any() else M
-    width, stack = max(_WIDTH[M.is_cuda], 2 * k + 2), M.reshape(-1, d, d)
+    width, stack = max(_WIDTH[M.device.type != "cpu"], 2 * k + 2), M.reshape(-1, d, d)
     if d > max(_FEW, 4 * width):
         limits = torch.tensor([tol] * k + [max(tol, _LOOSE)], dtype=M.dtype, device=M.device)
         U, S, V, converged = _filtered(stack, limits, width, seed)
@@ -126,7 +126,7 @@ def _gap(S: Tensor) -> Tensor:
 
 def _decomposed(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V of the k leading triplets, by a full decomposition; zeros beyond the d-th."""
-    if M.is_cuda:
+    if M.device.type != "cpu":
         # A GPU's float32 decomposition is off by 3e-4 of a value (benchmarks/spectra.py). The eigenvectors of
         # the Gram matrix in float64 are exact for float32 weights, and faster.
         V = torch.linalg.eigh(M.double().T @ M.double())[1].flip(1)
