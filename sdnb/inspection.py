@@ -99,8 +99,7 @@ def inspect_model(
             note(f"{done:,} of {encoded.tokens:,} tokens read")
 
     note(f"reading {encoded.tokens:,} tokens")
-    scheme = quantize.SCHEMES[measure[0]] if measure else quantize.Scheme()
-    options = {"scheme": scheme if in_memory and (costs or measure) else None, "visit": visit}
+    options = {"scheme": quantize.Scheme() if in_memory and (costs or measure) else None, "visit": visit}
     mixture = any(True for _ in expert_parameters(model))
     if mixture:
         options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
@@ -136,6 +135,8 @@ def inspect_model(
     if measure:
         values["measured"] = _measured(model, windows, skip, measure, note)
         note(f"ranking modules by what skipping each gives back in {measure[0]}")
+        if (scheme := quantize.SCHEMES[measure[0]]) != quantize.Scheme():
+            statistics = quantize.input_statistics(model, encoded.lines, scheme=scheme)
         values["sensitivity"] = _sensitivity(model, windows, skip, statistics, measure[0], share)
     return _plain(values)
 
@@ -173,7 +174,8 @@ def _read(
     if chat and read.begin_token:
         read = replace(read, unusual=None)  # the template brings it
     most = 2 * WINDOW * WINDOWS
-    measured = encode(loaded, text, whole=True, max_tokens=min(max_tokens or most, most), **special)
+    start = [whole_text(text)[: 32 * most]]  # a long file need not be cut into tokens whole
+    measured = encode(loaded, start, whole=True, max_tokens=min(max_tokens or most, most), **special)
     ids = measured.lines[0][int(measured.begin_token) :]
     length = min(WINDOW, activations.window_length(loaded.model), max(16, len(ids) // 4))
     begin = tokenizer.bos_token_id if measured.begin_token else None
@@ -318,7 +320,7 @@ def _input(found: quantize.InputStatistics, entry: dict, text: Text, label: _Lab
     return {
         "module": found.name, "layer": found.layer, "largest_input": found.largest,
         "median_input": found.median, "ratio": found.ratio, "median_token_largest": found.token_median,
-        "token_ratio": found.token_ratio, "output_error": found.output_error,
+        "token_ratio": found.token_ratio, "int8_error": found.output_error,
         "dimension": entry.get("dimension"), "line": line, "position": position, "token_id": token,
         "token": None if token is None else label(token),
     }  # fmt: skip

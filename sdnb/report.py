@@ -74,12 +74,21 @@ def _skip_list(v: dict, everything: bool) -> str:
     rows = [
         [
             name, skip.get(name, "no"), _number(row["token_ratio"]), _number(row["largest_input"]),
-            _number(row["median_token_largest"]), str(row["dimension"]), _place(row),
-            _percent(row["output_error"]),
+            _number(row["median_token_largest"]), _index(row["dimension"]), _place(row),
+            _percent(row["int8_error"]),
         ]
         for name, row in ((name, known[name]) for name in shown)
     ]  # fmt: skip
-    heads = ["linear module ", "skip", "ratio", "largest input", "median token", "unit", "token ", "error"]
+    heads = [
+        "linear module ",
+        "skip",
+        "ratio",
+        "largest input",
+        "median token",
+        "unit",
+        "token ",
+        "int8 error",
+    ]
     tools = list(v["forms"])
     return "\n".join([
         f"skip list: {len(skip)} of {len(known)} modules, with an input of {v['skip_threshold']:g} times the "
@@ -106,7 +115,7 @@ def _layers(v: dict, everything: bool) -> str:
         mark = "up" if row["layer"] in ups else "down" if row["layer"] in downs else ""
         state, inner = row["largest_entry"], row["largest_input"]
         cells.append([
-            f"{row['layer']:>3} {mark}", _number(state["value"]), str(state["dimension"]), _place(state),
+            f"{row['layer']:>3} {mark}", _number(state["value"]), _index(state["dimension"]), _place(state),
             *([_number(inner["value"]), inner["module"].rpartition(".")[2]] if inner else ["-", "-"]),
             _percent(row["float16_share"]), *map(_percent, row["above_medians"].values()), _percent(rate),
         ])  # fmt: skip
@@ -204,6 +213,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _index(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _percent(value: float | None) -> str:

@@ -14,13 +14,13 @@ TEMPLATES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A part of the package may import what stands on a lower step, or its own part.
 STEPS = {
     "errors": 0,
-    **dict.fromkeys(("bar", "checkpoint", "files", "fingerprint", "gguf", "loading", "memory", "products"), 1),
-    "refusal": 1, "text": 1,
+    **dict.fromkeys(("bar", "checkpoint", "files", "fingerprint", "gguf", "loading", "memory"), 1),
+    "products": 1, "refusal": 1, "text": 1,
     "layers": 2, "gaussian": 2,
     "linearize": 3, "activations": 3, "spectra": 3,
     "decompose": 4,
     "quantize": 5, "signatures": 5, "records": 5, "plots": 5,
-    "inspection": 6, "run": 6, "explorer": 6,
+    "inspection": 6, "report": 6, "run": 6, "explorer": 6,
     "book": 7,
     "cli": 8,
 }  # fmt: skip

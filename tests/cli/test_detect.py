@@ -24,9 +24,9 @@ CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A planted model with 12 layers, loaded, its truth, and what is said of it."""
+    """A planted model, loaded, its truth, and what is said of it."""
     folder = tmp_path_factory.mktemp("planted")
-    truth = planted_model(folder, "llama", layers=12, explosion_layer=2, decay_layer=12)
+    truth = planted_model(folder, "llama", layers=6, explosion_layer=2, decay_layer=6)
     loaded = load(str(truth.folder))
     return loaded, truth, inspect_model(loaded, LINES)
 
@@ -99,8 +99,8 @@ def test_the_single_weight_is_the_planted_unit(planted):
 def test_cache_and_sinks_are_told(planted):
     _, _, values = planted
     sinks, cache = values["sinks"], values["cache"]
-    assert len(sinks["heads"]) == 12 and len(sinks["heads"][0]) == 4
-    assert sinks["rate"] == pytest.approx(sum(sinks["layer_rates"]) / 12)
+    assert len(sinks["heads"]) == 6 and len(sinks["heads"][0]) == 4
+    assert sinks["rate"] == pytest.approx(sum(sinks["layer_rates"]) / 6)
     assert [row["kept"] for row in cache["kept"]] == ["nothing", "first position"]
     assert cache["front_ids"] == [0]
 
