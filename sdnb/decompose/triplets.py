@@ -148,8 +148,8 @@ def _filtered(M: Tensor, limits: Tensor, width: int, seed: int) -> tuple[Tensor,
         back = M.mT @ U
         rounding = 8 * torch.finfo(S.dtype).eps * S[:, :1]
         error = (back - X * S[:, None, :]).norm(dim=1)[:, :k]
-        missing = error / torch.maximum(limits * S[:, :k], rounding)
-        good = ~(missing > 1)  # a matrix of zeros leaves 0 / 0
+        missing = (error / torch.maximum(limits * S[:, :k], rounding)).nan_to_num(0)  # 0 / 0 of zeros
+        good = missing <= 1
         if good.all() and (turn or not S.any()):  # a random block says nothing yet
             break
         taken = good.long().cumprod(1).sum(1, keepdim=True)  # a later one may be overtaken yet
@@ -192,7 +192,7 @@ def _degree(ratio: Tensor, missing: Tensor) -> int:
     """Return the degree whose polynomial lifts a value by what it misses, and no value by more than _LIFT."""
     ratio, missing = torch.stack([ratio, missing]).tolist()
     rate = math.acosh(max(2 * ratio - 1, 1 + 1e-9))  # T_m(2 ratio - 1) is about exp(m rate) / 2
-    return min(_HIGHEST, max(1, int(math.log(2 * min(_LIFT, _MARGIN * missing)) / rate)))
+    return min(_HIGHEST, max(1, int(math.log(2 * min(_LIFT, _MARGIN * max(1, missing))) / rate)))
 
 
 def _polynomial(M: Tensor, X: Tensor, first: Tensor, V: Tensor, a: Tensor, m: int) -> Tensor:
