@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.stamp
 RUNS   := _build/runs
 # Notebooks run side by side, each on one thread.
 JOBS   ?= 2
-# `make book` takes all models of book/models.yaml, `make book MODELS=zoo/llama` one of them alone.
+# `make book` takes all models of book/models.yaml, `make book MODELS=zoo/smollm2` one of them alone (or several, with commas).
 MODELS ?=
 BOOK   := book/models.yaml $(if $(MODELS),--only $(MODELS)) --results-dir $(RUNS)
 
