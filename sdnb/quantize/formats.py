@@ -133,13 +133,14 @@ def numbers(x: Tensor, scale: Tensor, name: str = "int8") -> Tensor:
     Returns:
         float32, the shape of x.
     """
-    kind = number_format(name)
+    kind, x, width = number_format(name), x.float(), x.shape[-1]
     if kind.block is None:
-        return kind.rounded(x.float() / scale)
-    x, width = x.float() / scale, x.shape[-1]
-    blocks = functional.pad(x, (0, -width % kind.block)).unflatten(-1, (-1, kind.block))
-    steps = _block_scales(largest_entry(blocks, (-1,)), kind)
-    found = kind.rounded(blocks.div_(torch.where(steps == 0, 1.0, steps))).mul_(steps)
+        return kind.rounded(x / scale)
+    if width % kind.block:
+        x = functional.pad(x, (0, -width % kind.block))
+    blocks, scale = x.unflatten(-1, (-1, kind.block)), scale[..., None]
+    steps = _block_scales(largest_entry(blocks, (-1,)) / scale, kind)
+    found = kind.rounded(blocks / torch.where(steps == 0, 1.0, steps * scale)).mul_(steps)
     return found.flatten(-2)[..., :width]
 
 
