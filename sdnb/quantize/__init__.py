@@ -1,7 +1,15 @@
 """Input statistics, simulated quantization, skip lists and their forms, experts, the single weight."""
 
 from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_experts, watched_experts
-from sdnb.quantize.formats import FORMATS, absmax_scale, exact_product, levels_left, numbers, rounded
+from sdnb.quantize.formats import (
+    FORMATS,
+    absmax_scale,
+    exact_product,
+    levels_left,
+    numbers,
+    rounded,
+    token_levels,
+)
 from sdnb.quantize.forms import Form, forms, gguf_name
 from sdnb.quantize.modules import (
     InputStatistics,
@@ -38,6 +46,6 @@ __all__ = [
     "absmax_scale", "down_projections", "exact_product", "expert_statistics", "forms", "fused_with",
     "gguf_name", "input_statistics", "kept_share", "levels_left", "linear_modules", "never_quantized",
     "norm_feeding", "numbers", "perplexity_ratio", "quantized", "rounded", "sensitivity",
-    "similar_entries", "single_weights", "skip_list", "smoothing_factors", "super_experts",
+    "similar_entries", "single_weights", "skip_list", "smoothing_factors", "super_experts", "token_levels",
     "watched_experts", "zeroed_entries",
 ]  # fmt: skip

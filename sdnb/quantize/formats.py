@@ -184,7 +184,7 @@ def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
         name: a key of FORMATS, or float16 or bfloat16.
 
     Returns:
-        int64, the shape of size. In a block format a token always has its own scales: give its own.
+        int64, the shape of size.
     """
     if name in PLAIN:
         bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16)
@@ -194,7 +194,27 @@ def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
         step = 1.0 if kind.fraction is None else 2.0 ** (kind.smallest - kind.fraction)
         grid = kind.rounded(torch.arange(1, int(kind.largest / step) + 1) * step).unique().double()
     grid = grid[grid.isfinite()].to(size.device)
-    return torch.searchsorted(grid, (size.double() / scale).contiguous(), right=True)
+    return torch.searchsorted(grid, ((1 + 1e-6) * size.double() / scale).contiguous(), right=True)
+
+
+def token_levels(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
+    """How many positive numbers of a format are left to each token of a tensor, up to its own largest entry.
+
+    Args:
+        x: tokens as rows, (..., k).
+        name: a key of FORMATS, or float16 or bfloat16.
+        scales: "tensor" or "token"; in a block format a token's largest entry always has a scale of its own.
+
+    Returns:
+        int64, (...).
+    """
+    sizes = largest_entry(x, (-1,))[..., 0]
+    if name in PLAIN:
+        return levels_left(sizes, 1.0, name)
+    kind = number_format(name)
+    own = scales == "token" or kind.block is not None
+    scale = (sizes if own else sizes.max()) / kind.largest
+    return levels_left(sizes, torch.where(scale == 0, 1.0, scale), name)
 
 
 def exact_product(X: Tensor, W: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers
 from sdnb.layers.calls import Call, replaced_forward
+from sdnb.quantize.experts import expert_parameters
 from sdnb.quantize.formats import absmax_scale, exact_product, largest_entry, number_format, numbers
 from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules
 
@@ -171,6 +172,8 @@ def quantized(
 ) -> Iterator[list[str]]:
     """Quantize every linear module but those to skip and the output embedding, for the length of a block.
 
+    Experts in three-dimensional parameters are no linear modules and keep their precision.
+
     Args:
         model: a causal language model, all weights in memory.
         scheme: how to quantize.
@@ -244,7 +247,7 @@ def smoothing_factors(
 
 
 def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
-    """Share of the linear modules' weights that keeps its precision, the output embedding not counted.
+    """Share of the weights that keeps its precision: linear modules and experts, but no embedding.
 
     Args:
         model: a causal language model.
@@ -254,7 +257,8 @@ def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
         A number between 0 and 1.
     """
     sizes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
-    return 1 - sum(sizes[name] for name in quantized_names) / sum(sizes.values())
+    experts = sum(p.numel() for *_, parameters in expert_parameters(model) for p in parameters)
+    return 1 - sum(sizes[name] for name in quantized_names) / (sum(sizes.values()) + experts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from sdnb.errors import ModelError
-from sdnb.quantize import expert_statistics, super_experts, watched_experts
+from sdnb.quantize import (
+    Scheme,
+    expert_statistics,
+    kept_share,
+    quantized,
+    super_experts,
+    watched_experts,
+)
 from tests.tiny import build
 
 SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.7}
@@ -74,3 +81,12 @@ def test_the_answer_of_the_model_does_not_change():
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ModelError, match="experts"):
         expert_statistics(build("llama", **SIZES), LINES)
+
+
+def test_experts_count_as_what_keeps_its_precision():
+    model = build("qwen3_moe", **SIZES, **MORE["qwen3_moe"])
+    with quantized(model, Scheme()) as names:
+        share = kept_share(model, names)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    others = sum(model.get_submodule(name).weight.numel() for name in names)
+    assert share == pytest.approx(experts / (experts + others))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdnb.errors import ParameterError
-from sdnb.quantize import FORMATS, absmax_scale, exact_product, levels_left, numbers, rounded
+from sdnb.quantize import FORMATS, absmax_scale, exact_product, levels_left, numbers, rounded, token_levels
 
 SUMMANDS = 8192
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -88,9 +88,19 @@ def test_levels_left_by_counting():
     sizes = torch.tensor([0.3, 1.0, 5.9, 40.0])
     for name, grid in {**{n: GRIDS[n] for n in ("int8", "int4", "float8_e4m3")}, "mxfp4": E2M1}.items():
         scale = absmax_scale(sizes.max(), name)
-        expected = [sum(0 < number * scale.item() <= size for number in grid) for size in sizes.tolist()]
+        expected = [
+            sum(0 < number * scale.item() <= size * (1 + 1e-6) for number in grid) for size in sizes.tolist()
+        ]
         assert levels_left(sizes, scale, name).tolist() == expected
     assert levels_left(torch.tensor([65_504.0, 0.0]), 1.0, "float16").tolist() == [31 * 1024 - 1, 0]
+
+
+def test_levels_of_tokens_by_who_shares_a_scale():
+    x = torch.tensor([[100.0, 1.0], [0.5, -3.0], [0.0, 0.0]])
+    assert token_levels(x, "int8").tolist() == [127, 3, 0], "3 * 127 / 100"
+    assert token_levels(x, "int8", "token").tolist() == [127, 127, 0]
+    assert token_levels(x, "mxfp4").tolist() == [7, 7, 0]
+    assert token_levels(x, "float8_e4m3")[1] > 80 and token_levels(x, "float16")[1] > 15_000
 
 
 def saturated(rows: int, seed: int) -> torch.Tensor:
