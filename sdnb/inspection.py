@@ -372,14 +372,18 @@ def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -
     if defect.found:
         high = activations.hidden_norms(model, windows).double() > defect.limits[:, None, None]
         kept |= {"first and high-norm": first | high[1:].any(dim=0)} if high[1:, :, 1:].any() else {}
-    rows = []
+    rows, nothing = [], None
     for name, keep in kept.items():
-        losses = []
+        parts = []
         for window, positions in zip(windows.split(1), keep.split(1), strict=True):
             with activations.quantized_cache(model, bits=CACHE_BITS, keep=positions):
-                losses.append(_losses(model, window))
-        share = keep.double().mean().item()
-        rows.append({"kept": name, "share_of_tokens": share, **_compared(torch.cat(losses), intact)})
+                parts.append(_losses(model, window))
+        losses = torch.cat(parts)
+        nothing = losses if nothing is None else nothing
+        rows.append({
+            "kept": name, "share_of_tokens": keep.double().mean().item(), **_compared(losses, intact),
+            "over_nothing": vars(quantize.perplexity_ratio(losses, nothing)),
+        })  # fmt: skip
     later = [row for row in defect.high_norm_tokens() if row["position"] == "later" and row["count"] > 1]
     front = [loaded.tokenizer.bos_token_id, *(row["token_id"] for row in later[:3])]
     front = [token for token in front if token is not None] if defect.found else []

@@ -39,7 +39,7 @@ def _head(v: dict) -> str:
             *_massive(v["massive_dimensions"]),
             f"to mask             states above {mask['multiple']} medians: {mask['tokens']} tokens "
             f"({_percent(mask['share'])}), {mask['first_positions']} of them first;",
-            f"                    {_percent(mask['high_norm_states_taken'])} of the high-norm states "
+            f"                    takes {_percent(mask['high_norm_states_taken'])} of the high-norm states "
             f"({_percent(mask['taken_by_first_position'])} with the first position alone)",
         ]
     else:
@@ -123,7 +123,8 @@ def _layers(v: dict, everything: bool) -> str:
     heads = ["layer ", "largest h", "dim", "token ", "input", "of ", "float16", *multiples, "sinks"]
     more = "" if everything else "; --all shows every layer"
     legend = (
-        f"largest entries of h and of inputs; share of tokens above so many medians; share of heads{more}"
+        "layers count from 1, names of modules from 0; largest entries of h and of linear modules' inputs;\n"
+        f"share of tokens above so many medians; sinks: share of heads that rest on position 0{more}"
     )
     return "\n".join([*_table(heads, cells), legend])
 
@@ -143,12 +144,12 @@ def _costs(v: dict) -> str:
                 f"            keys there {_number(keys)}, values {_number(values)} times as long as others'"
             )
     if found := v.get("cache"):
-        lines.append(
-            f"cache       {found['bits']} bits, perplexity times "
-            + "; ".join(f"{_times(row)}, {row['kept']} kept" for row in found["kept"])
-        )
+        kept = [f"{_times(row)}, {row['kept']} kept" for row in found["kept"]]
+        lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept)}")
+        if not any(_helps(row["over_nothing"]) for row in found["kept"][1:]):
+            lines.append("            keeping tokens gives nothing back within two standard errors")
         if found["front"]:
-            lines.append(f"            to keep, or to put in front: {_few(found['front'])}")
+            lines.append(f"            candidates to keep, or to put in front: {_few(found['front'])}")
     if chosen := v.get("single_weight", {}).get("chosen"):
         found, place = v["single_weight"], f"[{chosen['row']}, {chosen['column']}]"
         also = f", also by {' and '.join(found['also'])}" if found["also"] else ""
@@ -178,9 +179,7 @@ def _measured(v: dict) -> str:
     for row in found["schemes"]:
         parts = ["-"] * 4
         if "list" in row:
-            gain = row["list_over_nothing"]
-            helps = gain["error"] is not None and gain["ratio"] < 1 - 2 * gain["error"]
-            given = _percent(row["given_back_list"]) if helps else "nothing"
+            given = _percent(row["given_back_list"]) if _helps(row["list_over_nothing"]) else "nothing"
             parts = [_times(row["list"]), given, _times(row["random"]), _percent(row["given_back_random"])]
         cells.append([row["scheme"], _times(row["nothing"]), *parts])
     heads = ["quantized ", "nothing skipped", "the list", "gives back", "random lists", "give back"]
@@ -228,6 +227,11 @@ def _times(found: dict) -> str:
     digits = 3 if found["ratio"] < 10 else 0
     error = "" if found["error"] is None else f" ±{found['error']:.{digits}f}"
     return f"{found['ratio']:,.{digits}f}{error}"
+
+
+def _helps(gain: dict) -> bool:
+    """Whether a perplexity over another is below one by more than two standard errors."""
+    return gain["error"] is not None and gain["ratio"] < 1 - 2 * gain["error"]
 
 
 def _place(row: dict) -> str:

@@ -105,17 +105,26 @@ def test_cache_and_sinks_are_told(planted):
     assert cache["front_ids"] == [0]
 
 
-def test_measured_list_gives_back_what_it_costs(planted):
-    loaded, _, _ = planted
-    values = inspect_model(loaded, LINES, costs=False, measure=["int8 tensor", "nvfp4"])
+def test_measured_list_gives_back_what_it_costs():
+    values = inspect_model(load("zoo/llama"), max_tokens=1024, costs=False, measure=["int8 tensor", "nvfp4"])
     [row, block] = values["measured"]["schemes"]
-    assert (
-        row["nothing"]["ratio"] > row["list"]["ratio"] and row["given_back_list"] > row["given_back_random"]
-    )
-    assert block["scheme"] == "nvfp4" and 0 < row["kept_share"] < 1
+    assert row["nothing"]["ratio"] > 1.02 and values["spiking_modules"] == ["model.layers.4.mlp.down_proj"]
+    assert row["given_back_list"] > 0.7 > 0.3 > row["given_back_random"]
+    assert block["scheme"] == "nvfp4" and 0 < block["kept_share"] < 1
     ranked = values["sensitivity"]
-    assert ranked["gains"][0]["module"] in values["spiking_modules"] and ranked["recovered"] >= 0.8
+    assert ranked["shortest"][0] == values["spiking_modules"][0] and ranked["recovered"] >= 0.8
     assert set(ranked["forms"]) == set(TOOLS)
+    check_report(values)
+
+
+def test_a_real_model():
+    values = inspect_model(load("zoo/smollm2"), costs=False)
+    assert values["explosion_layers"] == [12, 3] and values["decay_layers"] == [29, 30, 10, 11]
+    assert values["masking"]["first_positions"] == values["line_count"] == 64
+    top = max(values["massive_dimensions"], key=lambda row: row["share"])
+    assert top["dimension"] == 507 and top["share"] > 0.9
+    listed = [f"model.layers.{number}.mlp.down_proj" for number in (11, 28, 2, 9, 1)]
+    assert values["spiking_modules"] == listed
     check_report(values)
 
 
