@@ -1,62 +1,64 @@
-"""What the trained models are good for: the skip list, what it gives back, and who is related to whom."""
-
-from itertools import combinations
-from pathlib import Path
+"""What a trained model is good for: the skip list, and what it recovers."""
 
 import pytest
 
-from sdnb.loading import load
-from sdnb.observations import detect_defects, lineage, quantization
+import sdnb
+from sdnb.quantize import (
+    SCHEMES,
+    Scheme,
+    input_statistics,
+    linear_modules,
+    norm_feeding,
+    perplexity_ratio,
+    quantized,
+)
 
-ZOO = Path(__file__).resolve().parents[2] / "zoo"
-FAMILY = ("llama", "llama-chat", "llama-code")
-STRANGERS = ("llama-seed2", "llama-batch8k", "neox", "gpt2")
+WINDOW = 128
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return load("zoo/llama")
+    return sdnb.load("zoo/llama")
+
+
+@pytest.fixture(scope="module")
+def ids(llama):
+    text = sdnb.encode(llama, "heldout", whole=True, add_special_tokens=False, max_tokens=40 * WINDOW)
+    return text.lines[0]
+
+
+@pytest.fixture(scope="module")
+def calibration(ids):
+    return list(ids[-8 * WINDOW :].reshape(8, WINDOW))
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])
 def test_the_skip_list_holds_the_down_projections_of_the_explosion_layers(llama, special_tokens):
-    found = detect_defects(llama, max_lines=32, add_special_tokens=special_tokens).values
-    down = [f"model.layers.{layer - 1}.mlp.down_proj" for layer in found["explosion_layers"]]
-    assert down and found["spiking_modules"] == down
-    assert found["skip_list"] == [*down, "lm_head"]
+    text = sdnb.encode(llama, max_lines=32, add_special_tokens=special_tokens)
+    reader = sdnb.StateReader(llama, text)
+    statistics = input_statistics(llama.model, text.lines, visit=reader.visit)
+    layers = reader.defect().explosion_layers
+    down = [f"model.layers.{layer - 1}.mlp.down_proj" for layer in layers]
+    found = sdnb.quantize.skip_list(llama.model, statistics)
+    assert down and list(found.spiking) == down
+    assert found.modules == [*down, "lm_head"]
 
 
-def test_quantizing_everything_hurts_and_the_list_gives_most_of_it_back(llama):
-    settings = {"text": "heldout", "max_tokens": 4096, "window": 128, "calibration_windows": 8}
-    rows = quantization(llama, **settings).values["rows"]
-    intact = rows[0]["perplexity"]
+def test_quantizing_everything_hurts_and_the_list_recovers_most_of_it(llama, ids, calibration):
+    statistics = input_statistics(llama.model, calibration)
+    detected = sdnb.quantize.skip_list(llama.model, statistics).spiking
+    norms = norm_feeding(llama.model, linear_modules(llama.model), calibration[0][None])
+    predicted = ids[: -8 * WINDOW]
+    intact = sdnb.perplexity(llama.model, predicted, window=WINDOW)
 
-    def loss(method: str, skip: str, weights: str = "tensor", number_format: str = "int8") -> float:
-        found = [
-            row["perplexity"] for row in rows
-            if (row["method"], row["skip"], row["weights"], row["number_format"], row["static"])
-            == (method, skip, weights, number_format, False)
-        ]  # fmt: skip
-        return found[0] / intact - 1
+    def loss(scheme: Scheme, skip: tuple[str, ...] = ()) -> float:
+        with quantized(llama.model, scheme, skip=skip, statistics=statistics, norms=norms):
+            found = sdnb.perplexity(llama.model, predicted, window=WINDOW)
+        return perplexity_ratio(found.nll, intact.nll).ratio - 1
 
-    for method in ("rtn", "smoothquant"):
-        assert loss(method, "none") > 0.015, "one scale a tensor hurts"
-        assert loss(method, "detected") < 0.5 * loss(method, "none")
-    assert abs(loss("rtn", "none", weights="channel")) < 0.2 * loss("rtn", "none")
-    assert loss("rtn", "none", number_format="float8_e4m3") < 0.5 * loss("rtn", "none")
-
-
-def test_signatures_group_the_family_and_leave_out_strangers(tmp_path):
-    names = [f"zoo/{name}" for name in (*FAMILY, *STRANGERS)]
-    late = sorted((ZOO / "llama-steps").glob("*/config.json"))[-2:]
-    names += [str(path.parent) for path in late]
-    values, _, _ = lineage(names, results_dir=tmp_path, max_lines=60)
-    group = dict(zip(values["names"], values["groups"], strict=True))
-    strangers = [f"zoo/{name}" for name in STRANGERS]
-    related = [name for name in names if name not in strangers]
-    assert len({group[name] for name in related}) == 1
-    assert all(group[name] != group["zoo/llama"] for name in strangers)
-    assert all(group[a] != group[b] for a, b in combinations(strangers, 2))
-    for pair in values["pairs"]:
-        if {pair["first"], pair["second"]} <= {f"zoo/{name}" for name in FAMILY}:
-            assert pair["angle_deg"] + pair["uncertainty_deg"] < 15
+    plain, smooth = loss(SCHEMES["int8 tensor"]), loss(Scheme(alpha=0.5))
+    for scheme, hurt in ((SCHEMES["int8 tensor"], plain), (Scheme(alpha=0.5), smooth)):
+        assert hurt > 0.015, "one scale a tensor hurts"
+        assert loss(scheme, detected) < 0.5 * hurt
+    assert abs(loss(SCHEMES["int8 channel, token"])) < 0.2 * plain
+    assert loss(SCHEMES["float8 tensor"]) < 0.5 * plain
