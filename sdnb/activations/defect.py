@@ -442,7 +442,7 @@ def _write(defect: Defect, path: Path) -> None:
     plain = json.dumps({name: value for name, value in values.items() if name not in tensors})
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"defect": plain})
+        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, part, metadata={"defect": plain})
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
