@@ -7,9 +7,9 @@ matcher where it is installed, and by its documented rule everywhere.
 import re
 from dataclasses import dataclass
 
+import gguf
 from torch import nn
 
-from sdnb.errors import ParameterError
 from sdnb.quantize.skip_lists import SkipList
 
 
@@ -94,14 +94,7 @@ def gguf_name(model: nn.Module, module: str) -> str | None:
 
     Returns:
         The name; None where llama.cpp's table has none.
-
-    Raises:
-        ParameterError: the gguf package, which holds the table, is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ParameterError("names of GGUF tensors need the gguf package: pip install gguf") from None
     known = {re.sub(r"\W|_", "", name): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     kind = re.sub(r"\W|_|text$", "", model.config.model_type)
     arch = known.get(kind, gguf.MODEL_ARCH.LLAMA)  # mistral and others are stored as llama

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 from scipy.special import erf, erfc, gammaln
-from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from sdnb.errors import ParameterError
@@ -113,6 +112,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     Returns:
         Between -1 and 1; nan where a series is constant.
     """
+    from scipy.stats import spearmanr  # takes longer to load than all else here
+
     return float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
 
 
@@ -128,6 +129,8 @@ def rank_correlation_p_value(a: Tensor, b: Tensor) -> float:
     Returns:
         Share of the s shifts (the shift by zero included) with a correlation at least as large.
     """
+    from scipy.stats import rankdata
+
     ranks_a, ranks_b = (torch.from_numpy(rankdata(x.double().numpy())) for x in (a, b))
     ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
     products = torch.fft.irfft(torch.fft.rfft(ranks_a).conj() * torch.fft.rfft(ranks_b), n=len(a))

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from fnmatch import fnmatch
 
+import gguf
 import pytest
 import torch
 from torch import nn
@@ -117,13 +118,11 @@ GGUF = {
 
 @pytest.mark.parametrize("family", GGUF)
 def test_gguf_calls_modules_by_its_own_names(family):
-    pytest.importorskip("gguf")
     model = build(family, **TWELVE)
     assert {name: gguf_name(model, name) for name in GGUF[family]} == GGUF[family]
 
 
 def test_llama_cpp_lines_match_exactly_the_listed_tensors():
-    gguf = pytest.importorskip("gguf")
     model = build("llama", **TWELVE)
     chosen = the_list(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
