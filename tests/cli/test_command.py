@@ -69,6 +69,7 @@ def test_commands_take_what_messages_name(command, tmp_path, monkeypatch, capfd)
         raise ModelError("that is all")
 
     monkeypatch.setattr("sdnb.loading.load", refuse)
+    monkeypatch.setattr("sdnb.signatures.load", refuse)
     folder = tiny_model(tmp_path / "tiny", layers=1)
     assert main([command, str(folder), "--allow-pickle", "--trust-remote-code", "--dtype", "float32"]) == 1
     assert asked[0]["allow_pickle"] and asked[0]["trust_remote_code"] and asked[0]["dtype"] == "float32"
