@@ -52,7 +52,9 @@ _WHERE = {
     "sdnb.signatures": (
         "Signature", "alignment", "compare_signatures", "related_groups", "signature",
     ),
-    "sdnb.records": ("Record", "beside_published", "provenance", "read_record", "save_record", "stored", "summary"),
+    "sdnb.records": (
+        "Record", "beside_published", "provenance", "read_record", "save_record", "stored", "summary",
+    ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -24,6 +24,6 @@ def progress(iterable: Iterable[Item], desc: str | None = None, total: int | Non
 
     in_notebook = "ipykernel" in sys.modules
     # None asks whether the output is a terminal, which a notebook's is not.
-    # Short loops show no bar: what is done within two seconds needs none, and an inner loop would add hundreds.
+    # What is done within two seconds shows no bar: an inner loop would add hundreds of them.
     quiet = {} if in_notebook else {"disable": None}
     return tqdm(iterable, desc=desc, total=total, leave=False, delay=2, **quiet)

@@ -234,7 +234,7 @@ def _add_spectra(add) -> None:
 
 
 def _run_spectra(args: argparse.Namespace) -> int:
-    """One line a matrix: shape, sigma, edges of the bulk, values below and above it, distance from the law."""
+    """One line a matrix: shape, sigma, edges of the bulk, values outside it, distance from the law."""
     from sdnb import load
     from sdnb.layers.matrices import layer_matrices_or_reason
     from sdnb.spectra import NoBulk, fit_spectrum, singular_values
