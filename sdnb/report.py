@@ -145,7 +145,8 @@ def _costs(v: dict) -> str:
             )
     if found := v.get("cache"):
         kept = [f"{_times(row)}, {row['kept']} kept" for row in found["kept"]]
-        lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept)}")
+        lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept[:2])}")
+        lines += [f"            {text}" for text in kept[2:]]
         if not any(_helps(row["over_nothing"]) for row in found["kept"][1:]):
             lines.append("            keeping tokens gives nothing back within two standard errors")
         if found["front"]:
