@@ -17,7 +17,8 @@ from sdnb.products import add_product_
 if TYPE_CHECKING:
     from sdnb.layers import LayerView, Norm
 
-_ROWS = 512  # of weights, multiplied at a time on a CPU: what its cache holds
+_ROWS = 128  # of weights, multiplied at a time on a CPU: what its cache holds
+_SMALLEST = 1e-15  # length of a row whose squares float32 holds, as it does those of 1e15
 _UNITS = (
     2048,
     16384,
@@ -387,20 +388,26 @@ def closed_form_fit(
     if c is not None and (v is None or shapes[3] != shapes[0][:1]):
         raise ParameterError(f"c must have shape (f,) and belongs to v; w, b, v, c are {shapes}")
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
-    at_once = _ROWS if w.device.type == "cpu" else len(w)
-    # squares are added up in float64, so that small weights do not vanish
-    s = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in w.split(at_once)])
+    s = _row_products(w, w).sqrt()
+    if not ((s > _SMALLEST) & (s < 1 / _SMALLEST)).all():
+        s = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
     spread = s if b is None else torch.maximum(s, _SMALLEST_SPREAD * b.detach().to(s).abs())
     m0, m1, m2 = gaussian_moments(activation, spread, b)
     spread = torch.where(spread == 0, 1.0, spread)
     if v is None:
         return (m1 / spread).to(w)[:, None] * w
     v = v.detach().to(w)
-    pairs = zip(w.split(at_once), v.split(at_once), strict=True)
-    alpha = torch.cat([(x * y).sum(1, dtype=torch.float64) for x, y in pairs]) * m2 / spread.square()
+    alpha = _row_products(w, v) * m2 / spread.square()
     if c is not None:
         alpha += c.detach().to(s) * m1 / spread
     return (alpha.to(w)[:, None] * w).addcmul_(m0.to(w)[:, None], v)
+
+
+def _row_products(X: Tensor, Y: Tensor) -> Tensor:
+    """Return x_i.y_i of all rows, shape (f,), float64; the terms and their pairwise sums are float32."""
+    rows = _ROWS if X.device.type == "cpu" else len(X)
+    pieces = zip(X.split(rows), Y.split(rows), strict=True)
+    return torch.cat([(x * y).sum(1) for x, y in pieces]).double()
 
 
 @dataclass(frozen=True)
