@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -40,9 +40,7 @@ DONE, UNCHANGED, FAILED = "done", "unchanged", "failed"
 NO_MODEL = "random_matrix"
 """Folder of a notebook that looks at no model."""
 _OWN = ("model", "results_dir")
-_TYPES = {"int": int, "float": (int, float), "str": (str, list), "bool": bool, "list": list}
-_LARGE = 64 * 2**20
-_START_TIMEOUT_S = 180
+_TEMPORARY = Path(tempfile.gettempdir())  # before a cell's own TMPDIR is set
 _LOST = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
 
 
@@ -98,7 +96,7 @@ class Cell:
         return re.search(r"\b(records|sdnb)\.(summary|stored)\(", text) is not None
 
     def note(self) -> dict:
-        """What the executed notebook says of its run: key, files, seconds, finished, machine."""
+        """What the executed notebook says of its run: key, files, seconds, finished; empty without one."""
         try:
             return dict(json.loads(self.notebook.read_text(encoding="utf-8"))["metadata"]["sdnb"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -120,7 +118,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell."""
+    """What became of a cell: DONE, UNCHANGED or FAILED."""
 
     cell: Cell
     status: str
@@ -132,18 +130,7 @@ class Outcome:
 
 
 def models_in(names: Iterable[str], only: Iterable[str] | None = None) -> list[Model]:
-    """Read the models of a command line; a `.yaml` file stands for those that it lists under `models`.
-
-    Args:
-        names: hub ids, folders, `zoo/<name>`, or paths of YAML files.
-        only: those to take, by name or name@revision; None takes all.
-
-    Returns:
-        The models, in order.
-
-    Raises:
-        ParameterError: a file says something else, two models share a folder, or `only` names none of them.
-    """
+    """The models of a command line; a `.yaml` file stands for those that it lists under `models`."""
     found = []
     for name in names:
         entries = read_yaml(Path(name)).get("models") if name.endswith((".yaml", ".yml")) else [name]
@@ -166,10 +153,9 @@ def _model(entry: object, file: str) -> Model:
     keys = ("model", "revision", "parameters", "notebooks")
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str) or {*entry} - {*keys}:
         raise ParameterError(f"{file}: a model is a name or an object with {', '.join(keys)}, not {entry!r}.")
-    revision, chosen = entry.get("revision"), entry.get("notebooks")
-    listed = tuple(str(name).zfill(2) for name in chosen) if chosen else None
-    revision = None if revision is None else str(revision)
-    return Model(entry["model"], revision, entry.get("parameters") or {}, listed)
+    name, revision, parameters, chosen = (entry.get(key) for key in keys)
+    listed = tuple(str(one).zfill(2) for one in chosen) if chosen else None
+    return Model(name, None if revision is None else str(revision), parameters or {}, listed)
 
 
 def templates_in(folder: Path | None = None) -> list[Path]:
@@ -190,12 +176,12 @@ def number(template: Path) -> str:
 
 
 def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
-    """Choose templates.
+    """Choose templates by number or name.
 
     Args:
         there: all of them.
-        names: numbers or names; None for those that the book runs on its main model, the first one of
-            `book/models.yaml` beside the templates, or all with a number where there is no such file.
+        names: None for those that the book runs on its main model, the first one of `book/models.yaml` beside
+            the templates, or all with a number where there is no such file.
 
     Returns:
         The chosen ones, in order.
@@ -206,7 +192,7 @@ def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
     if names is None:
         listed = there[0].parent.parent / "book" / "models.yaml"
         main = models_in([str(listed)])[0].notebooks if listed.is_file() else None
-        return [p for p in there if p.stem[:2].isdigit() and (main is None or number(p) in main)]
+        return [path for path in there if path.stem[:2].isdigit() and (main is None or number(path) in main)]
     found = set()
     for name in names:
         wanted = name.removesuffix(".ipynb")
@@ -234,7 +220,7 @@ def matrix(
         The cells, model by model, each once.
 
     Raises:
-        ParameterError: a parameter is unknown or of the wrong type, or nothing is left to run.
+        ParameterError: a parameter is unknown, or nothing is left to run.
     """
     wished, known = pick(there, asked), {path: declared(path) for path in there}
     chosen = [pick(there, model.notebooks) if model.notebooks else wished for model in models]
@@ -246,9 +232,8 @@ def matrix(
         own = given | model.parameters | ({"revision": model.revision} if model.revision else {})
         for path in paths:
             names = known[path]
-            values = {key: _as_declared(path, key, own[key], names[key]) for key in own if key in names}
-            fixed = {"model": model.name, "results_dir": str(results)}
-            values |= {key: value for key, value in fixed.items() if key in names}
+            values = own | {"model": model.name, "results_dir": str(results)}
+            values = {key: _listed(value, names[key]) for key, value in values.items() if key in names}
             rest = {key: _literal(entry) for key, entry in names.items() if key not in values}
             cell = Cell(model if "model" in names else None, path, values, rest, results)
             cells.setdefault(cell.notebook, cell)
@@ -262,9 +247,7 @@ def matrix(
 
 def parameters_of(files: Iterable[Path], pairs: Iterable[tuple[str, str]]) -> dict:
     """Parameters from YAML files (-f) and from the command line (-p NAME VALUE, the value as YAML)."""
-    given = {}
-    for path in files:
-        given |= read_yaml(path)
+    given = {name: value for path in files for name, value in read_yaml(path).items()}
     for name, text in pairs:
         try:
             value = yaml.safe_load(text)
@@ -295,6 +278,12 @@ def declared(source: Path) -> dict[str, dict]:
         raise ParameterError(f"The notebook {source} cannot be read: {error}") from error
 
 
+def _listed(value: object, entry: dict) -> object:
+    """One thing alone, for a parameter that is declared as a list, is a list of one."""
+    alone = isinstance(value, (str, int, float)) and "list" in entry["inferred_type_name"]
+    return [value] if alone else value
+
+
 def _literal(entry: dict) -> object:
     try:
         return ast.literal_eval(entry["default"])
@@ -306,48 +295,25 @@ def _refuse_unknown(given: dict, known: dict[Path, dict], run: set[Path]) -> Non
     for name in given:
         if name in _OWN:
             raise ParameterError(f"{name} is no parameter to pass: give MODEL and --results-dir instead.")
-        holders = [path for path, names in known.items() if name in names]
+        holders = {path for path, names in known.items() if name in names}
         if not holders:
             everything = set().union(*known.values()) - {*_OWN}
             near = difflib.get_close_matches(name, everything, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
             raise ParameterError(f"No notebook has a parameter {name!r}: {hint}")
-        if not {*holders} & run:
-            numbers = [", ".join(sorted(map(number, paths))) for paths in (run, holders)]
-            raise ParameterError(
-                f"None of the notebooks {numbers[0]} has a parameter {name!r}; {numbers[1]} do."
-            )
-
-
-def _as_declared(source: Path, name: str, value: object, entry: dict) -> object:
-    """Check a value against its declared type; one thing alone is a list of one, a text may be lines."""
-    kind = entry["inferred_type_name"].strip("\"' ")
-    allowed = _TYPES.get(kind)
-    if allowed is None or (value is None and entry["default"].strip() == "None"):
-        return value
-    if kind == "list" and isinstance(value, (str, int, float)) and "," not in str(value):
-        return [value]
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
-        raise ParameterError(f"{source.stem}: {name} must be of type {kind}, not {value!r}.")
-    return value
+        if not holders & run:
+            these, those = (", ".join(sorted(map(number, paths))) for paths in (run, holders))
+            raise ParameterError(f"None of the notebooks {these} has a parameter {name!r}; {those} do.")
 
 
 # --- what a cell depends on
 
 
 def cell_key(cell: Cell) -> str:
-    """SHA-256 over all that a cell's result depends on.
-
-    These are the template, the package, versions, parameters, the files of the model and of every local model
-    or text that a parameter names, and the records of the others for a notebook that reads them. Files above
-    64 MiB count by size, time of change and their first MiB; a model on the hub by its commit.
-
-    Args:
-        cell: the cell.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 over all that a cell's result depends on, 64 hexadecimal digits."""
+    # Template, package, versions, parameters, the files of the model and of every local model or text that a
+    # parameter names, and for a notebook that reads them the others' records. Files above 64 MiB count by
+    # size, time of change and their first MiB, a model on the hub by its commit.
     from sdnb.records import package_fingerprint, versions
 
     values = {key: value for key, value in (cell.defaults | cell.parameters).items() if key not in _OWN}
@@ -355,7 +321,7 @@ def cell_key(cell: Cell) -> str:
     parts = {
         "template": content_hash(cell.source), "package": package_fingerprint(), "versions": versions(),
         "parameters": values, "model": cell.model and _model_marks(cell.model),
-        "named": {word: _named_marks(word) for word in words if isinstance(word, str) and len(word) < 4096},
+        "named": {word: _named_marks(word) for word in words if isinstance(word, str)},
     }  # fmt: skip
     if cell.reads_records:
         records = cell.results.glob("*/[0-9][0-9]_*.json")
@@ -367,9 +333,8 @@ def _model_marks(model: Model) -> object:
     found = locate(model.name, model.revision)
     if found.sha256 or found.folder is None:
         return found.sha256 or found.revision
-    marks = {name: _mark(found.folder / name) for name in found.files}
-    steps = found.folder.with_name(f"{found.folder.name}-steps").glob("*/*")  # its checkpoints in training
-    return marks | {f"{path.parent.name}/{path.name}": _mark(path) for path in sorted(steps)}
+    steps = sorted(found.folder.with_name(f"{found.folder.name}-steps").glob("*/*"))  # of its training
+    return {str(path): _mark(path) for path in [*(found.folder / name for name in found.files), *steps]}
 
 
 def _named_marks(word: str) -> object:
@@ -377,17 +342,17 @@ def _named_marks(word: str) -> object:
     path = path_of(word)
     if path is not None and path.is_file():
         return _mark(path)
-    if not word.startswith("zoo/") and (path is None or not path.is_dir()):
-        return None
-    try:
-        return _model_marks(Model(word))
-    except SdnbError:
-        return None  # whether it may be missing is the notebook's affair
+    if word.startswith("zoo/") or (path is not None and path.is_dir()):
+        try:
+            return _model_marks(Model(word))
+        except SdnbError:
+            return None  # whether it may be missing is the notebook's affair
+    return None
 
 
 def _mark(path: Path) -> str:
     about = path.stat()
-    if about.st_size <= _LARGE:
+    if about.st_size <= 64 * 2**20:
         return content_hash(path)
     with path.open("rb") as file:
         return f"{about.st_size} {about.st_mtime_ns} {hashlib.sha256(file.read(2**20)).hexdigest()}"
@@ -436,7 +401,8 @@ def run_all(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        show.close()
+        for bar in show.bars.values():
+            bar.close()
     print(_table(outcomes))
     return outcomes
 
@@ -445,8 +411,7 @@ class _Progress:
     """One line for each running cell: which cell of its notebook, seconds, and what it took last time."""
 
     def __init__(self, cells: list[Cell], events: object):
-        self.cells, self.events, self.bars = cells, events, {}
-        self.seen = sys.stderr.isatty()
+        self.cells, self.events, self.bars, self.seen = cells, events, {}, sys.stderr.isatty()
 
     def refresh(self) -> None:
         """Take in what the workers told, and draw the seconds anew."""
@@ -457,15 +422,13 @@ class _Progress:
                 index, place, total, before = self.events.get_nowait()
             except queue.Empty:
                 break
-            label, last = self.cells[index].label, f", {before:.0f} s last time" if before else ""
             if index not in self.bars:
+                label, last = self.cells[index].label, f"{before:.0f} s last time" if before else ""
                 form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed} min{postfix}"
-                self.bars[index] = tqdm(
-                    total=total, desc=label, bar_format=form, leave=False, disable=not self.seen
-                )
-                self.bars[index].set_postfix_str(last.lstrip(", "), refresh=False)
+                look = {"total": total, "desc": label, "bar_format": form, "leave": False}
+                self.bars[index] = tqdm(**look, postfix=last or None, disable=not self.seen)
                 if not self.seen and before and before > 20:
-                    print(f"{label}  started{last}", flush=True)
+                    print(f"{label}  started, {last}", flush=True)
             self.bars[index].n = place
         for bar in self.bars.values():
             bar.refresh()
@@ -482,23 +445,19 @@ class _Progress:
         tqdm.write(f"[{count}/{len(self.cells)}] {outcome.cell.label}  {outcome.status}{seconds}", sys.stdout)
         sys.stdout.flush()
 
-    def close(self) -> None:
-        """Remove the lines of cells that did not end."""
-        for bar in self.bars.values():
-            bar.close()
-
 
 def _table(outcomes: list[Outcome]) -> str:
     """Models by notebooks, the counts, and why cells failed."""
     names = sorted({number(outcome.cell.source) for outcome in outcomes})
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict] = {"model": dict(zip(names, names, strict=True))}
     for outcome in outcomes:
         model = outcome.cell.label.partition("  ")[0]
         rows.setdefault(model, {})[number(outcome.cell.source)] = outcome.status
-    wide, column = max(map(len, [*rows, "model"])), len(UNCHANGED)
-    lines = ["", f"{'model':<{wide}}  " + "  ".join(f"{name:<{column}}" for name in names)]
-    for model, row in rows.items():
-        lines.append(f"{model:<{wide}}  " + "  ".join(f"{row.get(name, ''):<{column}}" for name in names))
+    wide = max(map(len, rows))
+    lines = [
+        "",
+        *("  ".join([f"{m:<{wide}}", *(f"{row.get(n, ''):<9}" for n in names)]) for m, row in rows.items()),
+    ]
     counts = {status: sum(o.status == status for o in outcomes) for status in (DONE, UNCHANGED, FAILED)}
     lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     lines += [f"  {outcome.cell.label}: {outcome.reason}" for outcome in outcomes if outcome.reason]
@@ -522,16 +481,15 @@ def _prepare(jobs: int, events: object) -> None:
     if gpus is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
         gpus = ",".join(str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU"))
-    if gpus:
-        names = gpus.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[
-            multiprocessing.current_process()._identity[0] % len(names)
-        ]
+    if gpus:  # each worker its own, going round
+        names, own = gpus.split(","), multiprocessing.current_process()._identity[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[own % len(names)]
 
 
 def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
     """Run one cell unless it is done and unchanged; failures are told, not raised."""
     start = time.perf_counter()
+    failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:
         if cell.model:
             locate(cell.model.name, cell.model.revision)  # first: what is no model leaves no folder behind
@@ -540,30 +498,24 @@ def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome
                 return Outcome(cell, UNCHANGED)
             sweep(cell.notebook)
             key, before = cell_key(cell), cell.note().get("seconds")
-            content, problem = _execute(
-                cell, timeout_s, lambda n, total: _EVENTS.put((index, n, total, before))
-            )
-            seconds = time.perf_counter() - start
-            failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
-            if content and not problem:
-                content["metadata"]["sdnb"] = {
-                    "key": key, "files": cell.products(), "seconds": round(seconds, 1),
-                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                }  # fmt: skip
+            content, problem = _execute(cell, timeout_s, lambda n, of: _EVENTS.put((index, n, of, before)))
+            seconds, now = time.perf_counter() - start, datetime.now(UTC).isoformat(timespec="seconds")
             if content:
+                note = {"key": key, "files": cell.products(), "seconds": round(seconds, 1), "finished": now}
+                content["metadata"] |= {} if problem else {"sdnb": note}
                 text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                 atomic_write(failed if problem else cell.notebook, text.encode())
             if problem:
                 return Outcome(cell, FAILED, seconds, f"{problem} (see {failed})" if content else problem)
             failed.unlink(missing_ok=True)
     except SdnbError as error:
-        return Outcome(cell, FAILED, time.perf_counter() - start, str(error))
+        return Outcome(cell, FAILED, reason=str(error))
     except Exception as error:  # whatever it is, the other cells and the table come all the same
-        return Outcome(cell, FAILED, time.perf_counter() - start, f"{type(error).__name__}: {error}")
+        return Outcome(cell, FAILED, reason=f"{type(error).__name__}: {error}")
     return Outcome(cell, DONE, seconds)
 
 
-def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | None, str | None]:
+def _execute(cell: Cell, timeout_s: int | None, tell: Callable) -> tuple[dict | None, str | None]:
     """Run a template through papermill: the executed notebook, if there is one, and what went wrong."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -577,12 +529,10 @@ def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | No
         @classmethod
         def execute_managed_notebook(cls, nb_man: object, kernel_name: str, **kwargs: object) -> object:
             start, total = nb_man.cell_start, len(nb_man.nb.cells)
-
-            def told(cell: object, cell_index: int | None = None, **more: object) -> object:
-                tell((cell_index or 0) + 1, total)
-                return start(cell, cell_index, **more)
-
-            nb_man.cell_start = told
+            nb_man.cell_start = lambda cell, index=None, **more: (
+                tell(index + 1, total),
+                start(cell, index, **more),
+            )
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
     papermill_engines.register("sdnb", Engine)
@@ -602,26 +552,20 @@ def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | No
     stderr, told = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(told, 2)  # the kernel's own stderr would stand between the lines of progress
     try:
-        for _ in range(2):
-            try:
-                papermill.execute_notebook(
-                    str(cell.source), str(running), parameters=cell.parameters, engine_name="sdnb",
-                    kernel_name="python3", language="python", progress_bar=False, config=config,
-                    start_timeout=_START_TIMEOUT_S, execution_timeout=timeout_s,
-                )  # fmt: skip
-                problem = None
-                break
-            except PapermillExecutionError as error:
-                problem = f"{error.ename}: {error.evalue}"
-                break
-            except CellTimeoutError:
-                problem = f"a cell ran for more than {timeout_s} s (--timeout)"
-                break
-            except (DeadKernelError, RuntimeError, TimeoutError) as error:
-                words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                problem = f"the kernel did not start or died, twice ({error}) {' '.join(words[-1:])}".rstrip()
-        content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
+        papermill.execute_notebook(
+            str(cell.source), str(running), parameters=cell.parameters, engine_name="sdnb", config=config,
+            kernel_name="python3", language="python", progress_bar=False, start_timeout=180,
+            execution_timeout=timeout_s,
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        problem = f"{error.ename}: {error.evalue}"
+    except CellTimeoutError:
+        problem = f"a cell ran for more than {timeout_s} s (--timeout)"
+    except (DeadKernelError, RuntimeError, TimeoutError) as error:
+        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        problem = f"the kernel did not start or died ({error}) {' '.join(words[-1:])}".rstrip()
     finally:
+        content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(told)
@@ -633,12 +577,9 @@ def _execute(cell: Cell, timeout_s: int | None, tell: object) -> tuple[dict | No
 
 
 def _scratch(notebook: Path) -> Path:
-    """A folder for one cell's run, always the same one: what a killed run leaves, the next removes."""
+    """The folder of one cell's run, always the same one: what a killed run leaves, the next removes."""
     mark = hashlib.sha256(str(notebook.resolve()).encode()).hexdigest()[:12]
     folder = _TEMPORARY / f"sdnb-{os.getuid() if hasattr(os, 'getuid') else 'run'}-{mark}"
     if len(os.fsencode(folder)) > 90 and os.name != "nt":  # a socket's path has at most 103 bytes
-        folder = Path("/tmp", folder.name)
+        return Path("/tmp", folder.name)
     return folder
-
-
-_TEMPORARY = Path(tempfile.gettempdir())  # before a cell's own TMPDIR is set
