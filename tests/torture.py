@@ -27,42 +27,38 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdnb.cli.main import main
+from sdnb.checkpoint import slug_of
+from sdnb.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "02_empirical_direction"
 PARAMETERS = ("-p", "max_lines", "12", "-p", "add_special_tokens", "true")
-CHANGING = ("wall_s", "peak_memory_mib", "peak_gpu_memory_mib", "written")
+CHANGING = ("wall_s", "peak_memory_mib", "peak_gpu_memory_mib", "written", "sources")
 WRITER = """\
+from types import SimpleNamespace
 import torch
-from sdnb import records
-
-values = (records.Field("number", "a number"), records.Field("numbers", "a list", ("n",)))
-records.SCHEMAS["90_writes"] = records.Schema(
-    "90_writes", "model", values, (records.Field("row", "an array", ("m",)),)
+import sdnb
+config = SimpleNamespace(model_type="llama")
+config.get_text_config = lambda: config
+lm = SimpleNamespace(
+    name=model, slug=slug, revision=None, fingerprint="0", format="", file_hash=None, layer_count=2,
+    hidden_size=4, dtype="float32", device="cpu", started=0.0, model=SimpleNamespace(config=config),
 )
 for n in range(rounds):
-    part = lambda: {"x": torch.full((4000,), n % 100)}
-    kept = records.cached(results_dir, slug, "part", {"n": n % 100}, part)
-    row = kept["x"].double() / 7
-    found = {"number": n / 7, "numbers": row[:50].tolist()}
-    records.write(results_dir, slug, "90_writes", found, {"row": row}, {"model": model, "fingerprint": "0"})
+    row = torch.full((4000,), n % 100).double() / 7
+    values = {"number": n / 7, "numbers": row[:50].tolist()}
+    sdnb.save_record("90_writes", lm, values, arrays={"row": row}, results_dir=results_dir)
 """
 
 
-def make_templates(folder: Path) -> Path:
-    """A notebook of the project, and one that writes record and cache over and over."""
-    import nbformat
+def make_templates(folder: Path, slug: str) -> Path:
+    """A notebook of the project, and one that writes its record over and over."""
+    from tests.cli.processes import make
 
     folder.mkdir()
     shutil.copy(ROOT / "notebooks" / f"{TEMPLATE}.ipynb", folder)
-    parameters = 'model: str = ""\nresults_dir: str = ""\nslug: str = "org__planted"\nrounds: int = 300'
-    cells = [
-        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(WRITER),
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "90_writes.ipynb")
+    parameters = f'model: str = ""\nresults_dir: str = ""\nslug: str = "{slug}"\nrounds: int = 300'
+    make(folder / "90_writes.ipynb", [WRITER], parameters)
     return folder
 
 
@@ -77,7 +73,7 @@ class Sweep:
         from tests.tiny import planted_model
 
         self.model = planted_model(folder / "org" / "planted", layers=3, decay_layer=3).folder
-        self.templates = make_templates(folder / "templates")
+        self.templates = make_templates(folder / "templates", slug_of(str(self.model)))
         self.results, self.temporary, self.log = folder / "results", folder / "tmp", folder / "log"
         self.temporary.mkdir()
         self.environment = {
@@ -111,7 +107,7 @@ class Sweep:
 
     def processes(self) -> list[int]:
         """Kernels and workers that are alive, those included that lost their parent."""
-        mark = f"TMPDIR={self.temporary}\0".encode()
+        mark = f"TMPDIR={self.temporary}".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -180,8 +176,6 @@ def contents(results: Path) -> dict[str, object]:
             found[name] = [[cell.source for cell in cells], kinds]
         elif path.is_file():
             found[name] = path.read_bytes()
-    for path in sorted(results.glob("*/cache/*.safetensors")):
-        found[str(path.relative_to(results))] = path.read_bytes()
     return found
 
 
@@ -195,9 +189,10 @@ def differences(results: Path, reference: dict[str, object]) -> list[str]:
 def leftovers(sweep: Sweep) -> list[str]:
     """What must not outlive a sweep: temporary files, old pairs, held locks, processes."""
     found = [f"process {pid} is still there" for pid in sweep.processes()]
-    found += [f"{path} was left" for path in sweep.temporary.glob("*/*") if path.name != ".lock"]
+    found += [f"{path} was left" for path in sweep.temporary.iterdir()]
     for path in sorted(path for path in sweep.results.rglob("*") if path.is_file()):
-        if path.suffix == ".tmp" or ".previous." in path.name or path.name.endswith(".failed.ipynb"):
+        hidden = path.name.startswith(".") and path.suffix in (".tmp", ".safetensors")
+        if hidden or path.name.endswith(".failed.ipynb"):
             found.append(f"{path} was left")
         if path.suffix == ".lock" or path.name == ".lock":
             with path.open("ab") as file:
@@ -279,7 +274,7 @@ def command() -> int:
     parser.add_argument("--seconds", type=float, default=900, help="at most (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
-    for name in ("papermill", "sdnb.cli.execute", "sdnb.records.store"):
+    for name in ("papermill", "sdnb.run", "sdnb.records"):
         importlib.import_module(name)  # for the forks; workers of a pool import this file again
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         sweep = Sweep(Path(folder))
