@@ -171,10 +171,11 @@ def not_finite_because(model: object, ids: Tensor) -> str:
     model = as_module(model)
     layers, kept = decoder_layers(model), []
     visit_states(model, ids[None], lambda _, state: kept.append(bool(state.isfinite().all())))
-    if all(kept):
-        return "All hidden states are finite and the logits are not: load the model with dtype float32."
-    bad = kept.index(False)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if all(kept):
+        remedy = "the output embedding may be damaged" if dtype == "float32" else "load it in float32"
+        return f"The hidden states are finite and the logits are not finite in {dtype}: {remedy}."
+    bad = kept.index(False)
     if dtype != "float16" or bad == 0:
         place = "what enters layer 1 is" if bad == 0 else f"the states behind layer {bad} are"
         remedy = "" if dtype == "float32" else " Load it with dtype float32; if that does not help,"
