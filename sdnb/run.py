@@ -32,7 +32,7 @@ from pathlib import Path
 
 import yaml
 
-from sdnb.checkpoint import locate, path_of, slug_of
+from sdnb.checkpoint import fetch, locate, path_of, slug_of
 from sdnb.errors import ParameterError, SdnbError
 from sdnb.files import atomic_write, content_hash, locked, sweep
 
@@ -96,7 +96,7 @@ class Cell:
         return re.search(r"\b(records|sdnb)\.(summary|stored)\(", text) is not None
 
     def note(self) -> dict:
-        """What the executed notebook says of its run: key, files, seconds, finished; empty without one."""
+        """What the executed notebook says of its run: key, files, seconds, finished, machine."""
         try:
             return dict(json.loads(self.notebook.read_text(encoding="utf-8"))["metadata"]["sdnb"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -491,17 +491,22 @@ def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome
     start = time.perf_counter()
     failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:
-        if cell.model:
-            locate(cell.model.name, cell.model.revision)  # first: what is no model leaves no folder behind
+        # first: what is no model leaves no folder behind
+        found = locate(cell.model.name, cell.model.revision) if cell.model else None
         with locked(cell.notebook.parent / ".runs" / f"{cell.source.stem}.lock"):
             if not force and cell.unchanged():
                 return Outcome(cell, UNCHANGED)
             sweep(cell.notebook)
+            if found and found.is_gguf and not os.environ.get("SDNB_BASE"):
+                from sdnb.gguf import converted
+
+                converted(fetch(found))  # here, once, where what it says is seen: not on a notebook's page
             key, before = cell_key(cell), cell.note().get("seconds")
             content, problem = _execute(cell, timeout_s, lambda n, of: _EVENTS.put((index, n, of, before)))
             seconds, now = time.perf_counter() - start, datetime.now(UTC).isoformat(timespec="seconds")
             if content:
                 note = {"key": key, "files": cell.products(), "seconds": round(seconds, 1), "finished": now}
+                note["machine"] = machine()
                 content["metadata"] |= {} if problem else {"sdnb": note}
                 text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                 atomic_write(failed if problem else cell.notebook, text.encode())
