@@ -338,7 +338,7 @@ def _status(everything: list[Page]) -> str:
         record = page.executed.with_suffix(".json")
         origin = json.loads(record.read_text(encoding="utf-8"))["provenance"] if record.is_file() else {}
         when = page.stored_on or note.get("finished", "")[:16].replace("T", " ")
-        machine = note.get("machine") or origin.get("device_name") or ""
+        machine = origin.get("device_name") or note.get("machine", "")
         took = "stored" if page.stored_on else note.get("seconds", "")
         lines.append(
             f"| {{doc}}`{page.template} </{page.name}>` | {page.model} | {when} | {machine} | {took} |"

@@ -488,7 +488,7 @@ def _memory() -> tuple[float, float | None, str]:
     """Peak resident memory of this process, peak of its GPUs (both MiB), and the device's name."""
     import torch
 
-    gpu, name = None, _processor()
+    gpu, name = None, machine()
     if torch.cuda.is_available():
         gpu = round(sum(torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())) / _MIB)
         name = torch.cuda.get_device_name(0)
@@ -502,7 +502,7 @@ def _memory() -> tuple[float, float | None, str]:
     return round(peak / (_MIB if platform.system() == "Darwin" else 1024)), gpu, name
 
 
-def _processor() -> str:
+def machine() -> str:
     """The processor's name and the number of its cores."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

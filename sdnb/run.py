@@ -488,6 +488,8 @@ def _prepare(jobs: int, events: object) -> None:
 
 def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
     """Run one cell unless it is done and unchanged; failures are told, not raised."""
+    from sdnb.records import machine
+
     start = time.perf_counter()
     failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:

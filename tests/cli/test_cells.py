@@ -65,7 +65,8 @@ def test_what_is_done_and_unchanged_is_not_run_again(bench):
     assert bench.cell().unchanged()
     assert bench.work(force=True).status == run.DONE and len(bench.runs) == 2
     note = bench.cell().note()
-    assert note.keys() == {"key", "files", "seconds", "finished"} and [*note["files"]] == ["01_figure.png"]
+    assert note.keys() == {"key", "files", "seconds", "finished", "machine"}
+    assert [*note["files"]] == ["01_figure.png"]
 
 
 CHANGES = {
