@@ -169,7 +169,7 @@ def _run_detect(args: argparse.Namespace) -> int:
     """Print the report, the JSON, or one form; a model without a high-norm token is no failure."""
     from sdnb import load
     from sdnb.inspection import SCHEME_NAMES, TOOLS, inspect_model
-    from sdnb.report import report
+    from sdnb.inspection_report import report
 
     if args.threshold is not None and not args.threshold > 0:
         raise ParameterError(f"--threshold {args.threshold:g}: give a positive norm, or leave it out.")

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 from sdnb import encode, hidden_states, load
 from sdnb.cli import main
 from sdnb.inspection import MULTIPLES, TOOLS, inspect_model
-from sdnb.report import report
+from sdnb.inspection_report import report
 from tests import ggufs
 from tests.tiny import build, planted_model, save, tiny_model, tiny_tokenizer
 
