@@ -75,7 +75,7 @@ def test_no_page_loads_anything_from_a_network_and_all_it_loads_is_shipped(built
         parser.feed(path.read_text(encoding="utf8"))
         for item in filter(None, parser.found):
             assert not re.match(r"(https?:)?//", item), f"{path.name} loads {item}"
-            assert item.startswith("data:") or (path.parent / item.split("?")[0]).exists(), (
+            assert item.startswith(("data:", "#")) or (path.parent / item.split("?")[0]).exists(), (
                 f"{path.name} {item}"
             )
     for path in html.rglob("*.css"):
