@@ -143,8 +143,9 @@ def test_executed_notebooks_keep_to_the_table_of_keys(executed):
         for item in PUBLISHED.get(template, []):
             try:
                 records.entry(record.values, item["key"])
-            except KeyError as problem:
-                assert "is empty" in str(problem) or "decay" in item["key"], f"{template} {item['key']}"
+            except KeyError as problem:  # the planted direction has no massive dimension
+                excused = "is empty" in str(problem) or "massive" in item["key"]
+                assert excused, f"{template} {item['key']}"
 
 
 def check(value: object, shape: list[str], sizes: dict, where: str) -> None:
