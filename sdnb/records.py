@@ -223,7 +223,7 @@ def entry(values: dict, key: str) -> object:
         if name:
             found = found[name]
         elif wanted:
-            fits = (row for row in found if all(str(row[k]) == value for k, value in wanted.items()))
+            fits = (row for row in found if all(str(row.get(k)) == value for k, value in wanted.items()))
             found = next(fits, None)
             if found is None:
                 raise KeyError(f"no {inside}")
