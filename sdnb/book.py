@@ -200,27 +200,28 @@ def pages(root: Path, results: Path, models: list[Model]) -> list[Page]:
     there, listed = templates_in(root / "notebooks"), _notebooks_of(root / "_toc.yml")
     found: dict[str, list[Page]] = {name: [] for name in listed}
     for model in models:
-        chosen = (
-            [path.stem for path in pick(there, model.notebooks)]
-            if model.notebooks
-            else [path.stem for path in there if (results / model.slug / path.name).is_file()]
-        )
+        places = {path.stem: _executed(results, model, path.name) for path in there}
+        chosen = [path.stem for path in pick(there, model.notebooks)] if model.notebooks else [*places]
         for name in chosen:
-            slug, label = model.slug, model.label
-            executed = results / slug / f"{name}.ipynb"
-            if not executed.is_file() and (results / NO_MODEL / executed.name).is_file():
-                slug, label, executed = NO_MODEL, "no model", results / NO_MODEL / executed.name
-            if not executed.is_file():
+            slug, label, executed = places[name]
+            if not executed.is_file() and model.notebooks:
                 raise RecordError(f"{executed} is missing: first `sdnb run` this notebook on {model.label}")
             own = found.setdefault(name, [])
-            first = name in listed and not own
-            own.append(
-                Page(label, slug, name, f"{'notebooks' if first else f'models/{slug}'}/{name}", executed)
-            )
+            if executed.is_file() and executed not in [page.executed for page in own]:
+                folder = "notebooks" if name in listed and not own else f"models/{slug}"
+                own.append(Page(label, slug, name, f"{folder}/{name}", executed))
     for name in [name for name in listed if not found[name]]:
         found[name] = [_kept(root, path) for path in (root / "book" / "stored").glob(f"*/{name}.stored.json")]
     flat = [page for group in found.values() for page in group]
     return sorted(flat, key=lambda page: not page.main)
+
+
+def _executed(results: Path, model: Model, name: str) -> tuple[str, str, Path]:
+    """Folder, model and path of an executed notebook; one that looks at no model has a folder of its own."""
+    path = results / NO_MODEL / name
+    if path.is_file() and not (results / model.slug / name).is_file():
+        return NO_MODEL, "no model", path
+    return model.slug, model.label, results / model.slug / name
 
 
 def _notebooks_of(toc: Path) -> list[str]:

@@ -38,7 +38,7 @@ SMALL = {
     "13_signatures": {"max_lines": 16},
     "14_weight_spectra": {},
     "15_singular_vectors": {"max_lines": 12, "layers": [1, 2]},
-    "16_removing_singular_values": {"window": 64, "max_windows": 2, "kinds": ["q", "down", "all"]},
+    "16_removing_singular_values": {"window": 64, "max_windows": 2, "kinds": ["q", "o", "gate", "down"]},
     "17_fine_tuned_spectra": {"kinds": ["up"], "deciles": [1], "seeds": [0], "steps": 2},
     "18_random_matrix_model": {"rows": 40, "columns": 160, "draws": 4},
     "19_across_models": {},

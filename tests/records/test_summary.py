@@ -14,7 +14,7 @@ from sdnb import records
 from sdnb.cli import main
 from sdnb.errors import RecordError
 from sdnb.records import Record
-from tests.templates import OTHER_KINDS, SMALL
+from tests.templates import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = re.compile(r"^\| (\d\d) \| `([^`]+)` \| [^|]+ \| ([^|]*) \| ([^|]*) \|$", re.M)
@@ -164,11 +164,3 @@ def check(value: object, shape: list[str], sizes: dict, where: str) -> None:
         sizes[letter] = length
     for part in value:
         check(part, shape[1:], sizes, where)
-
-
-@pytest.mark.slow
-def test_a_model_without_the_phenomenon_has_gaps(executed):
-    [(template, model)] = [(t, m) for t, m in executed.other_kinds.items() if "phenomenon" in OTHER_KINDS[t]]
-    values = executed.record(template, model).values
-    assert values["explosion_layers"] == [] and set(values["angle_deg"]) == {None}
-    assert all(value > 0 for value in values["singular_value"])
