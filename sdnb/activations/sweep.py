@@ -340,12 +340,12 @@ def _ablations(model: nn.Module) -> dict[tuple[nn.Module, int], Ablation] | None
     """The hooks that take branches out, by module and key; None where there are hooks of another kind."""
     found = {}
     for module in model.modules():
-        if module._forward_pre_hooks:
-            return None
-        for key, hook in module._forward_hooks.items():
-            if not isinstance(hook, Ablation):
+        for key, hook in [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]:
+            if isinstance(hook, Ablation):
+                found[module, key] = hook
+            # Those that transformers leaves behind, once it was asked for hidden states, only watch.
+            elif not str(getattr(hook, "__module__", "")).startswith("transformers."):
                 return None
-            found[module, key] = hook
     return found
 
 

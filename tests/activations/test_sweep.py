@@ -69,6 +69,8 @@ def test_norms_equal_a_plain_full_forward_pass_with_and_without_attention(any_mo
     expected = torch.stack([full_pass(twin, item[None])[1][0, -1].norm() for item in ITEMS])
     with zero_attention(any_model):
         found = item_norms(any_model, 1, ITEMS, batch=10)
+        fits = sweep._by_value_path(any_model, 1, ITEMS[:, None], 10, False) is not None
+    assert fits, "every family of these has an exact value path"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert (with_attention / expected - 1).abs().max() > 0.01
 
@@ -134,13 +136,13 @@ def test_embedding_norms():
     torch.testing.assert_close(embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("before_ffn", [False, True])
-def test_the_value_path_equals_plain_forward_passes(any_model, before_ffn):
-    sequences = ITEMS[:, None]
-    expected = sweep._forward(any_model, LAYERS, sequences, before_ffn)
-    rows = sweep._by_value_path(any_model, LAYERS, sequences, 10, before_ffn)
-    assert rows is not None, "every family of these has an exact value path"
-    assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+@pytest.mark.parametrize("family", [*SOME, "olmo2", "granite", "bert", "doge"])
+def test_the_value_path_equals_plain_forward_passes(family):
+    model, sequences = build(family), ITEMS[:, None]
+    for before_ffn in (False, True):
+        expected = sweep._forward(model, LAYERS, sequences, before_ffn)
+        rows = sweep._by_value_path(model, LAYERS, sequences, 10, before_ffn)
+        assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
 
 
 @pytest.mark.parametrize("branch", ["attention", "ffn"])
