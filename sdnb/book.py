@@ -20,7 +20,7 @@ from pathlib import Path
 from sdnb.checkpoint import locate
 from sdnb.errors import RecordError, SdnbError
 from sdnb.files import atomic_write, content_hash
-from sdnb.run import NO_MODEL, Model, pick, templates_in
+from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
@@ -167,10 +167,12 @@ def staged_files(root: Path, results: Path, models: list[Model]) -> dict[str, Pa
         for folder in (page.slug, *(["main"] if page.main else [])):
             files |= {f"records/{folder}/{path.name}": path for path in page.files}
     main = {page.template: page for page in everything if page.main}
-    for template in _notebooks_of(root / "_toc.yml"):
-        if template not in main:  # only some of the book's models: references to it must lead somewhere
-            files["records/partial"] = b""
-            files[f"notebooks/{template}.md"] = _placeholder(root, template)
+    absent = [template for template in _notebooks_of(root / "_toc.yml") if template not in main]
+    files |= {f"notebooks/{template}.md": _placeholder(root, template) for template in absent}
+    listed = root / "book" / "models.yaml"
+    wanted = {model.slug for model in models_in([str(listed)])} if listed.is_file() else set()
+    if absent or wanted - {model.slug for model in models}:
+        files["records/partial"] = b""  # prose may then point to records that are not there
     for name, mark, text in (
         ("gallery", _GALLERY, _gallery(list(main.values()), contents, files)),
         ("status", _STATUS, _status(everything)),
