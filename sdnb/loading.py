@@ -6,6 +6,7 @@ gradients.
 """
 
 import functools
+import gc
 import hashlib
 import logging
 import math
@@ -171,6 +172,8 @@ def load(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress bars, logs and warnings of the loading libraries for a while."""
+    collecting = gc.isenabled()
+    gc.disable()  # with all that transformers imports, looking for garbage takes a seventh of the time
     from huggingface_hub import utils as hub
     from transformers.utils import logging as talk
 
@@ -187,6 +190,8 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if collecting:
+            gc.enable()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bar:
