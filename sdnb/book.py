@@ -52,19 +52,7 @@ class Page:
 
 
 def make(models: list[Model], results: Path, out: Path) -> Path:
-    """Stage the book of some models and build it.
-
-    Args:
-        models: the models; main pages are those of the first that lists a notebook.
-        results: folder of all results.
-        out: the folder whose `_build/html` receives the pages.
-
-    Returns:
-        The path of `index.html`.
-
-    Raises:
-        RecordError: a model has no results.
-    """
+    """Stage the book of some models, build it below `out`, and return the path of its index.html."""
     for model in models:
         if not (results / model.slug).is_dir():
             order = f"sdnb run {model.name} --results-dir {results}"
@@ -83,18 +71,7 @@ def checkout() -> Path:
 
 
 def build(source: Path, out: Path) -> Path:
-    """Build the staged book with Jupyter Book; any warning is an error.
-
-    Args:
-        source: the staging folder.
-        out: the folder whose `_build/html` receives the pages.
-
-    Returns:
-        The path of `index.html`.
-
-    Raises:
-        SdnbError: Jupyter Book is not there, warned, failed, or left a page out.
-    """
+    """Build the staged book below `out`; a warning or a page that is missing is an error."""
     command = Path(sys.executable).with_name("jupyter-book")
     if not command.exists():
         raise SdnbError("Jupyter Book is not installed: pip install -e '.[notebooks,book]'")
@@ -111,12 +88,7 @@ def build(source: Path, out: Path) -> Path:
 
 
 def stage(files: dict[str, Path | bytes], folder: Path) -> None:
-    """Make a folder hold exactly these files, and write only those that differ.
-
-    Args:
-        files: staged path -> file or content, as from `staged_files`.
-        folder: the staging folder.
-    """
+    """Make a folder hold exactly these files (see `staged_files`), and write only those that differ."""
     for old in [path for path in folder.rglob("*") if path.is_file()]:
         if old.relative_to(folder).as_posix() not in files and old.suffix != ".pyc":
             old.unlink()

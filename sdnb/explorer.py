@@ -223,17 +223,7 @@ class Exploration:
 def norms_picture(
     exploration: Exploration, sentence: Sentence, switched_on: tuple[str, ...], limits: tuple[float, float]
 ) -> bytes:
-    """Draw norms as a map, tokens across, layers up; explosion layers are numbered red, decay ones blue.
-
-    Args:
-        exploration: the model.
-        sentence: what it did.
-        switched_on: the interventions that were on.
-        limits: least and largest norm of the logarithmic colours.
-
-    Returns:
-        A PNG.
-    """
+    """Draw norms as a map, tokens across, layers up; explosion layers are numbered red, decay ones blue."""
     norms = sentence.norms.clamp(min=_LEAST).numpy()
     layers, count = norms.shape
     tokens = [token if len(token) <= 12 else f"{token[:11]}…" for token in sentence.tokens]
@@ -268,15 +258,7 @@ def norms_picture(
 
 
 def layer_picture(exploration: Exploration, layer: int) -> bytes:
-    """Draw the spectrum of one layer beside the angles of all layers that are known so far.
-
-    Args:
-        exploration: the model.
-        layer: 1..L.
-
-    Returns:
-        A PNG.
-    """
+    """Draw the spectrum of one layer beside the angles of all layers that are known so far."""
     facts = exploration.layer(layer)
     fig = Figure(figsize=(_WIDTH, 2.4))
     fig.subplots_adjust(0.06, 0.2, 0.99, 0.88, wspace=0.14)
@@ -306,16 +288,7 @@ def layer_picture(exploration: Exploration, layer: int) -> bytes:
 
 
 def layer_table(exploration: Exploration, sentence: Sentence, layer: int) -> str:
-    """Say in HTML which tokens have the largest norms after a layer, and what its direction is near to.
-
-    Args:
-        exploration: the model.
-        sentence: what it did.
-        layer: 1..L.
-
-    Returns:
-        HTML.
-    """
+    """Say in HTML which tokens have the largest norms after a layer, and what its direction is near to."""
     here = sentence.norms[layer]
     rows = "".join(
         f"<tr><td>{t}</td><td><code>{escape(sentence.tokens[t])}</code></td><td>{here[t]:.1f}</td>"
@@ -358,16 +331,7 @@ def _limits(*sentences: Sentence) -> tuple[float, float]:
 def static_explorer(
     exploration: Exploration, text: str, *, add_special_tokens: bool | None = None
 ) -> widgets.VBox:
-    """Build the explorer of one sentence from frames; one intervention at a time, and none.
-
-    Args:
-        exploration: the model.
-        text: the sentence.
-        add_special_tokens: whether the tokenizer adds its own.
-
-    Returns:
-        Controls and stacks of frames, linked by `jslink`.
-    """
+    """The explorer of one sentence from frames, linked by `jslink`; one intervention at a time, and none."""
     switches = [(), *((name,) for name in exploration.possible)]
     run = partial(exploration.sentence, text, add_special_tokens=add_special_tokens)
     seen = [run(switched_on=on) for on in switches]
