@@ -1,8 +1,10 @@
-"""The Marchenko-Pastur law of singular values, its finite-size edges, and the values outside of them.
+"""The Marchenko-Pastur law of singular values, where those of finite noise end, and the values outside.
 
 Everything is said about singular values nu of a raw matrix W, shape (n, m), entries of standard deviation
 sigma: with L = max(n, m), s = min(n, m), q = s / L and the scale s~ = sigma sqrt(L), the bulk lies between
-s~ (1 - sqrt q) and s~ (1 + sqrt q) (paper B, section on Marchenko-Pastur; Marchenko and Pastur 1967).
+s~ (1 - sqrt q) and s~ (1 + sqrt q) (paper B, section on Marchenko-Pastur; Marchenko and Pastur 1967). The
+extreme values of noise follow the Tracy-Widom law, with the centring and scale of second-order accuracy of
+Ma (2012, Bernoulli 18, 322).
 """
 
 import functools
@@ -12,19 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
+from scipy.optimize import brentq
+from scipy.special import airy
 from torch import Tensor
 
 from sdnb.errors import ParameterError
-from sdnb.spectra.tracy_widom import largest_edge, smallest_edge
 
 HARD_EDGE = 0.9
 """min/max above which no outliers below the bulk are counted: its lower edge is near zero, a hard wall."""
-
 ZERO = 1e-6
 """Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
 matrix (1e-8) and of float32 weights (1e-7), not the matrix."""
-
 SIMULATED_SIDE = 128
+NODES, REACH = 64, 24.0
+"""Nodes of the quadrature on (0, REACH), beyond which the Airy function is nothing."""
+MEAN, DEVIATION = -1.2065336, 1.2679814
+"""Mean and standard deviation of the Tracy-Widom law of real matrices (Bornemann 2010)."""
 
 
 class NoBulk(ParameterError):
@@ -32,14 +37,7 @@ class NoBulk(ParameterError):
 
 
 def mp_edges(q: float) -> tuple[float, float]:
-    """Edges of the bulk in units of s~: 1 - sqrt(q) and 1 + sqrt(q).
-
-    Args:
-        q: aspect ratio min/max, in (0, 1].
-
-    Returns:
-        The lower and the upper edge.
-    """
+    """Edges of the bulk in units of s~: 1 - sqrt(q) and 1 + sqrt(q), q in (0, 1]."""
     return 1 - math.sqrt(q), 1 + math.sqrt(q)
 
 
@@ -82,15 +80,7 @@ def mp_cdf(nu: Tensor, q: float) -> Tensor:
 
 
 def mp_quantiles(probabilities: Tensor, q: float) -> Tensor:
-    """Singular values below which the given shares of the law lie.
-
-    Args:
-        probabilities: in [0, 1], shape (k,).
-        q: aspect ratio min/max.
-
-    Returns:
-        Quantiles in units of s~, shape (k,), float64; found by 60 bisections of the closed form.
-    """
+    """Singular values over s~ below which shares (k,) of the law lie, (k,) in float64, by bisection."""
     low = torch.full_like(probabilities, mp_edges(q)[0], dtype=torch.float64)
     high = torch.full_like(low, mp_edges(q)[1])
     for _ in range(60):
@@ -101,55 +91,21 @@ def mp_quantiles(probabilities: Tensor, q: float) -> Tensor:
 
 
 @functools.cache  # the simulation behind sigma_error asks for the same one 200 times
-def _square_at(share: float, q: float) -> float:
-    """Squared singular value over s~^2 below which a share of the law lies."""
-    return mp_quantiles(torch.tensor([share], dtype=torch.float64), q).item() ** 2
-
-
 def mp_median(q: float) -> float:
-    """Median mu_q of the squared singular values over s~^2: 0.65278 at q = 1, 0.91600 at q = 1/4.
-
-    Args:
-        q: aspect ratio min/max.
-
-    Returns:
-        mu_q (Gavish and Donoho 2014).
-    """
-    return _square_at(0.5, q)
+    """Median mu_q of the squared singular values over s~^2: 0.65278 at q = 1 (Gavish and Donoho 2014)."""
+    return mp_quantiles(torch.tensor([0.5], dtype=torch.float64), q).item() ** 2
 
 
-def median_sigma(singular_values: Tensor, shape: tuple[int, int], drop_top: float = 0.0) -> float:
-    """Noise level from the median: sigma^2 = median(nu^2) / (L mu_q) (Gavish and Donoho 2014).
-
-    A few outliers do not move the median, as they would the Frobenius norm.
-
-    Args:
-        singular_values: all min(n, m) of them, any order.
-        shape: (n, m).
-        drop_top: share of the largest values that is left out first; the median that they leave behind is
-            matched to the same quantile of the law.
-
-    Returns:
-        sigma.
-
-    Raises:
-        ParameterError: the share is not in [0, 1).
-        NoBulk: the median is below ZERO times the largest value.
-    """
-    if not 0 <= drop_top < 1:
-        raise ParameterError(
-            f"drop_top {drop_top}: give the share of largest values to leave out, from 0 to below 1"
-        )
-    values = np.sort(singular_values.double().cpu().numpy() ** 2)
-    kept = values[: len(values) - int(drop_top * len(values))]
-    middle = float(np.median(kept))
-    if middle <= ZERO**2 * values[-1]:
+def median_sigma(singular_values: Tensor, shape: tuple[int, int]) -> float:
+    """Noise level, sigma^2 = median(nu^2) / (L mu_q), which outliers do not move (Gavish and Donoho 2014)."""
+    squares = singular_values.double().cpu().numpy() ** 2
+    middle = float(np.median(squares))
+    if middle <= ZERO**2 * squares.max():
         raise NoBulk(
             f"the median singular value of a {shape[0]} x {shape[1]} matrix is zero (at most {ZERO:g} of the "
             "largest): no bulk to fit"
         )
-    quantile = _square_at(0.5 * len(kept) / len(values), min(shape) / max(shape))
-    return math.sqrt(middle / (max(shape) * quantile))
+    return math.sqrt(middle / (max(shape) * mp_median(min(shape) / max(shape))))
 
 
 def noise_spectrum(shape: tuple[int, int], *, generator: torch.Generator) -> Tensor:
@@ -180,35 +136,25 @@ def noise_spectrum(shape: tuple[int, int], *, generator: torch.Generator) -> Ten
 
 
 @functools.cache
-def sigma_error(shape: tuple[int, int], drop_top: float = 0.0) -> float:
-    """Relative standard error of `median_sigma` on noise, which matters at the edges of small matrices.
-
-    Args:
-        shape: (n, m).
-        drop_top: share of the largest values left out; the quantile that is left varies more.
-
-    Returns:
-        The standard deviation over 200 simulated matrices (seed 0), of the same aspect ratio and at most
-        SIMULATED_SIDE rows, scaled by 1/s.
-    """
+def sigma_error(shape: tuple[int, int]) -> float:
+    """Relative standard error of `median_sigma`, from 200 small noise matrices; it falls as one over s."""
     side = min(*shape, SIMULATED_SIDE)
     small = (side, round(side * max(shape) / min(shape)))
     generator = torch.Generator().manual_seed(0)
-    found = [median_sigma(noise_spectrum(small, generator=generator), small, drop_top) for _ in range(200)]
+    found = [median_sigma(noise_spectrum(small, generator=generator), small) for _ in range(200)]
     return float(np.std(found)) * side / min(shape)
 
 
 @dataclass(frozen=True)
 class SpectrumFit:
-    """Singular values of one matrix against Marchenko-Pastur.
+    """Singular values of one matrix against Marchenko-Pastur, all edges in their units.
 
     Args:
         shape: (n, m).
         sigma: standard deviation of the noise, from the median.
-        edges: of the bulk in the infinite limit, in the units of the singular values.
-        outlier_edges: what a value must pass to count: the edge that noise alone passes with the stated
-            probability.
-        edge_scale: Tracy-Widom scale of the upper edge, in the units of the singular values.
+        edges: of the bulk in the infinite limit.
+        outlier_edges: what a value must pass to count: noise alone does with the stated probability.
+        edge_scale: Tracy-Widom scale of the upper edge.
         outliers_below: number of values below the lower outlier edge; None at a hard edge.
         outliers_above: number of values above the upper outlier edge.
         hard_edge: whether min/max exceeds HARD_EDGE, so that nothing is counted below.
@@ -227,11 +173,7 @@ class SpectrumFit:
 
 
 def fit_spectrum(
-    singular_values: Tensor,
-    shape: tuple[int, int],
-    *,
-    false_positive_rate: float = 0.001,
-    drop_top: float = 0.0,
+    singular_values: Tensor, shape: tuple[int, int], *, false_positive_rate: float = 0.001
 ) -> SpectrumFit:
     """Compare a matrix' singular values with Marchenko-Pastur and count those outside the bulk on both sides.
 
@@ -239,7 +181,6 @@ def fit_spectrum(
         singular_values: all min(n, m) of them, any order.
         shape: (n, m).
         false_positive_rate: probability that a matrix of pure noise shows any outlier on one side.
-        drop_top: share of the largest values left out of the estimate of sigma.
 
     Returns:
         The fit.
@@ -255,11 +196,11 @@ def fit_spectrum(
             f"{singular_values.numel()} singular values for shape {shape}: all {min(shape)} are needed"
         )
     q, values = min(shape) / max(shape), singular_values.double().cpu()
-    sigma = median_sigma(singular_values, shape, drop_top)
-    scale, error = sigma * math.sqrt(max(shape)), sigma_error(tuple(sorted(shape)), drop_top)
-    top, edge_scale = (sigma * x for x in largest_edge(shape, false_positive_rate, error))
+    sigma = median_sigma(singular_values, shape)
+    scale, error = sigma * math.sqrt(max(shape)), sigma_error(tuple(sorted(shape)))
+    top, edge_scale = (sigma * x for x in _largest_edge(shape, false_positive_rate, error))
     hard = q > HARD_EDGE
-    bottom = 0.0 if hard else sigma * smallest_edge(shape, false_positive_rate, error)
+    bottom = 0.0 if hard else sigma * _smallest_edge(shape, false_positive_rate, error)
     return SpectrumFit(
         shape=tuple(shape),
         sigma=sigma,
@@ -269,49 +210,31 @@ def fit_spectrum(
         outliers_below=None if hard else int((values < bottom).sum()),
         outliers_above=int((values > top).sum()),
         hard_edge=hard,
-        distance=mp_distance(values / scale, q),
+        distance=_distance(values / scale, q),
     )
 
 
-def mp_distance(scaled: Tensor, q: float) -> float:
-    """Kolmogorov distance between singular values and the law: max |F_n - F|.
-
-    Args:
-        scaled: singular values over s~, shape (s,).
-        q: aspect ratio min/max.
-
-    Returns:
-        The distance. Singular values repel one another, so for noise it falls like 1/s, not 1/sqrt(s).
-    """
+def _distance(scaled: Tensor, q: float) -> float:
+    """Kolmogorov distance max |F_n - F| of values over s~; they repel, so that noise's falls like 1/s."""
     cdf = mp_cdf(scaled.double().cpu().sort().values, q)
     steps = torch.arange(len(cdf) + 1, dtype=torch.float64) / len(cdf)
     return float(torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max())
 
 
 def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Tensor:
-    """Distances between noise and Marchenko-Pastur, with sigma from the median as for a weight matrix.
-
-    Args:
-        shape: (n, m).
-        draws: number of noise matrices.
-        seed: of the draws.
-
-    Returns:
-        Kolmogorov distances, shape (draws,), ascending.
-    """
+    """Kolmogorov distances of noise (n, m) from the law, sigma from the median, (draws,), ascending."""
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         values = noise_spectrum(shape, generator=generator)
         scale = median_sigma(values, shape) * math.sqrt(max(shape))
-        found.append(mp_distance(values / scale, min(shape) / max(shape)))
+        found.append(_distance(values / scale, min(shape) / max(shape)))
     return torch.tensor(found, dtype=torch.float64).sort().values
 
 
 def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
     """Largest singular value of pure rounding noise: sigma (sqrt(n) + sqrt(m)), the upper edge of its bulk.
 
-    Whatever part of a stored matrix' spectrum lies below says nothing about the model: independent errors of
-    this size alone give singular values up to there.
+    Whatever part of a stored matrix' spectrum lies below says nothing about the model.
 
     Args:
         sigma: root mean square of the error that the stored format makes (`Loaded.rounding_noise`).
@@ -321,3 +244,57 @@ def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
         The end of the band, in the units of the singular values.
     """
     return sigma * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+
+
+# --- the extreme values of noise
+
+
+def tracy_widom_cdf(x: float) -> float:
+    """Distribution function of the Tracy-Widom law of real matrices (beta = 1).
+
+    F1(x) = det(1 - K_x) with K_x(y, z) = Ai(x + y + z) on (0, inf), a Fredholm determinant by Gauss-Legendre
+    quadrature (Ferrari and Spohn 2005; Bornemann 2010).
+
+    Args:
+        x: a number above about -8, where F1 is below 1e-16.
+
+    Returns:
+        F1(x), with an absolute error near 1e-14.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    nodes, roots = REACH * (nodes + 1) / 2, np.sqrt(weights * REACH / 2)
+    kernel = airy(x + nodes[:, None] + nodes[None, :])[0]
+    return float(np.linalg.det(np.eye(NODES) - roots[:, None] * kernel * roots[None, :]))
+
+
+@functools.cache  # of one rate, for every matrix of a model
+def tracy_widom_quantile(probability: float) -> float:
+    """Quantile x of the Tracy-Widom law, F1(x) = probability, from 1e-12 to 1 - 1e-12."""
+    return brentq(lambda x: tracy_widom_cdf(x) - probability, -8.0, 12.0, xtol=1e-10)
+
+
+def _upper_quantile(rate: float, relative_error: float) -> float:
+    """Upper quantile of Tracy-Widom, widened about its mean; the error in the law's standard deviations."""
+    return MEAN + (tracy_widom_quantile(1 - rate) - MEAN) * math.hypot(1, relative_error)
+
+
+def _largest_edge(shape: tuple[int, int], rate: float, error: float) -> tuple[float, float]:
+    """What the largest value of unit noise exceeds at a rate, sigma known to an error; and its scale."""
+    # nu^2 = mu + sigma t, t the upper quantile of Tracy-Widom, mu = (sqrt(L - 1/2) + sqrt(s - 1/2))^2 and
+    # sigma = sqrt(mu) (1/sqrt(L - 1/2) + 1/sqrt(s - 1/2))^(1/3)
+    longer, shorter = math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)
+    root = longer + shorter
+    scale = root * (1 / longer + 1 / shorter) ** (1 / 3)
+    quantile = _upper_quantile(rate, 2 * root**2 * error / (scale * DEVIATION))
+    return math.sqrt(root**2 + scale * quantile), scale / (2 * root)
+
+
+def _smallest_edge(shape: tuple[int, int], rate: float, error: float) -> float:
+    """What the smallest value of unit noise, well away from square, falls below at a rate."""
+    # log nu^2 = log mu + tau^2/8 - tau t by the reflected law, mu = (sqrt(L - 1/2) - sqrt(s - 1/2))^2 and
+    # tau = (1/sqrt(s - 1/2) - 1/sqrt(L - 1/2))^(1/3) / sqrt(mu)
+    longer, shorter = math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)
+    root = longer - shorter
+    tau = (1 / shorter - 1 / longer) ** (1 / 3) / root
+    quantile = _upper_quantile(rate, 2 * error / (tau * DEVIATION))
+    return math.exp((math.log(root**2) + tau**2 / 8 - tau * quantile) / 2)

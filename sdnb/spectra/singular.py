@@ -9,11 +9,10 @@ from sdnb.errors import ParameterError
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All singular values, from the eigenvalues of the smaller Gram matrix in float64.
+    """All singular values, from the eigenvalues of the smaller Gram matrix in float64: the fast way.
 
-    Several times faster than a dense decomposition. The absolute error of a value nu is near 1e-16 nu_1^2 /
-    nu, at most 1e-8 nu_1 at the very bottom of a singular matrix; float32 weights carry as much rounding
-    themselves.
+    The absolute error of a value nu is near 1e-16 nu_1^2 / nu, at most 1e-8 nu_1 at the very bottom of a
+    singular matrix; float32 weights carry as much rounding themselves.
 
     Args:
         matrix: shape (n, m), any floating dtype and device.
@@ -49,18 +48,7 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def index_blocks(count: int, parts: int = 10) -> list[slice]:
-    """Cut the ranks of singular values, ascending, into equal index blocks; deciles for ten parts.
-
-    Args:
-        count: number of singular values.
-        parts: number of blocks.
-
-    Returns:
-        Slices that cover 0..count once; the first holds the smallest values.
-
-    Raises:
-        ParameterError: more blocks than singular values, or fewer than one.
-    """
+    """Cut the ranks of singular values, ascending, into equal blocks; deciles for ten parts."""
     if not 1 <= parts <= count:
         raise ParameterError(f"{parts} blocks of {count} singular values: give from 1 to {count}")
     cuts = [round(i * count / parts) for i in range(parts + 1)]
@@ -107,14 +95,6 @@ class BlockRemover:
 
 
 def removed_share(values: Tensor, block: slice) -> float:
-    """Share of the squared Frobenius norm that a block of singular values holds.
-
-    Args:
-        values: all singular values, ascending.
-        block: the block.
-
-    Returns:
-        sum over the block of nu^2 over the sum of all.
-    """
+    """Share of the squared Frobenius norm that a block (a slice) of all singular values holds."""
     squares = values.double() ** 2
     return float(squares[block].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny))

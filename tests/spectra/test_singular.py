@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sdnb.errors import ParameterError
-from sdnb.spectra import BlockRemover, decomposition, index_blocks, removed_share, singular_values
+from sdnb.spectra import BlockRemover, decomposition, removed_share, singular_values
+from sdnb.spectra.singular import index_blocks
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 70), (70, 30)])

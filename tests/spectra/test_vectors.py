@@ -10,13 +10,15 @@ from sdnb.spectra import (
     chance_band,
     chance_survival,
     decomposition,
+    ks_distance,
     ks_p_value,
     largest_overlaps,
     porter_thomas_cdf,
+    rank_correlation,
+    rank_correlation_p_value,
     spectrum_p_values,
 )
-from sdnb.spectra.overlap import rank_correlation, rank_correlation_p_value
-from sdnb.spectra.porter_thomas import ks_distance, null_distances
+from sdnb.spectra.vectors import null_distances
 
 # paper B's band: coordinates taken as independent normals, good for large N
 PUBLISHED = {768: (0.0949, 0.1198, 0.1725), 1024: (0.0852, 0.1062, 0.1512), 2048: (0.0651, 0.0792, 0.1099),
