@@ -4,13 +4,9 @@ from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_exp
 from sdnb.quantize.formats import (
     FORMATS,
     absmax_scale,
-    exact_product,
     levels_left,
-    numbers,
     rounded,
-    token_levels,
 )
-from sdnb.quantize.forms import Form, forms, gguf_name
 from sdnb.quantize.modules import (
     InputStatistics,
     LinearModule,
@@ -31,9 +27,11 @@ from sdnb.quantize.schemes import (
 from sdnb.quantize.single_weights import SingleWeight, similar_entries, single_weights, zeroed_entries
 from sdnb.quantize.skip_lists import (
     MIN_TOKEN_RATIO,
+    Form,
     Sensitivity,
     SkipList,
     down_projections,
+    forms,
     fused_with,
     sensitivity,
     skip_list,
@@ -43,9 +41,8 @@ from sdnb.quantize.statistics import input_statistics
 __all__ = [
     "FORMATS", "MIN_TOKEN_RATIO", "SCHEMES", "ExpertStatistics", "Form", "InputStatistics",
     "LinearModule", "PairedRatio", "QuantizedLinear", "Scheme", "Sensitivity", "SingleWeight", "SkipList",
-    "absmax_scale", "down_projections", "exact_product", "expert_statistics", "forms", "fused_with",
-    "gguf_name", "input_statistics", "kept_share", "levels_left", "linear_modules", "never_quantized",
-    "norm_feeding", "numbers", "perplexity_ratio", "quantized", "rounded", "sensitivity",
-    "similar_entries", "single_weights", "skip_list", "smoothing_factors", "super_experts", "token_levels",
-    "watched_experts", "zeroed_entries",
+    "absmax_scale", "down_projections", "expert_statistics", "forms", "fused_with", "input_statistics",
+    "kept_share", "levels_left", "linear_modules", "never_quantized", "norm_feeding", "perplexity_ratio",
+    "quantized", "rounded", "sensitivity", "similar_entries", "single_weights", "skip_list",
+    "smoothing_factors", "super_experts", "watched_experts", "zeroed_entries",
 ]  # fmt: skip

@@ -1,8 +1,7 @@
 """Experts of a mixture one by one: what each one's down-projection is given and what it puts out.
 
-In transformers 5 the experts of a layer are slices of three-dimensional parameters, and no module stands for
-one of them. Their products are watched instead: while the module that owns the parameters runs its plain
-loop over experts, every product with a slice of one of them is seen, with the slice's number.
+In transformers 5 the experts of a layer are slices of three-dimensional parameters. While the module that
+owns these runs its plain loop over experts, every product with a slice is seen, with the slice's number.
 """
 
 import inspect
@@ -70,14 +69,7 @@ class _Products(TorchFunctionMode):
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, list[nn.Parameter]]]:
-    """Modules whose parameters hold experts as slices, (experts, rows, columns).
-
-    Args:
-        model: a causal language model.
-
-    Yields:
-        Layer 1..L, full name of the module, the module, and its three-dimensional parameters.
-    """
+    """Modules whose parameters hold experts as slices: layer 1..L, full name, module, these parameters."""
     names = {id(module): name for name, module in model.named_modules()}
     for number, layer in enumerate(decoder_layers(model), start=1):
         for module in layer.modules():
@@ -88,19 +80,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, l
 
 @contextmanager
 def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatistics]]]:
-    """Watch the down-projection of every expert while the model runs inside the block.
-
-    A down-projection is the last product with a slice of an expert in a call of its module.
-
-    Args:
-        model: a causal language model.
-
-    Yields:
-        A function that returns what was seen so far, all experts layer after layer.
-
-    Raises:
-        ModelError: the model has no experts of this kind.
-    """
+    """Watch experts' down-projections inside the block; yields a function that returns what was seen."""
     rows: list[list[ExpertStatistics]] = []
     forwards: dict[nn.Module, Callable] = {}
     for number, name, module, parameters in expert_parameters(model):
@@ -117,7 +97,7 @@ def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatis
 
 
 def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], *args, **kwargs) -> object:
-    """Run the module and note the last product with a slice of each expert."""
+    """Run the module and note the last product with a slice of each expert, its down-projection."""
     last: dict[int, tuple[Tensor, Tensor]] = {}
 
     def show(expert: int, x: Tensor, y: Tensor) -> None:
@@ -142,7 +122,7 @@ def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertS
     """Run a text and return the largest input and output of every expert's down-projection.
 
     Args:
-        model: a causal language model with experts in three-dimensional parameters.
+        model: a causal language model with experts in three-dimensional parameters, else a ModelError.
         lines: token ids of each line, (T_i,).
 
     Returns:

@@ -1,8 +1,7 @@
 """Number formats: what they can hold, rounding to them, and products that are exact in float32.
 
-A tensor x is stored as numbers of the format times a scale, x ~ s X. Whole numbers and 8-bit floats leave it
-to the caller who shares a scale (a tensor, a channel, a token); block formats give every 16 or 32 entries in
-a row one of their own.
+A tensor x is stored as numbers of the format times a scale, x ~ s X, which the caller shares (in a tensor, a
+channel, a token), or every block of 16 or 32 entries in a row.
 """
 
 from dataclasses import dataclass
@@ -19,34 +18,17 @@ EXACT_SUMMANDS = 1024
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """What numbers of a format look like.
-
-    Args:
-        largest: the largest number.
-        fraction: bits of a float's fraction; None for whole numbers.
-        smallest: exponent of a float's smallest normal number.
-        block: entries of a row that share a scale; None where the caller decides.
-        scale: format of a block's scale: "float32", "power of two", or "float8_e4m3" under a float32 scale of
-            the whole tensor.
-        stored: dtype in which numbers (times their block's scale) are kept without loss.
-    """
+    """What numbers of a format look like."""
 
     largest: float
-    fraction: int | None = None
-    smallest: int = 0
-    block: int | None = None
-    scale: str = "float32"
-    stored: torch.dtype = torch.bfloat16
+    fraction: int | None = None  # bits of a float's fraction; None for whole numbers
+    smallest: int = 0  # exponent of a float's smallest normal number
+    block: int | None = None  # entries of a row that share a scale; None where the caller decides
+    scale: str = "float32"  # of a block: or "power of two", or "float8_e4m3" under one float32 of the tensor
+    stored: torch.dtype = torch.bfloat16  # keeps numbers (times their block's scale) without loss
 
     def rounded(self, x: Tensor) -> Tensor:
-        """The nearest numbers of the format, ties to even; what is beyond the largest becomes the largest.
-
-        Args:
-            x: in units of the scale, float32; overwritten.
-
-        Returns:
-            x, rounded; NaN stays NaN.
-        """
+        """Overwrite float32 x with the nearest numbers, ties to even, saturating; NaN stays NaN."""
         if self.fraction is None:
             return x.round_().clamp_(-self.largest, self.largest)
         x.clamp_(-self.largest, self.largest)
@@ -74,32 +56,14 @@ PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def number_format(name: str) -> NumberFormat:
-    """Look a format up.
-
-    Args:
-        name: a key of FORMATS.
-
-    Returns:
-        The format.
-
-    Raises:
-        ParameterError: there is none of that name.
-    """
+    """The format of that name."""
     if name not in FORMATS:
         raise ParameterError(f"number format {name!r} is unknown; give one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def largest_entry(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Max |x| over some dimensions, which are kept, or over all of them, without a copy of x.
-
-    Args:
-        x: any shape.
-        dims: the dimensions; None for all.
-
-    Returns:
-        float32.
-    """
+    """Max |x| over some dimensions, which are kept, or over all of them, without a copy of x; float32."""
     dims = tuple(range(x.ndim)) if dims is None else dims
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)).float()
 
@@ -123,16 +87,7 @@ def absmax_scale(largest: Tensor, name: str = "int8") -> Tensor:
 
 
 def numbers(x: Tensor, scale: Tensor, name: str = "int8") -> Tensor:
-    """Numbers X of a format, x ~ s X; those of a block format carry their block's scale.
-
-    Args:
-        x: (..., k).
-        scale: from `absmax_scale`, broadcasts against x.
-        name: a key of FORMATS.
-
-    Returns:
-        float32, the shape of x.
-    """
+    """Numbers X of a format, x (..., k) ~ s X, float32; those of a block format carry their block's scale."""
     kind, x, width = number_format(name), x.float(), x.shape[-1]
     if kind.block is None:
         return kind.rounded(x / scale)
@@ -197,46 +152,13 @@ def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
     return torch.searchsorted(grid, ((1 + 1e-6) * size.double() / scale).contiguous(), right=True)
 
 
-def token_levels(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
-    """How many positive numbers of a format are left to each token of a tensor, up to its own largest entry.
-
-    Args:
-        x: tokens as rows, (..., k).
-        name: a key of FORMATS, or float16 or bfloat16.
-        scales: "tensor" or "token"; in a block format a token's largest entry always has a scale of its own.
-
-    Returns:
-        int64, (...).
-    """
-    sizes = largest_entry(x, (-1,))[..., 0]
-    if name in PLAIN:
-        return levels_left(sizes, 1.0, name)
-    kind = number_format(name)
-    own = scales == "token" or kind.block is not None
-    scale = (sizes if own else sizes.max()) / kind.largest
-    return levels_left(sizes, torch.where(scale == 0, 1.0, scale), name)
-
-
 def exact_product(X: Tensor, W: Tensor) -> Tensor:
-    """X W^T of whole numbers up to 127 without a rounding error, by float32 products.
-
-    A partial sum over any columns S is at most |x_S| |w_S| <= |x| |w| (Cauchy-Schwarz): where the longest row
-    of X times the longest of W stays below 2^24, every partial sum is a whole number that float32 holds,
-    in whatever order it is added up. Otherwise `EXACT_SUMMANDS` columns at a time are added up in float64.
-
-    Args:
-        X: (n, k) whole numbers, float32.
-        W: (m, k) whole numbers, float32.
-
-    Returns:
-        (n, m), float32 or float64.
-    """
-    if X.shape[-1] <= EXACT_SUMMANDS or not len(X) or _longest(X) * _longest(W) < 0.999 * 2**24:
+    """X W^T (n, m) of whole numbers up to 127, X (n, k) and W (m, k) float32, without a rounding error."""
+    # A partial sum over any columns S is at most |x_S| |w_S| <= |x| |w| (Cauchy-Schwarz): where the longest
+    # row of X times the longest of W stays below 2^24, every partial sum is a whole number that float32
+    # holds, in whatever order it is added up. Otherwise the columns are added up in parts in float64.
+    few = X.shape[-1] <= EXACT_SUMMANDS or not len(X)
+    if few or X.norm(dim=-1).max() * W.norm(dim=-1).max() < 0.999 * 2**24:
         return X @ W.T
     parts = zip(X.split(EXACT_SUMMANDS, dim=-1), W.split(EXACT_SUMMANDS, dim=-1), strict=True)
     return sum((x @ w.T).double() for x, w in parts)
-
-
-def _longest(M: Tensor) -> float:
-    """Length of the longest row."""
-    return M.norm(dim=-1).max().item()

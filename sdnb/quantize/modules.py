@@ -1,5 +1,6 @@
 """The linear modules of a model, found without a table of names, their inputs, and which norm feeds them."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,6 @@ class InputStatistics:
     parameters: int
 
     @property
-    def outputs(self) -> int:
-        """Rows of W."""
-        return self.parameters // len(self.channel_largest)
-
-    @property
     def ratio(self) -> float | None:
         """Max |x| over median |x|; None where half of the inputs are zero."""
         return self.largest / self.median if self.median else None
@@ -79,15 +75,13 @@ class InputStatistics:
 
 
 def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
-    """Find every linear module that a quantizer would take, by its full name; the output embedding is none.
-
-    Experts that a mixture keeps in one three-dimensional parameter are no linear modules and are not listed.
+    """Find every linear module that a quantizer would take: neither embeddings nor a mixture's experts.
 
     Args:
         model: a causal language model.
 
     Returns:
-        name -> module, in the order of the model.
+        Full name -> module, in the order of the model.
 
     Raises:
         ModelError: there is none.
@@ -109,16 +103,7 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
 
 
 def never_quantized(model: nn.Module) -> list[str]:
-    """Return the modules that quantizers skip by themselves: the output embedding and all tied weights.
-
-    Passing a list of modules replaces a quantizer's own defaults, so that these belong on every list.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        Full module names, in the order of the model.
-    """
+    """Full names of the modules that quantizers skip by themselves: the output embedding and tied weights."""
     owners: dict[int, list[str]] = {}
     names: list[str] = []
     head = model.get_output_embeddings()
@@ -148,31 +133,24 @@ def norm_feeding(model: nn.Module, linears: dict[str, LinearModule], ids: Tensor
     Returns:
         Name of the linear module -> name of the norm, for those that a norm feeds.
     """
+    names = {module: name for name, module in model.named_modules()}
     made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors, so that no address is used twice
     fed: dict[str, str] = {}
 
-    def watch_norm(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if torch.is_tensor(output):
-                made[id(output)] = (name, output)
+    def after_norm(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if torch.is_tensor(output):
+            made[id(output)] = (names[module], output)
 
-        return hook
+    def before_linear(module: nn.Module, args: tuple) -> None:
+        if args and id(args[0]) in made:
+            fed[names[module]] = made[id(args[0])][0]
 
-    def watch_linear(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            if args and id(args[0]) in made:
-                fed[name] = made[id(args[0])][0]
-
-        return hook
-
-    hooks = [linear.module.register_forward_pre_hook(watch_linear(name)) for name, linear in linears.items()]
-    for name, module in model.base_model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own and not list(module.children()) and all(p.ndim == 1 for p in own):
-            hooks.append(module.register_forward_hook(watch_norm(name)))
-    try:
+    with ExitStack() as hooks:
+        for linear in linears.values():
+            hooks.enter_context(linear.module.register_forward_pre_hook(before_linear))
+        for module in model.base_model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not list(module.children()) and all(p.ndim == 1 for p in own):
+                hooks.enter_context(module.register_forward_hook(after_norm))
         model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return fed

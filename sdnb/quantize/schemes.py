@@ -1,8 +1,8 @@
 """Simulated quantization of every linear module, with the arithmetic of the real thing.
 
 A module's answer is y = s_x s_W (X W^T) + b, X and W numbers of the format, their product exact for whole
-numbers and scaled once. The weights stay where they are: only `forward` is replaced, inside a context
-manager, which holds one copy of the quantized weights (a byte a weight for int8) and drops it at its end.
+numbers and scaled once. Only `forward` is replaced, inside a context manager, which holds one copy of the
+quantized weights (a byte a weight for int8).
 """
 
 import math
@@ -92,14 +92,10 @@ class QuantizedLinear:
     """The function that replaces a linear module's `forward`.
 
     Args:
-        linear: the module.
+        linear: the module, whose weights must be in memory and finite, else a ParameterError.
         scheme: how to quantize.
         statistics: of the module's inputs; needed for a static scale.
-        smoothing: SmoothQuant's factors s_j > 0 of the input channels, (k,): x is divided, W multiplied by
-            them.
-
-    Raises:
-        ParameterError: the weights are not in memory, or not finite.
+        smoothing: SmoothQuant's factors s_j > 0 of the input channels, (k,); x is divided, W multiplied.
     """
 
     def __init__(
@@ -149,9 +145,9 @@ class QuantizedLinear:
 
     def _input_scales(self, X: Tensor) -> Tensor:
         """Scales of the input's rows: (rows, 1), or one that is fixed, (1,)."""
-        name = self.scheme.number_format
         if self.input_scale is not None:
             return self.input_scale
+        name = self.scheme.number_format
         if self.scheme.inputs == "token":
             return absmax_scale(largest_entry(X, (-1,)), name).reshape(-1, 1)
         # sequences of one batch do not share a scale, so that batching changes nothing
@@ -182,18 +178,15 @@ def quantized(
         norms: which norm feeds which module, from `norm_feeding`; needed for SmoothQuant.
 
     Yields:
-        Full names of the quantized modules. A module that the calibration text never reached keeps its
-        precision when the scheme needs its statistics.
+        Full names of the quantized modules, without those whose statistics are needed and missing.
 
     Raises:
-        ParameterError: calibration statistics are needed and missing, or the weights are not in memory.
+        ParameterError: no calibration statistics where they are needed, or the weights are not in memory.
     """
     if scheme.needs_calibration and statistics is None:
         raise ParameterError("static scales and SmoothQuant need the statistics of a calibration text")
     linears, known = linear_modules(model), statistics or {}
-    smoothing = {}
-    if scheme.alpha is not None:
-        smoothing = smoothing_factors(linears, known, norms or {}, scheme.alpha)
+    smoothing = {} if scheme.alpha is None else smoothing_factors(linears, known, norms or {}, scheme.alpha)
     chosen = [n for n in linears if n not in skip and (not scheme.needs_calibration or n in known)]
     forwards = {
         linears[n].module: QuantizedLinear(linears[n], scheme, known.get(n), smoothing.get(n)) for n in chosen
@@ -216,17 +209,14 @@ def smoothing_factors(
 ) -> dict[str, Tensor]:
     """SmoothQuant's s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for the modules that a norm feeds.
 
-    X diag(s)^-1 has the outlier channels taken down, diag(s) W^T takes them up, and their product is the
-    same. All modules fed by one norm share s, so that 1/s can be folded into the norm's gain; a module that
-    no norm feeds (the output of attention, the down-projection of an FFN) has nothing to fold it into and is
-    not smoothed.
+    X diag(s)^-1 has the outlier channels taken down, diag(s) W^T takes them up. All modules fed by one norm
+    share s, so that 1/s can be folded into the norm's gain; others are not smoothed.
 
     Args:
         linears: from `linear_modules`.
         statistics: of the calibration text; modules it never reached are left out.
         norms: module -> norm that feeds it, from `norm_feeding`.
-        alpha: migration strength: 0 leaves the inputs as they are but for the weights' own spread, 1 makes
-            all input channels equally large.
+        alpha: migration strength; 1 makes all input channels equally large.
 
     Returns:
         Full module name -> s, (k,), float32 on the CPU.
@@ -247,15 +237,7 @@ def smoothing_factors(
 
 
 def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
-    """Share of the weights that keeps its precision: linear modules and experts, but no embedding.
-
-    Args:
-        model: a causal language model.
-        quantized_names: full names of the quantized modules.
-
-    Returns:
-        A number between 0 and 1.
-    """
+    """Share of the weights, without embeddings, that keeps its precision beside the modules quantized."""
     sizes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
     experts = sum(p.numel() for *_, parameters in expert_parameters(model) for p in parameters)
     return 1 - sum(sizes[name] for name in quantized_names) / (sum(sizes.values()) + experts)
@@ -263,12 +245,7 @@ def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
 
 @dataclass(frozen=True)
 class PairedRatio:
-    """Perplexity of one run over that of another, window by window.
-
-    Args:
-        ratio: exp of the mean difference of losses.
-        error: its standard error, from the spread of the differences over windows; NaN for one window.
-    """
+    """Perplexity of one run over that of another, and its standard error, NaN for a single window."""
 
     ratio: float
     error: float
@@ -277,8 +254,7 @@ class PairedRatio:
 def perplexity_ratio(losses: Tensor, reference: Tensor) -> PairedRatio:
     """Compare two runs on the same windows: ratio = exp(mean(a - b)), error = ratio std(a - b) / sqrt(W).
 
-    Windows differ in difficulty far more than the runs do, so that differences of the same windows have a
-    standard error many times below that of either perplexity.
+    Windows differ in difficulty far more than the runs do: their differences have a far smaller error.
 
     Args:
         losses: mean negative log-likelihood of each window, in nats, (W,).

@@ -41,17 +41,19 @@ class SingleWeight:
     share: float
 
 
-def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWeight]:
+def single_weights(
+    model: nn.Module, ids: Tensor | None = None, layers: Sequence[int] | None = None
+) -> list[SingleWeight]:
     """Find the single weight of every layer, in up to three ways.
 
     From a spike: at the token with the largest output y of W, row = argmax |y|, column the unit that writes
-    most of it, argmax_i |W[row, i] x_i|. From the weights alone, by the gain: the same at the input that the
-    norm and FFN amplify most (`largest_gain`); no pass of the model, one layer at a time in memory. By the
-    rank-one matrix: the largest entry of sigma_1 u_1 v_1^T of W.
+    most of it, argmax_i |W[row, i] x_i|. By the gain: the same at the input that the norm and FFN amplify
+    most (`largest_gain`). By the rank-one matrix: the largest entry of sigma_1 u_1 v_1^T of W.
 
     Args:
         model: a causal language model, offloaded or not.
         ids: a text, (B, T), for the spike; None for the weights alone.
+        layers: the ones to look at, 1..L; None for all.
 
     Returns:
         Layer after layer; a layer without one down-projection (a mixture of experts) has none, one without a
@@ -61,7 +63,7 @@ def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWe
     """
     names = {id(module): name for name, module in model.named_modules()}
     downs: list[WeightMatrix] = []
-    for _, matrices in layer_matrices_or_reason(model):
+    for _, matrices in layer_matrices_or_reason(model, layers):
         found = [] if isinstance(matrices, str) else [m for m in matrices if m.kind == "down"]
         downs += found if len(found) == 1 else []
     spikes = _spikes(model, ids, downs) if ids is not None else {}
@@ -97,9 +99,8 @@ def _largest_term(W: Tensor, x: Tensor, y: Tensor) -> dict:
     row = int(y.abs().argmax())
     terms = W[row] * x.to(W)
     column = int(terms.abs().argmax())
-    return {
-        "row": row, "column": column, "size": y[row].abs().item(), "share": (terms[column] / y[row]).item(),
-    }  # fmt: skip
+    share = (terms[column] / y[row]).item()
+    return {"row": row, "column": column, "size": y[row].abs().item(), "share": share}
 
 
 @torch.no_grad()
@@ -107,18 +108,17 @@ def _spikes(model: nn.Module, ids: Tensor, downs: Sequence[WeightMatrix]) -> dic
     """Input and output (without bias) of each down-projection at the token where its output is largest."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def watch(down: WeightMatrix):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            y = output.flatten(0, -2)
-            y = y if getattr(module, "bias", None) is None else y - module.bias
-            token = int(y.abs().amax(-1).argmax())
-            found[down.layer] = (args[0].flatten(0, -2)[token].float(), y[token].float())
+    layer_of = {down.module: down.layer for down in downs}
 
-        return hook
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        y = output.flatten(0, -2)
+        y = y if getattr(module, "bias", None) is None else y - module.bias
+        token = int(y.abs().amax(-1).argmax())
+        found[layer_of[module]] = (args[0].flatten(0, -2)[token].float(), y[token].float())
 
     with ExitStack() as hooks:
-        for down in downs:
-            hooks.callback(down.module.register_forward_hook(watch(down)).remove)
+        for module in layer_of:
+            hooks.enter_context(module.register_forward_hook(hook))
         model.base_model(input_ids=ids.to(input_device(model)), use_cache=False)
     return found
 

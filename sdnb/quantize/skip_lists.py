@@ -5,9 +5,11 @@ median token's largest input. With one int8 scale for all tokens, the largest in
 ratio of 32 the median token is left with fewer than four of them, and at 254 it is rounded to zero.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import gguf
 from torch import Tensor, nn
 
 from sdnb.errors import ParameterError
@@ -55,13 +57,12 @@ class SkipList:
 def skip_list(
     model: nn.Module, statistics: dict[str, InputStatistics], *, threshold: float = MIN_TOKEN_RATIO
 ) -> SkipList:
-    """Apply the rule of this module.
+    """List the modules whose largest input is many times the median token's largest input.
 
     Args:
         model: a causal language model.
         statistics: of its linear modules' inputs, from `input_statistics`.
-        threshold: smallest ratio of the largest input to the median token's largest input that counts as a
-            spike.
+        threshold: the smallest such ratio that counts as a spike.
 
     Returns:
         The list, with full module names, so that layer 1 never matches layer 11.
@@ -73,25 +74,13 @@ def skip_list(
         raise ParameterError(
             f"the threshold of the skip list is {threshold}; give a ratio above 1, such as 32"
         )
-    spikes = {
-        name: found.token_ratio if found.token_ratio is not None else float("inf")
-        for name, found in statistics.items()
-        if found.largest > 0
-    }
+    spikes = {n: s.token_ratio or float("inf") for n, s in statistics.items() if s.largest > 0}
     chosen = sorted((n for n, ratio in spikes.items() if ratio >= threshold), key=lambda n: -spikes[n])
     return SkipList(tuple(chosen), fused_with(model, chosen), tuple(never_quantized(model)), threshold)
 
 
 def fused_with(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Modules that vLLM fuses with some of the given ones and that are not among them.
-
-    Args:
-        model: a causal language model.
-        names: full module names.
-
-    Returns:
-        Full module names, in the order of the model.
-    """
+    """Full names of the modules that vLLM fuses with some of the given ones and that are not among them."""
     given, linears = set(names), linear_modules(model)
     missing = set()
     for name in given:
@@ -105,23 +94,22 @@ def fused_with(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
     """The down-projection of each of the given layers: the FFN's last linear module with d outputs.
 
-    The module that a layer calls first reads its input and has d columns. Attention runs before the FFN, side
-    by side or in turn, so that what lies outside of the first module's branch is the FFN's. It ends with its
-    down-projection, or with a gate of one output behind it (the shared expert of Qwen2-MoE). Where it has no
-    linear module of its own (experts in one parameter), there is none.
-
     Args:
         statistics: with the order of calls.
         layers: decoder layers, 1..L.
 
     Returns:
-        Full module names, in the order of `layers`.
+        Full module names, in the order of `layers`; none where experts lie in one parameter.
     """
+    # The module that a layer calls first reads its input and has d columns. Attention runs before the FFN,
+    # side by side or in turn, so that what lies outside of the first module's branch is the FFN's. Behind the
+    # down-projection there may be a gate of one output (the shared expert of Qwen2-MoE).
     found = []
     for layer in layers:
         called = sorted((s for s in statistics.values() if s.layer == layer), key=lambda s: s.order)
         for module in reversed(called):
-            if module.branch != called[0].branch and module.outputs == len(called[0].channel_largest):
+            outputs = module.parameters // len(module.channel_largest)
+            if module.branch != called[0].branch and outputs == len(called[0].channel_largest):
                 found.append(module.name)
                 break
     return found
@@ -207,3 +195,78 @@ def sensitivity(
     gains = {name: perplexity_ratio(nothing, alone[name]) for name in order}
     cost, left = perplexity_ratio(nothing, intact), perplexity_ratio(best, intact)
     return Sensitivity(cost, gains, tuple(order[:high]), recovered(best), left)
+
+
+# --- the forms that quantizers take, each bounded so that exactly the listed modules match
+
+
+@dataclass(frozen=True)
+class Form:
+    """A skip list as one tool takes it: name of the parameter, its value, and lines to paste."""
+
+    parameter: str
+    value: object
+    text: str
+
+
+def forms(skip: SkipList, model: nn.Module) -> dict[str, Form]:
+    """The list in every form, by the tool's name; their versions are named in book/quantizers.md.
+
+    Args:
+        skip: from `skip_list`.
+        model: the model it belongs to, whose architecture says how llama.cpp calls its tensors.
+
+    Returns:
+        Tool -> form. llama.cpp is left out where its converter does not know the architecture.
+    """
+    names = skip.modules
+    literal = [re.escape(name) for name in names]
+    quantizers = [{"quantizer_name": f"{name}.*", "enable": False} for name in names]
+    values = {
+        "transformers": ("modules_to_not_convert", names),
+        "bitsandbytes": ("llm_int8_skip_modules", names),
+        "compressed-tensors": ("ignore", names),
+        "llm-compressor": ("ignore", [f"re:{name}$" for name in literal]),
+        "torchao": ("FqnToConfig", dict.fromkeys(names)),
+        "optimum-quanto": ("exclude", names),
+        "gptqmodel": ("dynamic", {f"-:^{name}$": {} for name in literal}),
+        "modelopt": ("quant_cfg", quantizers),
+        "quark": ("exclude", names),
+        "auto-round": ("layer_config", {name: {"bits": 16, "act_bits": 16} for name in names}),
+    }
+    found = {tool: Form(name, value, f"{name} = {_python(value)}") for tool, (name, value) in values.items()}
+    found["torchao"] = Form("FqnToConfig", values["torchao"][1], _torchao(names))
+    found["modelopt"] = Form("quant_cfg", quantizers, f'config["quant_cfg"] += {_python(quantizers)}')
+    tensors = [name for module in skip.chosen if (name := gguf_name(model, module)) is not None]
+    if tensors or not skip.chosen:
+        lines = [f"{re.escape(name)}\\.weight=q8_0" for name in dict.fromkeys(tensors)]
+        found["llama.cpp"] = Form("--tensor-type-file", lines, "\n".join(lines))
+    return found
+
+
+def _python(value: list | dict) -> str:
+    """A list or dict as Python source, an entry a line."""
+    pairs = isinstance(value, dict)
+    lines = [f"{key!r}: {entry!r}" for key, entry in value.items()] if pairs else [repr(v) for v in value]
+    return "".join(["{" if pairs else "[", *(f"\n    {line}," for line in lines), "\n}" if pairs else "\n]"])
+
+
+def _torchao(names: list[str]) -> str:
+    """Two ways to say it: a filter over modules, and a configuration by name."""
+    return (
+        f"skip = {_python(names)}\n"
+        "linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]\n"
+        "quantize_(model, config, filter_fn=lambda m, n: n in linear and n not in skip)\n"
+        "# or, which can be stored with a checkpoint:\n"
+        "named = OrderedDict((n, None if n in skip else config) for n in linear)\n"
+        "quantize_(model, FqnToConfig(named), filter_fn=None)"
+    )
+
+
+def gguf_name(model: nn.Module, module: str) -> str | None:
+    """What a GGUF file calls a module, such as blk.11.ffn_down; None where llama.cpp has no name for it."""
+    known = {re.sub(r"\W|_", "", name): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = re.sub(r"\W|_|text$", "", model.config.model_type)
+    arch = known.get(kind, gguf.MODEL_ARCH.LLAMA)  # mistral and others are stored as llama
+    layers = model.config.get_text_config().num_hidden_layers
+    return gguf.get_tensor_name_map(arch, layers).get_name(module)

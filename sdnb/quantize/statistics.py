@@ -1,11 +1,11 @@
 """What every linear module is given: its largest and its typical input, and what quantization makes of them.
 
-Everything comes from one pass over the text, by forward hooks; the model is never changed. What is kept from
-one call to the next is written into tensors that are there before the pass starts: small tensors that stay,
-allocated between large ones that go, leave the heap in pieces that nobody can use (10 GB for a model of half
-a GB).
+What is kept from one call to the next is written into tensors that are there before the pass starts: small
+tensors that stay, allocated between large ones that go, leave the heap in pieces that nobody can use (10 GB
+for a model of half a GB).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -33,10 +33,6 @@ class _Series:
             self.values = torch.cat([self.values, torch.empty(end)])
         self.values[self.count : end] = part
         self.count = end
-
-    @property
-    def all(self) -> Tensor:
-        return self.values[: self.count]
 
 
 class _Gathering:
@@ -90,14 +86,15 @@ class _Gathering:
 
     def result(self) -> InputStatistics:
         """The statistics of all calls."""
+        largest = self.tokens.values[: self.tokens.count]
         return InputStatistics(
             name=self.linear.name,
             layer=self.linear.layer,
             branch=self.linear.branch,
             order=self.order,
-            largest=self.tokens.all.max().item(),
-            median=self.sample.all.median().item(),
-            token_median=self.tokens.all.double().median().item(),
+            largest=largest.max().item(),
+            median=self.sample.values[: self.sample.count].median().item(),
+            token_median=largest.double().median().item(),
             output_error=self.error / self.error_tokens if self.error_tokens else None,
             channel_largest=self.channels,
             parameters=self.linear.weight.numel(),
@@ -130,18 +127,17 @@ def input_statistics(
     total = sum(len(line) for line in lines)
     sums = {n: _Gathering(linear, total, scheme) for n, linear in linear_modules(model).items()}
     running: list[Tensor] = []  # the mask of real tokens, empty during passes that only look for the layers
-    calls = iter(range(2**62))
+    calls = itertools.count()
 
-    def watch(gathered: _Gathering) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if running and args and torch.is_tensor(args[0]) and args[0].numel():
-                gathered.add(args[0], output, running[0], next(calls))
+    of_module = {gathered.linear.module: gathered for gathered in sums.values()}
 
-        return hook
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if running and args and torch.is_tensor(args[0]) and args[0].numel():
+            of_module[module].add(args[0], output, running[0], next(calls))
 
     with ExitStack() as hooks:
-        for gathered in sums.values():
-            hooks.callback(gathered.linear.module.register_forward_hook(watch(gathered)).remove)
+        for module in of_module:
+            hooks.enter_context(module.register_forward_hook(hook))
         for ids, real, numbers in token_batches(lines, max_tokens=max_tokens):
 
             def show(layer: int, state: Tensor, real: Tensor = real, numbers: list[int] = numbers) -> None:

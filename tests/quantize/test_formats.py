@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sdnb.errors import ParameterError
-from sdnb.quantize import FORMATS, absmax_scale, exact_product, levels_left, numbers, rounded, token_levels
+from sdnb.quantize import FORMATS, absmax_scale, levels_left, rounded
+from sdnb.quantize.formats import exact_product, numbers
 
 SUMMANDS = 8192
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -93,14 +94,6 @@ def test_levels_left_by_counting():
         ]
         assert levels_left(sizes, scale, name).tolist() == expected
     assert levels_left(torch.tensor([65_504.0, 0.0]), 1.0, "float16").tolist() == [31 * 1024 - 1, 0]
-
-
-def test_levels_of_tokens_by_who_shares_a_scale():
-    x = torch.tensor([[100.0, 1.0], [0.5, -3.0], [0.0, 0.0]])
-    assert token_levels(x, "int8").tolist() == [127, 3, 0], "3 * 127 / 100"
-    assert token_levels(x, "int8", "token").tolist() == [127, 127, 0]
-    assert token_levels(x, "mxfp4").tolist() == [7, 7, 0]
-    assert token_levels(x, "float8_e4m3")[1] > 80 and token_levels(x, "float16")[1] > 15_000
 
 
 def saturated(rows: int, seed: int) -> torch.Tensor:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sdnb.quantize import SkipList, forms, fused_with, gguf_name, linear_modules, never_quantized
+from sdnb.quantize import SkipList, forms, fused_with, linear_modules, never_quantized
+from sdnb.quantize.skip_lists import gguf_name
 from tests.tiny import build, tiny_model
 
 TWELVE = {"d": 32, "f": 64, "layers": 12, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}

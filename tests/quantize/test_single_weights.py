@@ -48,6 +48,7 @@ def test_weights_alone_need_no_pass_and_may_be_offloaded():
     assert [(e.layer, e.row, e.column, e.how) for e in away] == [
         (e.layer, e.row, e.column, e.how) for e in there
     ]
+    assert single_weights(model, layers=[2]) == [entry for entry in away if entry.layer == 2]
 
 
 def test_the_rank_one_entry_is_that_of_a_dense_decomposition():
