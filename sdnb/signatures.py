@@ -6,15 +6,13 @@ Two kinds of evidence, each with the chance of it between unrelated models:
    directions equally likely, and random signed permutations of the coordinates, because a direction that is
    nearly one coordinate coincides with another such one once in d pairs, not once in 1e500.
 2. The alignment of the embeddings: nuclear norm of A^T B over |A| |B|, rows of A and B the tokens that both
-   models know, centred and of unit length. No permutation or rotation of the residual stream changes it, and
-   the rotation that goes with it carries one direction into the other's coordinates. Unrelated models share
-   some order of meaning, so its null is what unrelated models have, not what shuffled tokens have.
-
-The limits of the second are measured on six trainings (five of the zoo, and SmolLM2), which make 15 unrelated
-pairs. On a scale from 0 (shuffled tokens) to 1 (a copy) their input embeddings reach 0.13 to 0.36, a
-fine-tuning 0.98, a checkpoint at 40 % of the training 0.79, at 20 % 0.65, at 10 % 0.52; output embeddings
-0.41 to 0.58 against 0.90, 0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries
-even unrelated directions to within 28 to 66 degrees, since all models answer a first token alike.
+   models know, centred and of unit length. No rotation of the residual stream changes it, and the rotation
+   that goes with it carries one direction into the other's coordinates. Unrelated models share some order of
+   meaning, so its limits are measured, on 15 unrelated pairs (five trainings of the zoo, and SmolLM2). From 0
+   (shuffled tokens) to 1 (a copy) their input embeddings reach 0.13 to 0.36, a fine-tuning 0.98, a checkpoint
+   at 40 % of the training 0.79, at 20 % 0.65, at 10 % 0.52; output embeddings 0.41 to 0.58 against 0.90,
+   0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries even unrelated
+   directions to within 28 to 66 degrees, since all models answer a first token alike.
 """
 
 import functools
@@ -26,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse.csgraph import connected_components
 from scipy.special import log_ndtr, logsumexp
 from torch import Tensor, nn
 
@@ -139,19 +138,7 @@ def signature(loaded: object, text: object, *, defect: object | None = None, see
 
 
 def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -> tuple[Tensor, float]:
-    """Return the unit mean of states, and the radius of 95 % of the means over resampled lines.
-
-    A resampled mean draws as many lines with replacement and averages all their states.
-
-    Args:
-        states: (n, d).
-        line: number of the line that each state comes from, 0 to lines - 1, (n,).
-        lines: number of lines, those without a state included.
-        seed: of the draws.
-
-    Returns:
-        The direction, (d,) in float32, and the 95 % quantile of the angles to it, in degrees.
-    """
+    """Unit mean of states (n, d), and the angle within which 95 % of the means over resampled lines lie."""
     sums = torch.zeros(lines, states.shape[1], dtype=torch.float64).index_add_(0, line, states.double())
     counts = torch.bincount(line, minlength=lines).double()
     draws = torch.randint(lines, (_REPLICATES, lines), generator=torch.Generator().manual_seed(seed))
@@ -164,17 +151,11 @@ def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -
 
 @dataclass(frozen=True)
 class Alignment:
-    """How alike two tables of embeddings are up to a rotation.
+    """How alike two tables of embeddings are up to a rotation."""
 
-    Args:
-        value: nuclear norm of A^T B over |A| |B|, 0 to 1.
-        shuffled: the same with the rows of B shuffled.
-        rotation: the orthogonal Procrustes solution, (d_a, d_b); it carries a vector of B's space into A's.
-    """
-
-    value: float
-    shuffled: float
-    rotation: Tensor
+    value: float  # nuclear norm of A^T B over |A| |B|, 0 to 1
+    shuffled: float  # the same with the rows of B shuffled
+    rotation: Tensor  # orthogonal Procrustes, (d_a, d_b): it carries vectors of B's space into A's
 
     @property
     def beyond_shuffled(self) -> float:
@@ -210,15 +191,7 @@ def alignment(first: Tensor, second: Tensor, *, seed: int = 0) -> Alignment:
 
 
 def shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
-    """Rows of the tokens that two models share: by their pieces with one tokenizer, else by their texts.
-
-    Args:
-        first: a signature.
-        second: another one.
-
-    Returns:
-        The rows in the first's embedding and in the second's, (n,) each.
-    """
+    """Rows of the tokens that two models share: by their pieces with one tokenizer, else by their texts."""
     same = first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
     a, b = (first.pieces, second.pieces) if same else (first.texts, second.texts)
     both = sorted(a.keys() & b.keys())
@@ -226,20 +199,10 @@ def shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
 
 
 def log10_permutation_chance(first: Tensor, second: Tensor, angle: float) -> float:
-    """Return log10 of how often a random signed permutation brings two directions as close as an angle.
-
-    P(|sum_i s_i a_i b_pi(i)| >= cos angle) for random signs s and a random permutation pi. Where the largest
-    four coordinates of a fall, on which of the largest four of b, is enumerated; the rest of the sum is taken
-    as normal, with its variance.
-
-    Args:
-        first: (d,).
-        second: (d,).
-        angle: acute, in degrees.
-
-    Returns:
-        log10 P, at most 0.
-    """
+    """log10 of how often a random signed permutation brings two directions within an angle in degrees."""
+    # P(|sum_i s_i a_i b_pi(i)| >= cos angle) for random signs s and a random permutation pi. Where the four
+    # largest coordinates of a fall, on which of the four largest of b, is enumerated; the rest of the sum is
+    # taken as normal, with its variance.
     units = (nn.functional.normalize(x.double(), dim=0) for x in (first, second))
     a, b = (u.abs().sort(descending=True).values.numpy() for u in units)
     top = min(_TOP, len(a) // 2)
@@ -269,8 +232,7 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     The angle between the true directions differs from the measured one by at most the sum of both radii. The
     direction says "related" when even the largest such angle is less likely than `chance` under both nulls,
     "undecided" when only the smallest is; the embeddings by the limits of this module. One that says
-    "related" decides, unless the other has reasons against it: then the verdict is "undecided", and the note
-    names them.
+    "related" decides, unless the other has reasons against it: then the verdict is "undecided".
 
     Args:
         first: a signature.
@@ -306,44 +268,23 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
         row["verdict"] = "undecided"
         notes.append("the directions agree, the embeddings do not")
     elif embeddings == "related" and direction != "related" and carried is not None:
-        row["verdict"] = "related" if carried < limit else "undecided"
-        agree = "in other coordinates", "the embeddings agree, the directions do not"
-        notes.append(agree[carried >= limit])
+        moved = carried < limit
+        row["verdict"] = "related" if moved else "undecided"
+        notes.append("in other coordinates" if moved else "the embeddings agree, the directions do not")
     return row | {"note": "; ".join(notes)}
 
 
 def related_groups(names: Sequence[str], pairs: Sequence[dict]) -> list[int]:
-    """Number the groups of related models, groups being chains of related pairs.
-
-    Args:
-        names: the models.
-        pairs: rows of `compare_signatures`.
-
-    Returns:
-        The number of each model's group, from 1 in the order of the names.
-    """
-    group = {name: name for name in names}
+    """Number the groups of related models, chains of related pairs, from 1 in the order of the names."""
+    place = {name: i for i, name in enumerate(names)}
+    related = np.zeros((len(names), len(names)))
     for row in pairs:
-        if row["verdict"] == "related":
-            old, new = group[row["second"]], group[row["first"]]
-            group = {name: new if value == old else value for name, value in group.items()}
-    numbers = {value: place for place, value in enumerate(dict.fromkeys(group.values()), start=1)}
-    return [numbers[group[name]] for name in names]
+        related[place[row["first"]], place[row["second"]]] = row["verdict"] == "related"
+    return (connected_components(related, directed=False)[1] + 1).tolist()
 
 
 def signature_command(args: object, **loading: object) -> int:
-    """Do what `sdnb signature` does: compare the models, two by two, and print what was found.
-
-    Args:
-        args: `models`, `text`, `max_lines`, `chance`, `json`.
-        loading: options of `sdnb.load`.
-
-    Returns:
-        0; a model without a high-norm token is no failure.
-
-    Raises:
-        ParameterError: a chance that is none.
-    """
+    """Do what `sdnb signature` does: compare the models, two by two, and print what was found."""
     names, found = list(dict.fromkeys(args.models)), []
     if not 0 < args.chance < 1:  # refused before the first model is measured
         raise ParameterError(f"--chance {args.chance:g}: give a probability between 0 and 1")
@@ -362,24 +303,14 @@ def signature_command(args: object, **loading: object) -> int:
 
 
 def describe(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict]) -> str:
-    """Write a comparison as text for a terminal: the groups, then the pairs, the surest first.
-
-    Args:
-        names: the models.
-        groups: of `related_groups`.
-        pairs: rows of `compare_signatures`.
-
-    Returns:
-        The text.
-    """
+    """Write a comparison as text for a terminal: the groups, then the pairs, the surest first."""
     width = max(map(len, names), default=0)
     lines = [f"{'group':>5}  model"] + [f"{g:>5}  {name}" for g, name in zip(groups, names, strict=True)]
     lines += [
         "",
         f"{'verdict':<21}  {'angle':>14}  {'chance':>7}  {'embeddings':>10}  {'carried':>7}  models",
     ]
-    order = {"related": 0, "undecided": 1, "no sign of a relation": 2, "not comparable": 3}
-    for row in sorted(pairs, key=lambda row: order[row["verdict"]]):
+    for row in sorted(pairs, key=lambda row: _VERDICTS.index(row["verdict"])):
         angle = _shown(row["angle_deg"], "{:.2f}°") + _shown(row["uncertainty_deg"], " ± {:.2f}°", "")
         lines.append(
             f"{row['verdict']:<21}  {angle:>14}  {_power(row['chance_log10']):>7}  "

@@ -7,7 +7,7 @@ owns these runs its plain loop over experts, every product with a slice is seen,
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertStatistics:
     """Largest input and output of one expert's down-projection over a text.
 
@@ -44,9 +44,9 @@ class ExpertStatistics:
     name: str
     layer: int
     expert: int
-    tokens: int
-    largest_input: float
-    largest_output: float
+    tokens: int = 0
+    largest_input: float = 0.0
+    largest_output: float = 0.0
 
 
 class _Products(TorchFunctionMode):
@@ -85,7 +85,7 @@ def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatis
     forwards: dict[nn.Module, Callable] = {}
     for number, name, module, parameters in expert_parameters(model):
         count = len(parameters[0])
-        rows.append([ExpertStatistics(f"{name}.{e}", number, e, 0, 0.0, 0.0) for e in range(count)])
+        rows.append([ExpertStatistics(f"{name}.{e}", number, e) for e in range(count)])
         forwards[module] = partial(_watched, module, parameters, rows[-1])
     if not rows:
         raise ModelError(
@@ -107,13 +107,10 @@ def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], 
         # the plain loop over experts, not the batched products that transformers may put in its place
         result = inspect.unwrap(type(module).forward)(module, *args, **kwargs)
     for expert, (x, y) in last.items():
-        old = rows[expert]
-        rows[expert] = replace(
-            old,
-            tokens=old.tokens + len(x),
-            largest_input=max(old.largest_input, x.abs().max().item()),
-            largest_output=max(old.largest_output, y.abs().max().item()),
-        )
+        row = rows[expert]
+        row.tokens += len(x)
+        row.largest_input = max(row.largest_input, x.abs().max().item())
+        row.largest_output = max(row.largest_output, y.abs().max().item())
     return result
 
 
