@@ -27,6 +27,7 @@ from sdnb.signatures import (
     signature,
     signature_command,
 )
+from tests.cells import run_cells
 from tests.tiny import planted_model, tiny_model, tiny_tokenizer
 
 LINES = [f"the module number {n} provides a class for {n * n} objects" for n in range(20)]
@@ -78,9 +79,7 @@ def powers(d: int, exponent: float, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize((torch.arange(d) + 1.0).double() ** -exponent, dim=0)[order]
 
 
-@pytest.mark.parametrize(
-    ("exponent", "share"), [(0.0, 1e-3), (0.5, 1e-3), (1.0, 1e-3), (1.0, 0.05), (2.0, 0.1)]
-)
+@pytest.mark.parametrize(("exponent", "share"), [(0.0, 1e-3), (0.5, 1e-3), (1.0, 0.05), (2.0, 0.1)])
 def test_permutation_chance_is_that_of_drawn_permutations(exponent, share):
     d, draws = 64, 60_000
     a, b = powers(d, exponent, 1), powers(d, exponent, 2)
@@ -102,9 +101,8 @@ def test_permutation_chance_of_few_axes_and_of_none():
     assert log10_permutation_chance(axis, axis, 90.0) == 0.0
     spread = torch.randn(500, generator=torch.Generator().manual_seed(0))
     for angle in (70.0, 80.0, 88.0):
-        assert log10_permutation_chance(spread, spread, angle) == pytest.approx(
-            log10_chance(angle, 500), rel=0.15, abs=0.02
-        )
+        found = log10_permutation_chance(spread, spread, angle)
+        assert found == pytest.approx(log10_chance(angle, 500), rel=0.15, abs=0.02)
 
 
 def test_alignment_is_the_procrustes_overlap():
@@ -144,9 +142,8 @@ def test_alignment_of_copies_in_other_bases_and_widths():
 
 def made(direction=None, embedding=None, radius=0.0, **more) -> Signature:
     d = 128 if direction is None else len(direction)
-    embedding = (
-        torch.randn(1200, d, generator=torch.Generator().manual_seed(0)) if embedding is None else embedding
-    )
+    plain = torch.randn(1200, d, generator=torch.Generator().manual_seed(0))
+    embedding = plain if embedding is None else embedding
     known = {
         "name": "a", "kind": "all", "count": 5, "output_embedding": None, "output_gain": torch.ones(d),
         "tokenizer": SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(1200)}), "text_hash": "x",
@@ -401,18 +398,6 @@ def test_command_names_everyone(capsys):
 # --- the notebooks of collections
 
 
-def executed(name: str, **parameters) -> dict:
-    """Run a notebook's code cells in this process and return its names."""
-    names = {}
-    for cell in json.loads((ZOO.parent / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{name} {cell['id']}", "exec"), names)
-            if "parameters" in cell["metadata"].get("tags", ()):
-                assert parameters.keys() <= names.keys()
-                names |= parameters
-    return names
-
-
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     """A planted model, a descendant, an unrelated one, another width, and one without the phenomenon."""
@@ -435,7 +420,7 @@ def test_training_dynamics(collection, tmp_path):
     folders, truth = collection
     steps = [folders["step-30"], folders["step-0"], folders["step-20"]]
     options = {"model": steps[0], "text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
-    found = executed("10_training_dynamics", checkpoints=steps, window=64, max_windows=2, **options)["record"]
+    found = run_cells("10", checkpoints=steps, window=64, max_windows=2, **options)["record"]
     assert found["steps"] == [0, 20, 30] and found["explosion_layers"] == [[], [2], [2]]
     assert found["angle_to_final_deg"][0] is None and found["angle_to_final_deg"][2] == 0
     assert 0 < found["angle_to_final_deg"][1] < 20 < found["first_state_angle_deg"][0]
@@ -443,14 +428,14 @@ def test_training_dynamics(collection, tmp_path):
     assert found["state_layer"] == truth.explosion_layer and len(found["loss"]) == 3
     assert found.arrays["first_norms"].shape == (3, 5) and list(tmp_path.glob("*/10_training_dynamics.png"))
     with pytest.raises(sdnb.ParameterError):
-        executed("10_training_dynamics", **options)
+        run_cells("10", **options)
 
 
 def test_fine_tuning(collection, tmp_path):
     folders, _ = collection
     names = [folders[name] for name in ("step-20", "other", "step-0", "wide")]
     options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
-    found = executed("11_fine_tuning", model=folders["step-30"], descendants=names, **options)["record"]
+    found = run_cells("11", model=folders["step-30"], descendants=names, **options)["record"]
     assert found["names"] == [folders["step-30"], *names] and found["angle_deg"][0] == 0
     assert found["angle_deg"][1] < 20 < 60 < found["angle_deg"][2]
     assert found["angle_deg"][3] is found["angle_deg"][4] is None, "no direction, and another width"
@@ -464,7 +449,7 @@ def test_signatures_of_a_collection(collection, tmp_path):
     folders, _ = collection
     options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
     models = list(folders.values())
-    found = executed("13_signatures", model=folders["step-30"], models=models, **options)["record"]
+    found = run_cells("13", model=folders["step-30"], models=models, **options)["record"]
     groups = dict(zip(folders, found["groups"], strict=True))
     assert groups["step-20"] == groups["step-30"] and len({*groups.values()}) == 4
     assert list(found["left_out"]) == [folders["step-0"]]

@@ -61,9 +61,7 @@ def test_module_equals_rounded_weights_times_rounded_inputs(linears, name):
     torch.testing.assert_close(QuantizedLinear(linear, Scheme(name))(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_are_rounded_in_parts_and_one_scale_for_a_sequence_does_not_depend_on_the_batch(
-    linears, monkeypatch
-):
+def test_parts_of_rows_and_other_sequences_change_nothing(linears, monkeypatch):
     module = QuantizedLinear(linears["transformer.h.0.mlp.c_fc"], Scheme())
     x = torch.randn(3, 4, 32) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
     whole = module(x)
@@ -88,15 +86,10 @@ def test_every_linear_module_but_the_head_is_replaced_and_put_back(case):
         assert names == list(linear_modules(model))
     assert not torch.equal(intact, changed)
     assert torch.equal(intact, model(IDS).logits)
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
-
-
-def test_an_error_inside_leaves_the_model_as_it_was(case):
-    model, _, _ = case
     with pytest.raises(ZeroDivisionError), quantized(model, Scheme()):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
 def test_skipped_modules_answer_exactly(case):
@@ -111,16 +104,6 @@ def test_skipped_modules_answer_exactly(case):
     assert kept_share(model, names[:1]) == pytest.approx(1 - sizes[names[0]] / sum(sizes.values()))
 
 
-def test_finer_scales_lose_less(case):
-    model, _, _ = case
-    intact = model(IDS).logits
-    errors = {}
-    for weights, inputs in (("tensor", "tensor"), ("channel", "token")):
-        with quantized(model, Scheme(weights=weights, inputs=inputs)):
-            errors[weights] = (model(IDS).logits - intact).norm() / intact.norm()
-    assert 0 < errors["channel"] < errors["tensor"] < 0.5
-
-
 def test_every_scheme_comes_near_and_bits_count(case):
     model, _, _ = case
     intact = model(IDS).logits
@@ -129,7 +112,7 @@ def test_every_scheme_comes_near_and_bits_count(case):
         with quantized(model, scheme):
             errors[title] = ((model(IDS).logits - intact).norm() / intact.norm()).item()
     assert max(errors.values()) < 0.7 and min(errors.values()) > 0
-    assert errors["int8 blocks of 32"] < errors["int8 tensor"]
+    assert max(errors["int8 blocks of 32"], errors["int8 channel, token"]) < errors["int8 tensor"]
     assert errors["mxfp8"] < errors["mxfp4"] and errors["nvfp4"] < errors["mxfp4"]
 
 
@@ -163,22 +146,9 @@ def test_static_scales_come_from_the_calibration_text(case):
     module = QuantizedLinear(linear, Scheme(static=True), statistics[name])
     assert module.input_scale.item() == pytest.approx(statistics[name].largest / 127)
     x = torch.zeros(1, 1, linear.weight.shape[1])
-    x[..., 0] = 10 * statistics[name].largest  # beyond the calibrated range: saturates
-    at_limit = x / 10
-    torch.testing.assert_close(module(x), module(at_limit))
-
-
-def test_dynamic_and_static_agree_on_the_calibration_texts_largest_line(case):
-    model, _, _ = case
-    line = IDS[:1]
-    statistics = input_statistics(model, [line[0]])
-    name, linear = next(iter(linear_modules(model).items()))
-    kept = []
-    hook = linear.module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    model(line)
-    hook.remove()
-    static = QuantizedLinear(linear, Scheme(static=True), statistics[name])
-    torch.testing.assert_close(static(kept[0]), QuantizedLinear(linear, Scheme())(kept[0]))
+    x[..., 0] = statistics[name].largest
+    torch.testing.assert_close(module(x), QuantizedLinear(linear, Scheme())(x))
+    torch.testing.assert_close(module(10 * x), module(x))  # beyond the calibrated range: saturates
 
 
 def test_smoothing_moves_scale_and_changes_no_product(case):
@@ -220,14 +190,6 @@ def test_modules_without_statistics_keep_their_precision(case):
         assert first not in names and len(names) == len(rest)
 
 
-def test_perplexity_runs_on_the_quantized_model(case):
-    model, _, _ = case
-    intact = perplexity(model, IDS.flatten(), window=20).value
-    with quantized(model, Scheme()):
-        assert perplexity(model, IDS.flatten(), window=20).value != intact
-    assert perplexity(model, IDS.flatten(), window=20).value == intact
-
-
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme("nvfp4"), Scheme(inputs="token")])
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's FFN is given rows, not sequences
 def test_batching_changes_nothing(family, scheme):
@@ -245,9 +207,8 @@ def test_ratio_of_perplexities_and_its_error_by_hand():
     reference = 3 + 2 * torch.rand(50, generator=generator, dtype=torch.float64)
     steps = 0.1 + 0.02 * torch.randn(50, generator=generator, dtype=torch.float64)
     found = perplexity_ratio(reference + steps, reference)
-    assert found.ratio == pytest.approx(
-        (reference + steps).mean().exp().item() / reference.mean().exp().item()
-    )
+    both = (reference + steps).mean().exp().item(), reference.mean().exp().item()
+    assert found.ratio == pytest.approx(both[0] / both[1])
     many = [steps[torch.randint(50, (50,), generator=generator)].mean().exp().item() for _ in range(2000)]
     assert found.error == pytest.approx(torch.tensor(many).std().item(), rel=0.1), "the bootstrap agrees"
     assert math.isnan(perplexity_ratio(reference[:1], reference[:1]).error)
@@ -258,13 +219,9 @@ def test_ratio_of_perplexities_and_its_error_by_hand():
 def test_what_makes_no_sense_is_refused(case):
     model, _, _ = case
     for wrong in (
-        {"inputs": "row"},
-        {"weights": "token"},
-        {"number_format": "int3"},
-        {"alpha": 1.5},
-        {"number_format": "mxfp4", "inputs": "token"},
-        {"inputs": "token", "static": True},
-    ):
+        {"inputs": "row"}, {"weights": "token"}, {"number_format": "int3"}, {"alpha": 1.5},
+        {"number_format": "mxfp4", "inputs": "token"}, {"inputs": "token", "static": True},
+    ):  # fmt: skip
         with pytest.raises(ParameterError):
             Scheme(**wrong)
     with pytest.raises(ParameterError, match="calibration"), quantized(model, Scheme(static=True)):

@@ -25,9 +25,11 @@ DOWN = {
     "opt": "model.decoder.layers.{}.fc2",
     "qwen2_moe": "model.layers.{}.mlp.shared_expert.down_proj",  # called before the gate of its output
     "deepseek_v3": "model.layers.{}.mlp.shared_experts.down_proj",
+    "mixtral": None,  # experts in one parameter
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MORE = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
     "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24},
     "deepseek_v3": EXPERTS
@@ -51,9 +53,7 @@ def all_inputs(model, name: str) -> list[torch.Tensor]:
     """The module's inputs, line by line, each run alone: [(T_i, k)]."""
     kept = []
     module = model.get_submodule(name)
-    hook = module.register_forward_pre_hook(
-        lambda m, args: kept.append(args[0].reshape(-1, args[0].shape[-1]))
-    )
+    hook = module.register_forward_pre_hook(lambda m, args: kept.append(args[0].flatten(0, -2)))
     for line in lines():
         model(line[None], use_cache=False)
     hook.remove()
@@ -70,7 +70,7 @@ def test_equal_the_inputs_themselves(family):
         X = torch.cat(kept).abs()
         per_token = X.amax(dim=1)
         assert statistics.largest == pytest.approx(X.max().item(), rel=1e-4)
-        assert statistics.median == pytest.approx(X.median().item(), rel=0.02), "the middle of a bin"
+        assert statistics.median == pytest.approx(X.median().item(), rel=0.02)
         assert statistics.token_median == pytest.approx(per_token.median().item(), rel=1e-4)
         torch.testing.assert_close(statistics.channel_largest, X.amax(dim=0), rtol=1e-4, atol=1e-5)
         assert statistics.ratio == pytest.approx(statistics.largest / statistics.median)
@@ -90,18 +90,6 @@ def error_by_hand(kept: list[torch.Tensor], W: torch.Tensor) -> float:
             integers = torch.round(W / weight_scale).double() @ torch.round(x / scale).double()
             errors.append(((integers * scale * weight_scale - exact).norm() / exact.norm()).item())
     return sum(errors) / len(errors)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_batches_and_padding_change_nothing(family):
-    model = build(family, seed=1, **SIZES)
-    whole, single = (
-        input_statistics(model, lines(), max_tokens=4096),
-        input_statistics(model, lines(), max_tokens=1),
-    )
-    for name in whole:
-        assert whole[name].largest == pytest.approx(single[name].largest, rel=1e-4)
-        assert whole[name].output_error == pytest.approx(single[name].output_error, rel=0.02)
 
 
 def test_the_median_of_many_entries_is_drawn(monkeypatch):
@@ -129,9 +117,7 @@ def test_one_pass_and_no_trace():
     seen: list[tuple[int, int]] = []
     calls = []
     hook = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
-    input_statistics(
-        model, lines(), visit=lambda layer, _, real, numbers: seen.append((layer, int(real.sum())))
-    )
+    input_statistics(model, lines(), visit=lambda layer, _, real, __: seen.append((layer, int(real.sum()))))
     hook.remove()
     assert len(calls) == 1, "four short lines fit one batch: one forward pass"
     assert seen == [(layer, 34) for layer in range(4)]
@@ -152,12 +138,8 @@ def test_half_zeros_have_no_ratio():
 def test_down_projection_is_the_last_module_that_writes_d_numbers(family):
     model = build(family, seed=1, **SIZES, **MORE.get(family, {}))
     found = input_statistics(model, lines())
-    assert down_projections(found, [3, 1]) == [DOWN[family].format(2), DOWN[family].format(0)]
-
-
-def test_experts_in_one_parameter_have_no_down_projection():
-    model = build("mixtral", seed=1, num_local_experts=4, num_experts_per_tok=2, **SIZES)
-    assert down_projections(input_statistics(model, lines()), [1, 2]) == []
+    expected = [DOWN[family].format(2), DOWN[family].format(0)] if DOWN[family] else []
+    assert down_projections(found, [3, 1]) == expected
 
 
 @pytest.mark.parametrize("family", FED)
@@ -167,11 +149,6 @@ def test_modules_fed_by_a_norm_are_found(family):
     names = {name for name in linear_modules(model) if any(name.endswith(end) for end in FED[family])}
     assert set(fed) == names
     assert len(set(fed.values())) == 2 * SIZES["layers"], "two norms a layer"
-
-
-def test_norms_are_found_where_the_weights_are_not_in_memory():
-    model = build("llama", seed=1, **SIZES)
-    fed = norm_feeding(model, linear_modules(model), torch.tensor([[3, 4, 5]]))
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert norm_feeding(model, linear_modules(model), torch.tensor([[3, 4, 5]])) == fed
 
