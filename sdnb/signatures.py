@@ -56,31 +56,19 @@ _NUMBERS = (
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """What two models are compared by; it keeps nothing else of the model.
+    """What two models are compared by; it keeps nothing else of the model."""
 
-    Args:
-        name: the model as it was asked for.
-        direction: unit vector, (d,), float32; None without a high-norm state.
-        radius_deg: 95 % of the directions of resampled lines lie within this angle; None without one.
-        kind: "all" high-norm states, or the "initial" ones only, where the two kinds differ.
-        count: high-norm states behind the direction.
-        embedding: input embeddings, (V, d).
-        output_embedding: untied output embeddings, (V, d), or None.
-        output_gain: gain of the norm before them, (d,).
-        tokenizer: the model's.
-        text_hash: of the lines that were read.
-    """
-
-    name: str
-    direction: Tensor | None
+    name: str  #: the model as it was asked for
+    direction: Tensor | None  #: unit vector, (d,), float32; None without a high-norm state
+    #: 95 % of the directions of resampled lines lie within this angle; None without one
     radius_deg: float | None
-    kind: str
-    count: int
-    embedding: Tensor
-    output_embedding: Tensor | None
-    output_gain: Tensor
-    tokenizer: object
-    text_hash: str | None
+    kind: str  #: "all" high-norm states, or the "initial" ones only, where the two kinds differ
+    count: int  #: high-norm states behind the direction
+    embedding: Tensor  #: input embeddings, (V, d)
+    output_embedding: Tensor | None  #: untied output embeddings, (V, d), or None
+    output_gain: Tensor  #: gain of the norm before them, (d,)
+    tokenizer: object  #: the model's
+    text_hash: str | None  #: of the lines that were read
 
     @functools.cached_property
     def pieces(self) -> dict[str, int]:
@@ -153,9 +141,9 @@ def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -
 class Alignment:
     """How alike two tables of embeddings are up to a rotation."""
 
-    value: float  # nuclear norm of A^T B over |A| |B|, 0 to 1
-    shuffled: float  # the same with the rows of B shuffled
-    rotation: Tensor  # orthogonal Procrustes, (d_a, d_b): it carries vectors of B's space into A's
+    value: float  #: nuclear norm of A^T B over |A| |B|, 0 to 1
+    shuffled: float  #: the same with the rows of B shuffled
+    rotation: Tensor  #: orthogonal Procrustes, (d_a, d_b): it carries vectors of B's space into A's
 
     @property
     def beyond_shuffled(self) -> float:

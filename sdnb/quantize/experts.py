@@ -30,23 +30,14 @@ PRODUCTS = {
 
 @dataclass
 class ExpertStatistics:
-    """Largest input and output of one expert's down-projection over a text.
+    """Largest input and output of one expert's down-projection over a text."""
 
-    Args:
-        name: of the module and the expert, "model.layers.3.mlp.experts.17".
-        layer: its decoder layer, 1..L.
-        expert: its number, 0 first, as the router counts.
-        tokens: how many were sent to it.
-        largest_input: max |x|; 0 where no token was sent.
-        largest_output: max |W x|, before the router's weight.
-    """
-
-    name: str
-    layer: int
-    expert: int
-    tokens: int = 0
-    largest_input: float = 0.0
-    largest_output: float = 0.0
+    name: str  #: of the module and the expert, "model.layers.3.mlp.experts.17"
+    layer: int  #: its decoder layer, 1..L
+    expert: int  #: its number, 0 first, as the router counts
+    tokens: int = 0  #: how many were sent to it
+    largest_input: float = 0.0  #: max |x|; 0 where no token was sent
+    largest_output: float = 0.0  #: max |W x|, before the router's weight
 
 
 class _Products(TorchFunctionMode):

@@ -21,11 +21,11 @@ class NumberFormat:
     """What numbers of a format look like."""
 
     largest: float
-    fraction: int | None = None  # bits of a float's fraction; None for whole numbers
-    smallest: int = 0  # exponent of a float's smallest normal number
-    block: int | None = None  # entries of a row that share a scale; None where the caller decides
-    scale: str = "float32"  # of a block: or "power of two", or "float8_e4m3" under one float32 of the tensor
-    stored: torch.dtype = torch.bfloat16  # keeps numbers (times their block's scale) without loss
+    fraction: int | None = None  #: bits of a float's fraction; None for whole numbers
+    smallest: int = 0  #: exponent of a float's smallest normal number
+    block: int | None = None  #: entries of a row that share a scale; None where the caller decides
+    scale: str = "float32"  #: of a block: or "power of two", or "float8_e4m3" under one float32 of the tensor
+    stored: torch.dtype = torch.bfloat16  #: keeps numbers (times their block's scale) without loss
 
     def rounded(self, x: Tensor) -> Tensor:
         """Overwrite float32 x with the nearest numbers, ties to even, saturating; NaN stays NaN."""

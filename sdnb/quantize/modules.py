@@ -14,19 +14,12 @@ from sdnb.layers.weights import is_linear, linear_weight
 
 @dataclass(frozen=True)
 class LinearModule:
-    """One linear module and its place.
+    """One linear module and its place."""
 
-    Args:
-        name: full name, as in `named_modules` of the model.
-        module: an `nn.Linear`, or the `Conv1D` of GPT-2, which stores the transpose.
-        layer: the decoder layer it belongs to, 1..L, or None outside of all.
-        branch: name of the layer's own child that holds it, such as "mlp"; "" outside of all layers.
-    """
-
-    name: str
-    module: nn.Module
-    layer: int | None
-    branch: str = ""
+    name: str  #: full name, as in `named_modules` of the model
+    module: nn.Module  #: an `nn.Linear`, or the `Conv1D` of GPT-2, which stores the transpose
+    layer: int | None  #: the decoder layer it belongs to, 1..L, or None outside of all
+    branch: str = ""  #: name of the layer's own child that holds it, such as "mlp"; "" outside of all layers
 
     @property
     def weight(self) -> Tensor:
@@ -36,32 +29,20 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Inputs X of one linear module over a text, entries x, tokens t.
+    """Inputs X of one linear module over a text, entries x, tokens t."""
 
-    Args:
-        name: full name of the module.
-        layer: its decoder layer, 1..L, or None.
-        branch: the layer's own child that holds it, such as "mlp".
-        order: its place in the order of calls, 0 first.
-        largest: max |x|.
-        median: median |x|, to 0.5 % where there are more than 65,536 entries.
-        token_median: median over tokens of max_j |x_tj|.
-        output_error: mean over tokens of |y - y'| / |y| with y = W x and y' the same quantized; None where it
-            was not asked for, or the weights are not in memory.
-        channel_largest: max_t |x_tj| for each input channel j, (k,), float32 on the CPU.
-        parameters: entries of W.
-    """
-
-    name: str
-    layer: int | None
-    branch: str
-    order: int
-    largest: float
-    median: float
-    token_median: float
+    name: str  #: full name of the module
+    layer: int | None  #: its decoder layer, 1..L, or None
+    branch: str  #: the layer's own child that holds it, such as "mlp"
+    order: int  #: its place in the order of calls, 0 first
+    largest: float  #: max |x|
+    median: float  #: median |x|, to 0.5 % where there are more than 65,536 entries
+    token_median: float  #: median over tokens of max_j |x_tj|
+    #: mean over tokens of |y - y'| / |y| with y = W x and y' the same quantized; None where it was not asked
+    #: for, or the weights are not in memory
     output_error: float | None
-    channel_largest: Tensor
-    parameters: int
+    channel_largest: Tensor  #: max_t |x_tj| for each input channel j, (k,), float32 on the CPU
+    parameters: int  #: entries of W
 
     @property
     def ratio(self) -> float | None:

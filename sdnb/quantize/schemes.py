@@ -31,24 +31,19 @@ ENTRIES_AT_ONCE = 2**19
 class Scheme:
     """How weights and inputs of the linear modules are quantized; symmetric, round to nearest.
 
-    Args:
-        number_format: a key of `FORMATS`, for weights and inputs.
-        weights: "tensor" (one scale) or "channel" (one for each output); "block" in block formats.
-        inputs: "tensor" (one scale for a sequence, or for everything when static) or "token"; "block" in
-            block formats.
-        static: input scales are fixed beforehand from the statistics of a calibration text; otherwise each
-            scale comes from the input at hand.
-        alpha: SmoothQuant's migration strength, 0 to 1; None for plain round-to-nearest.
-
     Raises:
         ParameterError: a value that is none of these.
     """
 
-    number_format: str = "int8"
+    number_format: str = "int8"  #: a key of `FORMATS`, for weights and inputs
+    #: "tensor" (one scale) or "channel" (one for each output); "block" in block formats
     weights: str | None = None
+    #: "tensor" (one scale for a sequence, or for everything when static) or "token"; "block" in block formats
     inputs: str | None = None
+    #: input scales are fixed beforehand from the statistics of a calibration text; otherwise each scale comes
+    #: from the input at hand
     static: bool = False
-    alpha: float | None = None
+    alpha: float | None = None  #: SmoothQuant's migration strength, 0 to 1; None for plain round-to-nearest
 
     def __post_init__(self):
         block = number_format(self.number_format).block is not None

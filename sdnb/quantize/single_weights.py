@@ -17,28 +17,18 @@ from sdnb.layers.weights import linear_weight
 
 @dataclass(frozen=True)
 class SingleWeight:
-    """One entry of a layer's down-projection W, and why it was picked.
+    """One entry of a layer's down-projection W, and why it was picked."""
 
-    Args:
-        layer: 1..L.
-        module: full name of the down-projection.
-        row: dimension of the residual stream that the entry writes, 0 first.
-        column: unit of the FFN that it reads, 0 first.
-        value: W[row, column].
-        how: "spike" (seen in a text), "gain" or "rank one" (both from the weights alone).
-        size: by which layers compare: |y_row| of the spike, or at the input of largest gain; |entry| of
-            sigma_1 u_1 v_1^T.
-        share: part of y_row that the entry writes; of W[row, column] that the rank-one matrix explains.
-    """
-
-    layer: int
-    module: str
-    row: int
-    column: int
-    value: float
-    how: str
+    layer: int  #: 1..L
+    module: str  #: full name of the down-projection
+    row: int  #: dimension of the residual stream that the entry writes, 0 first
+    column: int  #: unit of the FFN that it reads, 0 first
+    value: float  #: W[row, column]
+    how: str  #: "spike" (seen in a text), "gain" or "rank one" (both from the weights alone)
+    #: by which layers compare: |y_row| of the spike, or at the input of largest gain; |entry| of sigma_1 u_1
+    #: v_1^T
     size: float
-    share: float
+    share: float  #: part of y_row that the entry writes; of W[row, column] that the rank-one matrix explains
 
 
 def single_weights(

@@ -29,19 +29,13 @@ FUSED = (
 
 @dataclass(frozen=True)
 class SkipList:
-    """The modules that should keep their precision.
+    """The modules that should keep their precision."""
 
-    Args:
-        spiking: modules chosen by the rule, or by measurement; the largest first.
-        fused: modules that are there only because vLLM fuses them with one that was chosen.
-        by_default: modules that quantizers leave alone by themselves: the output embedding and tied weights.
-        threshold: the ratio of the rule.
-    """
-
-    spiking: tuple[str, ...]
-    fused: tuple[str, ...]
+    spiking: tuple[str, ...]  #: modules chosen by the rule, or by measurement; the largest first
+    fused: tuple[str, ...]  #: modules that are there only because vLLM fuses them with one that was chosen
+    #: modules that quantizers leave alone by themselves: the output embedding and tied weights
     by_default: tuple[str, ...]
-    threshold: float
+    threshold: float  #: the ratio of the rule
 
     @property
     def chosen(self) -> list[str]:
@@ -117,22 +111,16 @@ def down_projections(statistics: dict[str, InputStatistics], layers: Collection[
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What skipping modules recovers of the loss that quantization adds.
+    """What skipping modules recovers of the loss that quantization adds."""
 
-    Args:
-        cost: perplexity with everything quantized over the intact model's.
-        gains: module -> perplexity without skipping over that with this module skipped, the largest first.
-        shortest: the fewest modules, in this order, that recover the share; all candidates where these do
-            not, none where quantization costs nothing.
-        recovered: share of the added loss that they recover.
-        left: perplexity with them skipped over the intact model's.
-    """
-
-    cost: PairedRatio
+    cost: PairedRatio  #: perplexity with everything quantized over the intact model's
+    #: module -> perplexity without skipping over that with this module skipped, the largest first
     gains: dict[str, PairedRatio]
+    #: the fewest modules, in this order, that recover the share; all candidates where these do not, none
+    #: where quantization costs nothing
     shortest: tuple[str, ...]
-    recovered: float
-    left: PairedRatio
+    recovered: float  #: share of the added loss that they recover
+    left: PairedRatio  #: perplexity with them skipped over the intact model's
 
 
 def sensitivity(

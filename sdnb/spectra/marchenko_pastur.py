@@ -147,29 +147,18 @@ def sigma_error(shape: tuple[int, int]) -> float:
 
 @dataclass(frozen=True)
 class SpectrumFit:
-    """Singular values of one matrix against Marchenko-Pastur, all edges in their units.
+    """Singular values of one matrix against Marchenko-Pastur, all edges in their units."""
 
-    Args:
-        shape: (n, m).
-        sigma: standard deviation of the noise, from the median.
-        edges: of the bulk in the infinite limit.
-        outlier_edges: what a value must pass to count: noise alone does with the stated probability.
-        edge_scale: Tracy-Widom scale of the upper edge.
-        outliers_below: number of values below the lower outlier edge; None at a hard edge.
-        outliers_above: number of values above the upper outlier edge.
-        hard_edge: whether min/max exceeds HARD_EDGE, so that nothing is counted below.
-        distance: largest distance between the values' distribution function and the law's.
-    """
-
-    shape: tuple[int, int]
-    sigma: float
-    edges: tuple[float, float]
+    shape: tuple[int, int]  #: (n, m)
+    sigma: float  #: standard deviation of the noise, from the median
+    edges: tuple[float, float]  #: of the bulk in the infinite limit
+    #: what a value must pass to count: noise alone does with the stated probability
     outlier_edges: tuple[float, float]
-    edge_scale: float
-    outliers_below: int | None
-    outliers_above: int
-    hard_edge: bool
-    distance: float
+    edge_scale: float  #: Tracy-Widom scale of the upper edge
+    outliers_below: int | None  #: number of values below the lower outlier edge; None at a hard edge
+    outliers_above: int  #: number of values above the upper outlier edge
+    hard_edge: bool  #: whether min/max exceeds HARD_EDGE, so that nothing is counted below
+    distance: float  #: largest distance between the values' distribution function and the law's
 
 
 def fit_spectrum(

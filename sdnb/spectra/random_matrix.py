@@ -34,19 +34,12 @@ class Noise:
 
 @dataclass(frozen=True)
 class Spike:
-    """An outlier and its vectors.
+    """An outlier and its vectors."""
 
-    Args:
-        position: its singular value; None inside the bulk.
-        left: |<u, u_hat>|, zero inside the bulk.
-        right: |<v, v_hat>|, zero inside the bulk.
-        side: "above", "below" or "none".
-    """
-
-    position: float | None
-    left: float
-    right: float
-    side: str
+    position: float | None  #: its singular value; None inside the bulk
+    left: float  #: |<u, u_hat>|, zero inside the bulk
+    right: float  #: |<v, v_hat>|, zero inside the bulk
+    side: str  #: "above", "below" or "none"
 
 
 def predicted_spike(strength: float, noise: Noise, q: float) -> Spike:
