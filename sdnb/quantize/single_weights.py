@@ -69,9 +69,9 @@ def single_weights(
             picks.append(pick(**_largest_term(W, *spikes[down.layer]), how="spike"))
         try:
             view = layer_view(model, down.layer)
-            gain = largest_gain(view)
-            inner = view.ffn.formula.inner(view.ffn.norm(gain.input[None]))[0]
-            picks.append(pick(**_largest_term(W, inner, W @ inner), how="gain"))
+            if view.ffn.formula is not None:  # a shared expert's matrix has none
+                inner = view.ffn.formula.inner(view.ffn.norm(largest_gain(view).input[None]))[0]
+                picks.append(pick(**_largest_term(W, inner, W @ inner), how="gain"))
         except LayerUnsupported:
             pass
         triplet = leading_triplets(W @ W.T, k=1)  # symmetric: its vector is u_1, its value sigma_1^2
