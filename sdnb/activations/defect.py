@@ -1,115 +1,85 @@
 """The defect of a model on a text, read in one pass: direction, layers, thresholds, massive dimensions."""
 
 import hashlib
+import io
 import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sdnb.activations.capture import input_device, not_finite_because, text_norms, token_batches, visit_states
+from sdnb.activations.capture import (
+    hidden_norms,
+    input_device,
+    not_finite_because,
+    token_batches,
+    visit_states,
+)
 from sdnb.activations.detection import MIN_RATIO, MIN_STEP, detect
 from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
+from sdnb.files import atomic_write, locked
 
 MASSIVE = 5.0  # times the root mean square of a state's entries
 REFERENCE_LINES = 16  # of the held-out text, for what ordinary tokens are
+EXACT_UP_TO, ROWS_AT_ONCE = 20_000, 2048  # states between which all angles are taken, and rows of a block
 
 
 @dataclass(frozen=True, eq=False)
 class HighNormStates:
-    """High-norm states and where each came from, in the order of lines, positions, layers.
+    """High-norm states and where each came from, in the order of lines, positions, layers."""
 
-    Args:
-        states: (n, d), float32.
-        layer: index of the hidden state, 0..L, (n,).
-        position: position in the line, (n,).
-        line: number of the line, (n,).
-        token_id: (n,).
-    """
-
-    states: Tensor
-    layer: Tensor
-    position: Tensor
-    line: Tensor
-    token_id: Tensor
+    states: Tensor  #: (n, d), float32
+    layer: Tensor  #: index of the hidden state, 0..L, (n,)
+    position: Tensor  #: position in the line, (n,)
+    line: Tensor  #: number of the line, (n,)
+    token_id: Tensor  #: (n,)
 
 
 @dataclass(frozen=True)
 class Exploded:
-    """What counts as exploded right after one layer.
+    """What counts as exploded right after one layer."""
 
-    Args:
-        layer: the layer, 1..L.
-        found: whether it is an explosion layer by the rule, or was asked for.
-        threshold: norm after that layer from which a token counts as exploded.
-        high_norm: median norm there of the states that are high-norm there, None without any.
-        ordinary_norm: median norm there of the others.
-    """
-
-    layer: int
-    found: bool
-    threshold: float
-    high_norm: float | None
-    ordinary_norm: float
+    layer: int  #: 1..L
+    found: bool  #: whether it is an explosion layer by the rule, or was asked for
+    threshold: float  #: norm after that layer from which a token counts as exploded
+    high_norm: float | None  #: median norm there of the states that are high-norm there, None without any
+    ordinary_norm: float  #: median norm there of the others
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Defect:
-    """What a text shows of a model's high-norm states; `sdnb.activations.detection` says which they are.
+    """What a text shows of a model's high-norm states; `sdnb.activations.detection` says which they are."""
 
-    Args:
-        direction: the empirical direction, the plain mean of the high-norm states, (d,); zeros without any.
-        count: number of high-norm states.
-        mean_low_norm: mean norm of the other states.
-        explosion_layers: 1..L, the largest step first.
-        decay_layers: 1..L, the largest step first.
-        climbs: pairs (a, b): from layer a to b the norm climbs without a jump.
-        descents: the same for a norm that falls.
-        threshold: the smallest norm of a high-norm state; None when no state is.
-        limits: norm above which a state is high-norm, for every layer 0..L, (L+1,).
-        peak_ratio: largest norm over its layer's median.
-        undecided: why it cannot be told whether states are high-norm; None where it can.
-        massive: rows with layer, dimension (from 0), value and share of the squared norm of the mean
-            high-norm state after that layer, and ordinary, the root mean square of the other states there:
-            dimensions of at least `MASSIVE` times the root mean square of the state's entries.
-        means: mean high-norm state after each layer 0..L, (L+1, d); zeros where there is none.
-        by_layer: explosion layer -> mean of the high-norm states that it made, up to the next one, (d,).
-        first_states: mean state at position 0 after each layer 0..L, (L+1, d).
-        norms: |h_l| of every token, lines one after the other, (L+1, N).
-        token_ids: (N,).
-        positions: position in the line, (N,).
-        lines: number of the line, (N,).
-        states: the high-norm states; None where they were not asked for.
-    """
-
+    #: the empirical direction, the plain mean of the high-norm states, (d,); zeros without any
     direction: Tensor
-    count: int
-    mean_low_norm: float
-    explosion_layers: list[int]
-    decay_layers: list[int]
-    climbs: list[tuple[int, int]]
-    descents: list[tuple[int, int]]
-    threshold: float | None
-    limits: Tensor
-    peak_ratio: float
-    undecided: str | None
+    count: int  #: number of high-norm states
+    mean_low_norm: float  #: mean norm of the other states
+    explosion_layers: list[int]  #: 1..L, the largest step first
+    decay_layers: list[int]  #: 1..L, the largest step first
+    climbs: list[tuple[int, int]]  #: pairs (a, b): from layer a to b the norm climbs without a jump
+    descents: list[tuple[int, int]]  #: the same for a norm that falls
+    threshold: float | None  #: the smallest norm of a high-norm state; None when no state is
+    limits: Tensor  #: norm above which a state is high-norm, for every layer 0..L, (L+1,)
+    peak_ratio: float  #: largest norm over its layer's median
+    undecided: str | None  #: why it cannot be told whether states are high-norm; None where it can
+    #: dimensions of at least `MASSIVE` times the root mean square of the entries of the mean high-norm state
+    #: after a layer: layer, dimension (from 0), value, share of the squared norm, and ordinary, the root mean
+    #: square of the other states there
     massive: list[dict]
-    means: Tensor
-    by_layer: dict[int, Tensor]
-    first_states: Tensor
-    norms: Tensor
-    token_ids: Tensor
-    positions: Tensor
-    lines: Tensor
-    states: HighNormStates | None
+    means: Tensor  #: mean high-norm state after each layer 0..L, (L+1, d); zeros where there is none
+    by_layer: dict[int, Tensor]  #: explosion layer -> mean of the states it made, up to the next one, (d,)
+    first_states: Tensor  #: mean state at position 0 after each layer 0..L, (L+1, d)
+    norms: Tensor  #: |h_l| of every token, lines one after the other, (L+1, N)
+    token_ids: Tensor  #: (N,)
+    positions: Tensor  #: position in the line, (N,)
+    lines: Tensor  #: number of the line, (N,)
+    states: HighNormStates | None  #: the high-norm states; None where they were not asked for
 
     @property
     def found(self) -> bool:
@@ -137,11 +107,10 @@ class Defect:
         )
 
     def high_norm_tokens(self) -> list[dict]:
-        """List distinct high-norm tokens, the most frequent first.
+        """Return rows of distinct high-norm tokens, the most frequent first.
 
-        Returns:
-            Rows with token_id, position ("first" or "later"), peak_norm (the largest norm of a high-norm
-            state) and count (of tokens).
+        They hold token_id, position ("first" or "later"), peak_norm (the largest norm of a high-norm state)
+        and count (of tokens).
         """
         peaks = torch.where(self.high, self.norms, 0.0)[1:].amax(dim=0)
         found: dict[tuple[int, str], list[float]] = {}
@@ -162,9 +131,6 @@ class Defect:
 
         Args:
             layer: 1..L; None takes the first explosion layer, else the layer with the largest mean step.
-
-        Returns:
-            The layer, its threshold, and the median norms there.
 
         Raises:
             ParameterError: there is no such layer.
@@ -198,10 +164,10 @@ def find_defect(
     results_dir: str | Path | None = None,
     states: bool = True,
 ) -> Defect:
-    """Find the high-norm states of a text, their mean, and the layers that make and unmake them.
+    """Return the high-norm states of a text, their mean, and the layers that make and unmake them.
 
     The text is read once. What ordinary tokens are is also asked of the beginning of the held-out text, since
-    a text most of whose tokens are high-norm cannot say so itself.
+    a text most of whose tokens are high-norm cannot say so itself. `Defect.found` is False where no state is.
 
     Args:
         loaded: a loaded model (`sdnb.load`).
@@ -209,9 +175,6 @@ def find_defect(
         threshold: a norm that replaces the automatic one.
         results_dir: where the result is kept for other notebooks; None keeps nothing.
         states: keep the high-norm states themselves in `Defect.states`.
-
-    Returns:
-        The defect; `found` is False where no state is high-norm.
     """
 
     def compute() -> Defect:
@@ -219,10 +182,8 @@ def find_defect(
         reader.read()
         return reader.defect()
 
-    if results_dir is None:
-        defect = compute()
-    else:
-        defect = _cached(loaded, _lines(text), threshold, Path(results_dir).expanduser(), compute)
+    folder = None if results_dir is None else Path(results_dir).expanduser()
+    defect = compute() if folder is None else _cached(loaded, _lines(text), threshold, folder, compute)
     return defect if states else replace(defect, states=None)
 
 
@@ -239,7 +200,7 @@ class StateReader:
 
     def __init__(self, loaded: object, text: object, *, threshold: float | None = None):
         self.loaded, self.lines, self.threshold = loaded, _lines(text), threshold
-        self.reference = reference_norms(loaded, text)
+        self.reference = _reference_norms(loaded, text)
         self._limits: Tensor | None = None  # once they are known
         self._norms: dict[int, list[Tensor]] = {number: [] for number in range(len(self.lines))}
         self._squares: dict[int, Tensor] = {}
@@ -324,16 +285,11 @@ class StateReader:
         """The states above the limits; lines of which they may not all have been kept are run again."""
         missed = [n for n, cuts in self._cuts.items() if (torch.tensor(cuts).double() > limits).any()]
         again = torch.tensor(missed, dtype=torch.int64)
-        kept = [
-            (states[keep], where[keep])
-            for states, where in self._kept
-            for keep in [~torch.isin(where[:, 0], again)]
-        ]
+        self._kept = [(s[keep], w[keep]) for s, w in self._kept for keep in [~torch.isin(w[:, 0], again)]]
         if missed:
-            self._limits, self._kept = limits, []
+            self._limits = limits
             self.read(missed)
-            kept += self._kept
-        states, where = torch.cat([s for s, _ in kept]), torch.cat([w for _, w in kept])
+        states, where = (torch.cat(part) for part in zip(*self._kept, strict=True))
         high = states.float().norm(dim=1).double() > limits[where[:, 2]]
         states, where = states[high].float(), where[high]
         order = sorted(range(len(where)), key=where.tolist().__getitem__)
@@ -373,11 +329,8 @@ class StateReader:
         )
 
 
-def reference_norms(loaded: object, text: object) -> Tensor | None:
-    """Return the median norm after every layer of the tokens of some held-out lines, (L+1,).
-
-    None where the model cannot read them, or where the text begins with them anyway.
-    """
+def _reference_norms(loaded: object, text: object) -> Tensor | None:
+    """Median norms of some held-out lines, (L+1,); None where they cannot be read or the text has them."""
     from sdnb.text import encode
 
     special, own = getattr(text, "add_special_tokens", None), _lines(text)
@@ -387,7 +340,7 @@ def reference_norms(loaded: object, text: object) -> Tensor | None:
         return None
     if len(own) >= len(lines) and all(torch.equal(a, b) for a, b in zip(lines, own, strict=False)):
         return None
-    norms = text_norms(loaded, lines)
+    norms = torch.cat([hidden_norms(loaded, ids)[:, real] for ids, real, _ in token_batches(lines)], dim=1)
     return norms.median(dim=1).values if norms.isfinite().all() else None
 
 
@@ -412,7 +365,9 @@ def _by_layer(
     return {number: part.double().mean(dim=0).float() for number, part in groups.items() if len(part)}
 
 
-def _cached(loaded: object, lines: list[Tensor], threshold: float | None, folder: Path, compute) -> Defect:
+def _cached(
+    loaded: object, lines: list[Tensor], threshold: float | None, folder: Path, compute: Callable[[], Defect]
+) -> Defect:
     """The defect as an earlier notebook left it, or as it is computed and left for the next one."""
     sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
     asked = {
@@ -421,68 +376,27 @@ def _cached(loaded: object, lines: list[Tensor], threshold: float | None, folder
         "versions": [version("torch"), version("transformers")],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    path = folder / loaded.slug / "cache" / f"defect-{key[:20]}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # of several notebooks that ask at once one reads the text
-        try:
-            return _read(path)
-        except (OSError, SafetensorError):
-            defect = compute()
-            _write(defect, path)
-            return defect
+    path = folder / loaded.slug / "cache" / f"defect-{key[:20]}.pt"
+    with locked(path.with_suffix(".lock")):  # of several notebooks that ask at once one reads the text
+        with suppress(OSError, RuntimeError, pickle.UnpicklingError):  # not there, or damaged
+            values = torch.load(path, weights_only=True)
+            return Defect(**values | {"states": HighNormStates(**values["states"])})
+        defect, content = compute(), io.BytesIO()
+        torch.save(vars(defect) | {"states": vars(defect.states)}, content)
+        atomic_write(path, content.getbuffer())
+        return defect
 
 
-def _write(defect: Defect, path: Path) -> None:
-    """Write a defect atomically: tensors as tensors, the rest as JSON in the file's header."""
-    values = {field.name: getattr(defect, field.name) for field in fields(Defect)}
-    by_layer, states = values.pop("by_layer"), values.pop("states")
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    tensors |= {f"by_layer.{number}": mean for number, mean in by_layer.items()}
-    tensors |= {f"states.{name}": value for name, value in vars(states).items()}
-    plain = json.dumps({name: value for name, value in values.items() if name not in tensors})
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, part, metadata={"defect": plain})
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def mean_pairwise_angle(states: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Return the mean acute angle over all pairs of distinct states, and its standard error, in degrees.
 
-
-def _read(path: Path) -> Defect:
-    """Read a defect that `_write` wrote."""
-    with safe_open(path, "pt") as file:
-        values = json.loads(file.metadata()["defect"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    values |= {name: [tuple(pair) for pair in values[name]] for name in ("climbs", "descents")}
-    parts: dict[str, dict] = {"by_layer": {}, "states": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        (parts[group] if rest else values)[rest or name] = tensor
-    by_layer = {
-        number: parts["by_layer"][str(number)]
-        for number in values["explosion_layers"]
-        if str(number) in parts["by_layer"]
-    }
-    return Defect(**values, by_layer=by_layer, states=HighNormStates(**parts["states"]))
-
-
-def mean_pairwise_angle(
-    states: Tensor, *, exact_up_to: int = 20_000, chunk: int = 2048, seed: int = 0
-) -> tuple[float, float]:
-    """Return the mean acute angle over all pairs of distinct states, and its standard error.
-
-    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|). Exact up to `exact_up_to` states (in chunks, never
-    all pairs in memory); beyond, that many states are drawn at random without replacement and the standard
-    error is the spread of the chunks' means over the root of their number.
+    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|). Exact up to 20,000 states, with an error of 0.0;
+    beyond, that many are drawn at random without replacement and the standard error is the spread of the
+    means of blocks of rows over the root of their number.
 
     Args:
         states: (n, d).
-        exact_up_to: largest n for which every pair is computed.
-        chunk: rows per block of pairs.
         seed: of the draw.
-
-    Returns:
-        The mean in degrees and its standard error in degrees (0.0 when exact).
 
     Raises:
         ParameterError: fewer than two states.
@@ -490,18 +404,15 @@ def mean_pairwise_angle(
     n = len(states)
     if n < 2:
         raise ParameterError(f"{n} high-norm states make no pair; use more lines or a lower threshold")
-    sampled = n > exact_up_to
-    if sampled:
-        states = states[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:exact_up_to]]
+    if n > EXACT_UP_TO:
+        states = states[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:EXACT_UP_TO]]
     unit = torch.nn.functional.normalize(states.double(), dim=1)
     sums = []
-    for start in range(0, len(unit), chunk):
-        cosine = (unit[start : start + chunk] @ unit.T).abs().clamp(max=1)
+    for start in range(0, len(unit), ROWS_AT_ONCE):  # never all pairs in memory
+        cosine = (unit[start : start + ROWS_AT_ONCE] @ unit.T).abs().clamp(max=1)
         rows = torch.arange(len(cosine))
         cosine[rows, start + rows] = 1.0  # a state makes no angle with itself, rounding or not
-        sums.append(torch.rad2deg(cosine.arccos()).sum(dim=1))
-    per_state = torch.cat(sums) / (len(unit) - 1)
-    if not sampled:
-        return per_state.mean().item(), 0.0
-    means = torch.stack([part.mean() for part in per_state.split(chunk)])
-    return per_state.mean().item(), (means.std() / len(means) ** 0.5).item()
+        sums.append(torch.rad2deg(cosine.arccos()).sum(dim=1) / (len(unit) - 1))
+    means = torch.stack([part.mean() for part in sums])
+    error = (means.std() / len(means) ** 0.5).item() if n > EXACT_UP_TO else 0.0
+    return torch.cat(sums).mean().item(), error

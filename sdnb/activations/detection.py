@@ -45,32 +45,18 @@ ALIKE = 1.25  # norms within this factor of one another have nothing ordinary am
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """What the rule of this module finds.
+    """What the rule of this module finds."""
 
-    Args:
-        peak_ratio: the largest N[l, t] / m[l], layers 1..L.
-        threshold: the smallest norm of a high-norm state; None where no state is.
-        limits: norm above which a state is high-norm, for every layer 0..L, (L+1,) in float64; infinite
-            without a threshold.
-        explosion_layers: layers (1..L) where the norm jumps, the largest step first.
-        decay_layers: layers (1..L) where it collapses, the largest step first.
-        climbs: pairs of layers (a, b), from which to which the norm climbs without a jump.
-        descents: the same for a norm that falls.
-        high: which states are high-norm, (L+1, T) bool.
-        steps: every token's step at every layer in units of its wave's peak, 0 outside waves, (L, T).
-        undecided: why it cannot be told whether states are high-norm; None where it can.
-    """
-
-    peak_ratio: float
-    threshold: float | None
-    limits: Tensor
-    explosion_layers: list[int]
-    decay_layers: list[int]
-    climbs: list[tuple[int, int]]
-    descents: list[tuple[int, int]]
-    high: Tensor
-    steps: Tensor
-    undecided: str | None
+    peak_ratio: float  #: the largest N[l, t] / m[l], layers 1..L
+    threshold: float | None  #: the smallest norm of a high-norm state; None where no state is
+    limits: Tensor  #: norm above which a state is high-norm, layers 0..L, (L+1,); infinite without one
+    explosion_layers: list[int]  #: layers (1..L) where the norm jumps, the largest step first
+    decay_layers: list[int]  #: layers (1..L) where it collapses, the largest step first
+    climbs: list[tuple[int, int]]  #: pairs (a, b): from layer a to b the norm climbs without a jump
+    descents: list[tuple[int, int]]  #: the same for a norm that falls
+    high: Tensor  #: which states are high-norm, (L+1, T) bool
+    steps: Tensor  #: every token's step at every layer in units of its wave's peak, 0 outside waves, (L, T)
+    undecided: str | None  #: why it cannot be told whether states are high-norm; None where it can
 
     @property
     def high_norm(self) -> Tensor:
@@ -85,7 +71,9 @@ def detect(
     threshold: float | None = None,
     reference: Tensor | None = None,
 ) -> Detection:
-    """Find high-norm states, the threshold and the layers that make and unmake them, by this module's rule.
+    """Return high-norm states, the threshold and the layers that make and unmake them, by this module's rule.
+
+    Without a high-norm state the lists are empty and the threshold is None, or the one given.
 
     Args:
         norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
@@ -93,18 +81,12 @@ def detect(
         threshold: a norm that replaces the automatic one.
         reference: median norm of ordinary tokens of another text, (L+1,).
 
-    Returns:
-        The detection; without a high-norm state its lists are empty and its threshold None (or the one
-        given).
-
     Raises:
         TextError: fewer than three tokens and no reference: a median over them means nothing.
         ParameterError: norms that are not finite, or a threshold that is not positive.
     """
     if norms.shape[1] < (3 if reference is None else 1):
-        raise TextError(
-            f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give at least 3"
-        )
+        raise TextError(f"{norms.shape[1]} tokens are too few to tell high norms from ordinary ones; give 3")
     if not torch.isfinite(norms).all():
         raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
     if threshold is not None and threshold <= 0:
@@ -115,14 +97,13 @@ def detect(
         medians = torch.minimum(medians, reference.double())
     peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
     first = torch.zeros(norms.shape[1], dtype=torch.bool) if initial is None else initial
-    automatic = threshold is None
-    if automatic:
-        waves = _Waves(norms, MIN_RATIO * medians, medians)
-        threshold = waves.threshold(first)
-        limits = (MIN_RATIO * medians).clamp(min=threshold or torch.inf)
-    else:
+    automatic, limits = threshold is None, MIN_RATIO * medians
+    if not automatic:
         limits = torch.full_like(medians, threshold)
-        waves = _Waves(norms, limits, medians)
+    waves = _Waves(norms, limits, medians)
+    if automatic:
+        threshold = waves.threshold(first)
+        limits = limits.clamp(min=threshold or torch.inf)
     steps = _steps(norms, medians, waves)
     high = norms > limits[:, None]
     which = high[1:].any(dim=0)
@@ -141,13 +122,7 @@ def detect(
 
 
 class _Waves:
-    """Rule 1: where the waves of every token are, and how high.
-
-    Args:
-        norms: (L+1, T).
-        limits: (L+1,).
-        medians: (L+1,).
-    """
+    """Rule 1: where the waves of every token are, and how high, all (L+1, T)."""
 
     def __init__(self, norms: Tensor, limits: Tensor, medians: Tensor):
         self.high = high = norms > limits[:, None]

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,16 @@ from sdnb.layers import WeightMatrix
 def matrix_inputs(
     model: object, lines: Iterable[Tensor], matrices: Sequence[WeightMatrix]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Run a text once and keep what each matrix reads.
+    """Return what matrices read on a text, the norms of the hidden states, (L+1, N), and positions, (N,).
 
-    Lines of equal length run together, so that an encoder sees no padding; tokens come in that order.
+    Lines of equal length run together, so that an encoder sees no padding; tokens come in that order. The
+    inputs (N, m) of each matrix, by its name, have the model's dtype; neighbours that read the same (Q, K and
+    V; gate and up) share one tensor.
 
     Args:
         model: a language model, decoder or encoder.
         lines: token ids of each line, (T_i,).
         matrices: whose inputs are kept; N m numbers for each tensor that is read.
-
-    Returns:
-        Matrix name -> its inputs (N, m), in the model's dtype, one tensor for neighbours that read the same
-        (Q, K and V; gate and up); norms of the hidden states, (L+1, N); positions in the line, (N,).
     """
     batches: dict[int, list[Tensor]] = defaultdict(list)
     for line in lines:
@@ -37,16 +36,14 @@ def matrix_inputs(
     def keep(module: nn.Module, args: tuple) -> None:
         newest[module] = args[0].detach().clone()
 
-    hooks = [module.register_forward_pre_hook(keep) for module in read]
-    try:
+    with ExitStack() as hooks:
+        for module in read:
+            hooks.enter_context(module.register_forward_pre_hook(keep))
         for length, batch in progress(batches.items(), desc="inputs", total=len(batches)):
             norms.append(hidden_norms(model, torch.stack(batch)).flatten(1))
             positions.append(torch.arange(length).repeat(len(batch)))
             for module, states in newest.items():  # of this pass, not of one that looked for the layers
                 read[module].append(states.flatten(0, -2))
-    finally:
-        for hook in hooks:
-            hook.remove()
     found: dict[str, Tensor] = {}
     last = torch.empty(0)
     for matrix in matrices:

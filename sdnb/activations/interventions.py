@@ -1,13 +1,13 @@
 """Interventions on a running model: context managers that leave it as it was, bit for bit.
 
-All of them are hooks: no weight is touched, and the hooks go when the block ends, by an error too. They may
-be nested, and every forward pass inside the block (hidden states, perplexity, generation) goes through them.
+All of them are hooks: no weight is touched. They may be nested, and every forward pass inside the block goes
+through them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,16 @@ from sdnb.layers import decoder_layers, residual_branches
 from sdnb.layers.branches import BranchModules
 from sdnb.layers.calls import Call, rewrap, unwrap
 
-BRANCHES = ("attention", "ffn")
-
 
 @dataclass(frozen=True)
 class Ablation:
-    """A forward hook that puts zeros in the place of a module's (first) output tensor.
-
-    Args:
-        layer: the layer whose branch it takes out, 1..L.
-        branch: "attention" or "ffn".
-    """
+    """A forward hook that puts zeros in the place of what a branch of a layer returns."""
 
     layer: int
     branch: str
 
     def __call__(self, module: nn.Module, args: tuple, result: object) -> object:
-        """The same result with zeros."""
-        # New zeros each time: Falcon adds into what its FFN returns.
+        """The same result with zeros: new ones each time, since Falcon adds into what its FFN returns."""
         return rewrap(result, torch.zeros_like(unwrap(result)))
 
 
@@ -54,25 +46,18 @@ def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None
     Raises:
         ParameterError: another branch, or no such layer.
     """
-    if branch not in BRANCHES:
-        raise ParameterError(f"branch is {branch!r}; a layer has the branches {' and '.join(BRANCHES)}")
+    if branch not in ("attention", "ffn"):
+        raise ParameterError(f"branch is {branch!r}; a layer has the branches attention and ffn")
     with ExitStack() as hooks:
         for found in residual_branches(as_module(model), numbers):
             hook = Ablation(found.number, branch)
-            hooks.callback(getattr(found, branch).ablated.register_forward_hook(hook).remove)
+            hooks.enter_context(getattr(found, branch).ablated.register_forward_hook(hook))
         yield
 
 
 @contextmanager
 def zero_attention(model: object) -> Iterator[None]:
-    """Take all attention out of the model: every token then goes its way alone (paper A, "explosion path").
-
-    Args:
-        model: a causal language model.
-
-    Yields:
-        Nothing.
-    """
+    """Take all attention out of the model: every token goes its way alone (paper A, "explosion path")."""
     with zero_branch(model, "attention"):
         yield
 
@@ -114,22 +99,22 @@ def _change_input(hooks: ExitStack, branch: BranchModules, change: Callable[[Ten
     """Hook a branch so that its modules read norm(change(x)) where they would read norm(x)."""
     changed: list[Tensor] = []
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
         # `.forward` runs no hooks, so this one is not entered again.
         call = Call.of(args, kwargs)
         given = call.with_hidden(change(call.hidden))
         changed[:] = [unwrap(module.forward(*given.args, **given.kwargs))]
 
-    def substitute(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def substitute(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call = Call.of(args, kwargs)
         new = changed[0] if branch.norm is not None else change(call.hidden)
         call = call.with_hidden(new.reshape(call.hidden.shape))
         return call.args, call.kwargs
 
     if branch.norm is not None:
-        hooks.callback(branch.norm.register_forward_pre_hook(remember, with_kwargs=True).remove)
+        hooks.enter_context(branch.norm.register_forward_pre_hook(remember, with_kwargs=True))
     for module in branch.inputs:
-        hooks.callback(module.register_forward_pre_hook(substitute, with_kwargs=True).remove)
+        hooks.enter_context(module.register_forward_pre_hook(substitute, with_kwargs=True))
 
 
 @contextmanager
@@ -137,15 +122,14 @@ def set_dimensions(
     model: object,
     values: Mapping[int, Mapping[int, float]],
     *,
-    above: float | Mapping[int, float] | None = None,
+    above: Mapping[int, float] | None = None,
 ) -> Iterator[None]:
     """Set dimensions of layers' outputs to fixed values (Sun et al., arXiv 2402.17762: zero, or their mean).
 
     Args:
         model: a causal language model.
         values: layer number 1..L -> dimension 0..d-1 -> the value it gets.
-        above: only entries with an absolute value above this are set, one for all layers or layer number ->
-            one for each; every token's when None.
+        above: layer number -> only entries with an absolute value above this are set; all when None.
 
     Yields:
         Nothing.
@@ -161,22 +145,15 @@ def set_dimensions(
             raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {len(layers)}")
         if wrong := [i for i in entries if not 0 <= i < size]:
             raise ParameterError(f"dimensions {wrong} do not exist: hidden states have 0 to {size - 1}")
-    with ExitStack() as hooks:
-        for number, entries in values.items():
-            limit = above[number] if isinstance(above, Mapping) else above
-            hooks.callback(layers[number - 1].register_forward_hook(_setter(entries, limit)).remove)
-        yield
 
-
-def _setter(entries: Mapping[int, float], above: float | None) -> Callable[..., object]:
-    """A forward hook that sets dimensions of a layer's output."""
-
-    def put(module: nn.Module, args: tuple, result: object) -> object:
-        hidden = unwrap(result).clone()
-        for dimension, value in entries.items():
+    def put(number: int, module: nn.Module, args: tuple, result: object) -> object:
+        hidden, limit = unwrap(result).clone(), above[number] if above else -1.0
+        for dimension, value in values[number].items():
             column = hidden[..., dimension]
-            chosen = torch.ones_like(column, dtype=torch.bool) if above is None else column.abs() > above
-            column[chosen] = value
+            column[column.abs() > limit] = value
         return rewrap(result, hidden)
 
-    return put
+    with ExitStack() as hooks:
+        for number in values:
+            hooks.enter_context(layers[number - 1].register_forward_hook(partial(put, number)))
+        yield

@@ -1,15 +1,14 @@
 """Who writes the high norm and who erases it: what every branch adds along a direction."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sdnb.activations.capture import as_module, visit_states
 from sdnb.layers import residual_branches
-from sdnb.layers.branches import BranchModules
 from sdnb.layers.calls import unwrap
 
 
@@ -19,22 +18,14 @@ class Ledger:
 
     Where the stream itself passes norms (BERT norms the sum) their change is an entry of its own: it
     belongs to no branch, and the branches' entries are those of what they add, before that norm.
-
-    Args:
-        start: u . h_0 of every token, (B, T).
-        attention: u . (what attention adds), (L, B, T).
-        ffn: u . (what the FFN adds), (L, B, T).
-        stream: u . (what the stream's own norms and coefficients change), (L, B, T); zeros as a rule.
-        coordinate: u . h_l, (L+1, B, T).
-        norms: |h_l|, (L+1, B, T).
     """
 
-    start: Tensor
-    attention: Tensor
-    ffn: Tensor
-    stream: Tensor
-    coordinate: Tensor
-    norms: Tensor
+    start: Tensor  #: u . h_0 of every token, (B, T)
+    attention: Tensor  #: u . (what attention adds), (L, B, T)
+    ffn: Tensor  #: u . (what the FFN adds), (L, B, T)
+    stream: Tensor  #: u . (what the stream's own norms and coefficients change), (L, B, T); zeros as a rule
+    coordinate: Tensor  #: u . h_l, (L+1, B, T)
+    norms: Tensor  #: |h_l|, (L+1, B, T)
 
 
 @torch.no_grad()
@@ -46,10 +37,7 @@ def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
     Args:
         model: a causal language model.
         ids: token ids, (B, T).
-        direction: any vector along the direction, (d,).
-
-    Returns:
-        The ledger, float64 on the CPU.
+        direction: any vector along the direction, (d,); the entries are float64 on the CPU.
     """
     model = as_module(model)
     u = nn.functional.normalize(direction.double().cpu(), dim=0)
@@ -59,11 +47,8 @@ def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
     def along(x: Tensor) -> Tensor:
         return (x.double() @ u.to(x.device)).cpu().reshape(ids.shape)  # OPT's FFN has rows
 
-    def write(number: int, branch: str, parts: BranchModules) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, result: object) -> None:
-            entries[number, branch] = along(parts.multiplier * unwrap(result))
-
-        return hook
+    def write(key: tuple[int, str], scale: object, module: nn.Module, args: tuple, result: object) -> None:
+        entries[key] = along(scale * unwrap(result))
 
     def visit(layer: int, state: Tensor) -> None:
         coordinates.append(along(state))
@@ -76,7 +61,8 @@ def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
                 parts = getattr(found, branch)
                 # Not `output`: Bloom's attention adds the residual to what it returns.
                 last = parts.ablated if parts.post_norm is None else parts.post_norm
-                hooks.enter_context(last.register_forward_hook(write(found.number, branch, parts)))
+                hook = partial(write, (found.number, branch), parts.multiplier)
+                hooks.enter_context(last.register_forward_hook(hook))
         visit_states(model, ids, visit)
     coordinate = torch.stack(coordinates)
     steps, none = coordinate.diff(dim=0), torch.zeros_like(coordinate[0])

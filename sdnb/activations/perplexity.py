@@ -11,25 +11,16 @@ from sdnb.errors import ParameterError, TextError
 from sdnb.text import position_limit
 
 LONGEST_WINDOW = 2048
-LOGITS_AT_ONCE = 2**26
-"""Logits held at a time, in numbers: a quarter of a GiB in float32."""
+LOGITS_AT_ONCE = 2**26  # numbers: a quarter of a GiB in float32
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of a text and the loss of each of its windows.
+    """Perplexity of a text and the loss of each of its windows."""
 
-    Args:
-        value: exp of the mean negative log-likelihood of a predicted token.
-        nll: mean negative log-likelihood in each window, in nats, (W,), float64 on the CPU.
-        tokens: number of predicted tokens.
-        window: tokens in a window, a begin token included.
-    """
-
-    value: float
-    nll: Tensor
-    tokens: int
-    window: int
+    value: float  #: exp of the mean negative log-likelihood of a predicted token
+    nll: Tensor  #: mean negative log-likelihood in each window, in nats, (W,), float64 on the CPU
+    tokens: int  #: number of predicted tokens
 
 
 @torch.no_grad()
@@ -38,76 +29,58 @@ def perplexity(
     ids: Tensor,
     *,
     window: int | None = None,
-    batch: int | None = None,
     begin_token: int | None = None,
 ) -> Perplexity:
     """Return exp( -mean log p(x_t | x_<t) ), the text cut into windows, each predicted from within itself.
 
     The protocol of GPTQ and SmoothQuant: the text is one string of tokens, cut into windows of the model's
     length up to 2048 without overlap; the incomplete window at the end is dropped, and the first token of a
-    window is not predicted. A text shorter than one window is one window of its own length.
+    window is not predicted. A text shorter than one window is one window of its own length. All windows weigh
+    the same.
 
     Args:
         model: a causal language model.
         ids: token ids of the whole text, (N,).
         window: tokens in a window; the smaller of the model's number of positions and 2048 when None.
-        batch: windows in one forward pass; as many as keep the logits within `LOGITS_AT_ONCE` when None.
         begin_token: an id put in front of every window, which then holds one token of text less, all
             predicted.
 
-    Returns:
-        The perplexity; all windows weigh the same.
-
     Raises:
-        ParameterError: a batch below one, or logits that are not finite.
+        ParameterError: logits that are not finite.
     """
     model = as_module(model)
     windows = text_windows(ids, window_length(model, window), begin_token)
-    if batch is not None and batch < 1:
-        raise ParameterError(f"batch is {batch}; give at least 1 window a forward pass, or null")
     length = windows.shape[1]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    batch = batch or max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    batch = max(1, LOGITS_AT_ONCE // (length * vocabulary))
     nll = torch.cat([_window_losses(model, part) for part in progress(windows.split(batch), "windows")])
     if nll.isnan().any():
         raise ParameterError(not_finite_because(model, windows[nll.isnan()][0]))
-    return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1), length)
+    return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1))
 
 
 def window_length(model: object, window: int | None = None) -> int:
-    """Return the tokens in a window: the one asked for, or the smaller of the model's positions and 2048.
-
-    Args:
-        model: a causal language model.
-        window: the length asked for, or None.
-
-    Returns:
-        The length in tokens.
+    """Return the tokens in a window: the number asked for, or the smaller of the model's positions and 2048.
 
     Raises:
-        ParameterError: shorter than two tokens, or longer than the model's positions.
+        ParameterError: fewer than two tokens are asked for, or more than the model has positions.
     """
     positions = position_limit(as_module(model).config)
     if window is None:
         return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
     if window < 2 or (positions is not None and window > positions):
         limit = f"from 2 to {positions}" if positions else "of 2 or more"
-        raise ParameterError(
-            f"window is {window}; give a number of tokens {limit}, or null for the automatic one"
-        )
+        raise ParameterError(f"window is {window}; give a number of tokens {limit}, or null")
     return window
 
 
 def text_windows(ids: Tensor, window: int, begin_token: int | None = None) -> Tensor:
-    """Cut a text into full windows without overlap.
+    """Return a text cut into windows without overlap, (W, window), or (1, N) for one shorter than a window.
 
     Args:
         ids: token ids of the whole text, (N,).
         window: tokens in a window, 2 or more.
         begin_token: an id put in front of every window, counted in `window`.
-
-    Returns:
-        (W, window), or (1, what there is) for a text shorter than one window.
 
     Raises:
         TextError: too few tokens to predict one.
@@ -138,32 +111,24 @@ def _window_losses(model: nn.Module, windows: Tensor) -> Tensor:
 def continuation(
     model: object, ids: Tensor, count: int, *, temperature: float = 0.8, seed: int = 0
 ) -> Tensor:
-    """Sample a continuation: x_t ~ softmax(logits / temperature), by one uniform number a token.
+    """Return the ids of a sampled continuation, x_t ~ softmax(logits / temperature), (count,), on the CPU.
 
     Each step is a full forward pass without a cache, so that an intervention acts on all of it, and the
-    random numbers do not depend on the model, so that texts can be compared.
+    random numbers, one a token, do not depend on the model, so that texts can be compared.
 
     Args:
         model: a causal language model.
         ids: token ids of the beginning, (T,).
         count: tokens to sample.
-        temperature: positive; small ones take the likeliest token.
+        temperature: 0 takes the likeliest token.
         seed: of the uniform numbers.
-
-    Returns:
-        The sampled token ids, (count,), on the CPU.
-
-    Raises:
-        ParameterError: a temperature that is not positive.
     """
-    if not temperature > 0:
-        raise ParameterError(f"temperature is {temperature}; give a positive number, such as 0.8")
     model = as_module(model)
     device = input_device(model)
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for number in uniform:
         logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, -1].double().cpu()
-        steps = torch.softmax(logits / temperature, dim=0).cumsum(dim=0)
+        steps = torch.softmax(logits / max(temperature, 1e-6), dim=0).cumsum(dim=0)
         chosen = int((steps < number * steps[-1]).sum())
         ids = torch.cat([ids, torch.tensor([chosen])])
     return ids[len(ids) - count :]

@@ -12,75 +12,49 @@ from sdnb.activations.capture import as_module, input_device
 from sdnb.errors import ModelError, ParameterError, TextError
 from sdnb.layers import decoder_layers
 
-EPSILON = 0.3
-"""Gu et al.'s share of attention above which a head counts as a sink."""
-LENGTH, SEQUENCES = 64, 16
-"""Gu et al.'s tokens in a sequence, and how many sequences of a text are read."""
+EPSILON = 0.3  # Gu et al.'s share of attention above which a head counts as a sink
+LENGTH, SEQUENCES = 64, 16  # their tokens in a sequence, and how many sequences of a text are read
 ROWS = 8  # rows of attention below which a position's mean says nothing: the last positions are no sinks
+# Where transformers keeps the choice; the property in front of it would change nested configurations too.
 CHOICE = "_attn_implementation_internal"
-"""Where transformers keeps the choice; the property in front of it would change nested configurations too."""
 
 
 @dataclass(frozen=True)
 class SinkRate:
-    """The share of heads that give one position more than `epsilon` of their attention.
+    """The share of heads that give one position more than epsilon of their attention."""
 
-    Args:
-        value: the share over layers, heads and sequences.
-        attention: mean attention to the position, over rows and sequences, (L, H), float64.
-        uniform: what `attention` would be if every row spread its attention evenly.
-        epsilon: the share of attention above which a head counts.
-    """
-
-    value: float
-    attention: Tensor
-    uniform: float
-    epsilon: float
+    value: float  #: the share over layers, heads and sequences
+    attention: Tensor  #: mean attention to the position, over rows and sequences, (L, H), float64
 
 
 @dataclass(frozen=True)
 class Sinks:
-    """Where attention goes, and how long the keys and values are there.
+    """Where attention goes, and how long the keys and values are there."""
 
-    Args:
-        rate: the sink rate of position 0, over layers, heads and sequences.
-        heads: the share of sequences in which position 0 is a head's sink, (L, H), float64.
-        attention: mean attention to position 0, (L, H), float64.
-        tokens: in which share of all heads each token is a sink, (B, T), float64; NaN for the last tokens,
-            which too few others look back to.
-        key_norms: norm of each token's key, mean over key-value heads, (L, B, T), float32.
-        value_norms: the same of its value.
-    """
-
-    rate: float
-    heads: Tensor
-    attention: Tensor
+    rate: float  #: the sink rate of position 0, over layers, heads and sequences
+    heads: Tensor  #: the share of sequences in which position 0 is a head's sink, (L, H), float64
+    attention: Tensor  #: mean attention to position 0, (L, H), float64
+    #: in which share of all heads each token is a sink, (B, T), float64; NaN for the last ones, which too few
+    #: tokens look back to
     tokens: Tensor
-    key_norms: Tensor
-    value_norms: Tensor
+    key_norms: Tensor  #: norm of each token's key, mean over key-value heads, (L, B, T), float32
+    value_norms: Tensor  #: the same of its value
 
 
 @contextmanager
 def eager_attention(model: object) -> Iterator[None]:
-    """Make attention form its probabilities, which fused implementations never do, for the length of a block.
-
-    Args:
-        model: a causal language model.
-
-    Yields:
-        Nothing.
-    """
-    model = as_module(model)
-    configs = {id(config): config for config in _configs(model)}.values()
-    before = [(config, getattr(config, CHOICE)) for config in configs]
+    """Make attention form its probabilities for a block, which fused implementations never do."""
+    modules = list(as_module(model).modules())
+    values = [value for module in modules for value in vars(module).values()]
+    before = {id(value): (value, getattr(value, CHOICE)) for value in values if hasattr(value, CHOICE)}
     # transformers leaves the hooks with which it collects attentions, and a mark that they are there.
-    hooks = {module: (set(module._forward_hooks), set(vars(module))) for module in model.modules()}
+    hooks = {module: (set(module._forward_hooks), set(vars(module))) for module in modules}
     try:
-        for config, _ in before:
+        for config, _ in before.values():
             setattr(config, CHOICE, "eager")
         yield
     finally:
-        for config, implementation in before:
+        for config, implementation in before.values():
             setattr(config, CHOICE, implementation)
         for module, (numbers, names) in hooks.items():
             for number in set(module._forward_hooks) - numbers:
@@ -89,22 +63,11 @@ def eager_attention(model: object) -> Iterator[None]:
                 delattr(module, name)
 
 
-def _configs(model: nn.Module) -> Iterator[object]:
-    """Every configuration of attention that a module of the model reads."""
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if hasattr(value, CHOICE))
-
-
 @torch.no_grad()
 def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the attention probabilities of every layer.
+    """Yield the attention probabilities of every layer, (B, H, T, T) in float32 on the CPU.
 
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T).
-
-    Yields:
-        (B, H, T, T) for each layer in order, row i the shares that token i gives, in float32 on the CPU.
+    Row i holds the shares that token i gives; `ids` are token ids, (B, T).
 
     Raises:
         ModelError: the model does not answer with its attention.
@@ -124,14 +87,11 @@ def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
 
 
 def sink_sequences(ids: Tensor, *, begin_token: int | None = None) -> Tensor:
-    """Cut the sequences for a sink rate from the beginning of a text: up to 16 of 64 tokens, as Gu et al.'s.
+    """Return sequences for a sink rate, (B, T): up to 16 of 64 tokens from the beginning of a text.
 
     Args:
         ids: token ids of the text, (N,).
         begin_token: an id in front of each sequence, one of the 64.
-
-    Returns:
-        (B, T) ids.
 
     Raises:
         TextError: not even one sequence of two tokens.
@@ -155,39 +115,24 @@ def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float =
         ids: token ids, (B, T); all rows are real tokens.
         position: the position k that receives, 0..T-1.
         epsilon: between 0 and 1.
-
-    Returns:
-        The rate and what it is made of.
-
-    Raises:
-        ParameterError: no such position.
     """
-    length = _length(ids, epsilon)
-    if not 0 <= position < length:
-        raise ParameterError(f"position {position} must lie within the {length} tokens")
-    alpha = torch.stack(
-        [m[:, :, position:, position].double().mean(dim=-1) for m in attention_maps(model, ids)]
-    )
-    share = (alpha > epsilon).double().mean().item()
-    uniform = sum(1 / (row + 1) for row in range(position, length)) / (length - position)
-    return SinkRate(share, alpha.mean(dim=1), uniform, epsilon)
+    maps = attention_maps(model, ids)
+    alpha = torch.stack([m[:, :, position:, position].double().mean(dim=-1) for m in maps])
+    return SinkRate((alpha > epsilon).double().mean().item(), alpha.mean(dim=1))
 
 
 def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
-    """Find which tokens are attention sinks, in which heads, and how long their keys and values are.
+    """Return which tokens are attention sinks, in which heads, and how long their keys and values are.
 
     alpha[l, h, k] = mean over rows i >= k of P[l, h, i, k]; token k is a sink of a head with alpha > epsilon.
+    What does not pass its keys and values through a cache of transformers is a `ModelError`.
 
     Args:
         model: a causal language model.
         ids: token ids, (B, T); all rows are real tokens.
         epsilon: between 0 and 1.
-
-    Returns:
-        The sinks; what is not a key-value cache of transformers' kind is a `ModelError`.
     """
-    length = _length(ids, epsilon)
-    rows = torch.arange(length, 0, -1).double()  # rows that look back to each position
+    rows = torch.arange(ids.shape[1], 0, -1).double()  # rows that look back to each position
     norms: list[tuple[Tensor, Tensor]] = []
 
     def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,27 +140,15 @@ def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
         return keys, values
 
     with _through_cache(model, note):
-        alpha = torch.stack(
-            [m.double().sum(dim=2) / rows for m in attention_maps(model, ids)]
-        )  # (L, B, H, T)
+        maps = attention_maps(model, ids)
+        alpha = torch.stack([m.double().sum(dim=2) / rows for m in maps])  # (L, B, H, T)
     hits = (alpha > epsilon).double()
-    tokens = hits.mean(dim=(0, 2)).masked_fill(rows < min(ROWS, length), torch.nan)
+    tokens = hits.mean(dim=(0, 2)).masked_fill(rows < min(ROWS, len(rows)), torch.nan)
     key_norms, value_norms = (torch.stack(part) for part in zip(*norms, strict=True))
+    first = hits[..., 0]
     return Sinks(
-        hits[..., 0].mean().item(), hits[..., 0].mean(dim=1), alpha[..., 0].mean(dim=1), tokens, key_norms,
-        value_norms,
-    )  # fmt: skip
-
-
-def _length(ids: Tensor, epsilon: float) -> int:
-    """The length of sequences in which attention has a choice."""
-    if ids.shape[1] < 2:
-        raise TextError(
-            f"{ids.shape[1]} token leaves attention no choice; give sequences of 2 tokens or more"
-        )
-    if not 0 < epsilon < 1:
-        raise ParameterError(f"epsilon is {epsilon}; give a share of attention between 0 and 1")
-    return ids.shape[1]
+        first.mean().item(), first.mean(dim=1), alpha[..., 0].mean(dim=1), tokens, key_norms, value_norms
+    )
 
 
 @contextmanager
@@ -242,27 +175,22 @@ def quantized_cache(model: object, *, bits: int = 4, keep: Sequence[int] | Tenso
         raise ParameterError(f"bits is {bits}; give 1 to 8")
 
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(keep, Tensor):
-            kept = keep[:, None, :, None].to(keys.device)
-        else:
-            kept = torch.zeros(1, 1, keys.shape[2], 1, dtype=torch.bool, device=keys.device)
-            kept[:, :, [i for i in keep if i < keys.shape[2]]] = True
-        rounded = _rounded(keys, bits, 2, kept), _rounded(values, bits, 3, None)
-        return tuple(torch.where(kept, old, new) for old, new in zip((keys, values), rounded, strict=True))
+        kept = keep
+        if not isinstance(keep, Tensor):
+            kept = torch.isin(torch.arange(keys.shape[2]), torch.tensor(keep, dtype=torch.int64))[None]
+        kept = kept[:, None, :, None].to(keys.device)
+        rounded = _rounded(keys, bits, 2, kept), _rounded(values, bits, 3, torch.zeros_like(kept))
+        return torch.where(kept, keys, rounded[0]), torch.where(kept, values, rounded[1])
 
     with _through_cache(model, change):
         yield
 
 
-def _rounded(x: Tensor, bits: int, dim: int, kept: Tensor | None) -> Tensor:
+def _rounded(x: Tensor, bits: int, dim: int, left_out: Tensor) -> Tensor:
     """Numbers (B, H, T, D) rounded to 2^bits steps between the least and the largest along an axis."""
     wide = x.float()
-    low, high = (
-        (wide, wide)
-        if kept is None
-        else (wide.masked_fill(kept, torch.inf), wide.masked_fill(kept, -torch.inf))
-    )
-    low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
+    low = wide.masked_fill(left_out, torch.inf).amin(dim, keepdim=True)
+    high = wide.masked_fill(left_out, -torch.inf).amax(dim, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
     return (((wide - low) / step).round().clamp(0, 2**bits - 1) * step + low).to(x.dtype)
 
@@ -279,9 +207,7 @@ def _through_cache(
     class Passing(DynamicCache):
         """A cache that keeps nothing."""
 
-        def update(
-            self, keys: Tensor, values: Tensor, *args: object, **kwargs: object
-        ) -> tuple[Tensor, Tensor]:
+        def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
             calls.append(None)
             return change(keys, values)
 

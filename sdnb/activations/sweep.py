@@ -28,54 +28,33 @@ PROOF_ITEMS, PROOF = 4, 1e-4  # sequences that go both ways, and the relative di
 
 
 def vocabulary_size(model: object) -> int:
-    """Return the number of items of the vocabulary: the rows of the embedding.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        V; it can exceed the tokenizer's, where a model has spare rows.
-    """
+    """Return V, the rows of the embedding; it can exceed the tokenizer's, where a model has spare rows."""
     return as_module(model).get_input_embeddings().weight.shape[0]
 
 
 @dataclass(frozen=True)
 class VocabularySample:
-    """Items of the vocabulary that stand for all of it.
+    """Items of the vocabulary that stand for all of it."""
 
-    Args:
-        items: token ids in rising order, (n,).
-        size: number of items of the vocabulary, V.
-    """
-
-    items: Tensor
-    size: int
+    items: Tensor  #: token ids in rising order, (n,)
+    size: int  #: number of items of the vocabulary, V
 
     def share(self, chosen: Tensor) -> tuple[float, float]:
-        """Return the share of items for which something holds, and its standard error.
+        """Return the share of items for which something holds, (n,) bool, and its standard error.
 
         The error is sqrt(p (1 - p) / n * (1 - n / V)): 0 where all items were asked.
-
-        Args:
-            chosen: for which items it holds, (n,) bool.
-
-        Returns:
-            Share and standard error.
         """
         share, count = chosen.double().mean().item(), len(chosen)
         return share, (share * (1 - share) / count * (1 - count / self.size)) ** 0.5
 
 
 def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) -> VocabularySample:
-    """Choose the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
+    """Return the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
 
     Args:
         model: a causal language model.
         items: how many; None goes by the device, a number as large as the vocabulary takes all.
         seed: of the draw.
-
-    Returns:
-        The items.
 
     Raises:
         ParameterError: fewer than one item.
@@ -92,22 +71,12 @@ def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) ->
 
 
 def batch_size(model: object, tokens: int = 1) -> int:
-    """Return how many sequences fit into one forward pass, by the width of the layers and the free memory.
-
-    A token takes about 16 d + 4 f numbers, f the widest linear map of a layer: the states between the modules
-    and the inner units of one layer.
-
-    Args:
-        model: a causal language model.
-        tokens: the length of a sequence.
-
-    Returns:
-        At least 1.
-    """
+    """Return how many sequences of so many tokens fit into a forward pass, by width and free memory."""
     model = as_module(model)
     weight = model.get_input_embeddings().weight
     layer = decoder_layers(model)[0]
     widest = max((max(p.shape) for p in layer.parameters() if p.ndim > 1), default=weight.shape[1])
+    # The states between the modules and the inner units of one layer.
     numbers = tokens * (16 * weight.shape[1] + 4 * widest)
     place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
     largest = min(LARGEST_BATCH_BYTES[place.type], free_memory(str(place)) // 4)
@@ -116,10 +85,8 @@ def batch_size(model: object, tokens: int = 1) -> int:
 
 
 @torch.no_grad()
-def item_norms(
-    model: object, layer: int, items: Tensor, *, prefix: Tensor | None = None, batch: int | None = None
-) -> Tensor:
-    """Return |h_l| of each item as the last token of a sequence of its own.
+def item_norms(model: object, layer: int, items: Tensor, *, prefix: Tensor | None = None) -> Tensor:
+    """Return |h_l| of each item as the last token of a sequence of its own, (n,) in float32 on the CPU.
 
     Args:
         model: a causal language model.
@@ -127,10 +94,6 @@ def item_norms(
         items: token ids, (n,).
         prefix: what stands before each item: the same ids for all, (p,), or ids for each, (n, p); None puts
             the items at position 0.
-        batch: sequences in a forward pass; by the memory when None.
-
-    Returns:
-        (n,) in float32 on the CPU.
 
     Raises:
         ParameterError: there is no such layer.
@@ -139,14 +102,12 @@ def item_norms(
     count = len(decoder_layers(model))
     if not 0 <= layer <= count:
         raise ParameterError(f"layer {layer} does not exist: hidden states are 0 to {count}")
-    return _norms(model, layer, _sequences(items, prefix), batch)
+    return torch.cat([rows.norm(dim=1).cpu() for rows in _rows(model, layer, _sequences(items, prefix))])
 
 
 @torch.no_grad()
-def random_norms(
-    model: object, layer: int, count: int, norm: float, *, seed: int = 0, batch: int | None = None
-) -> Tensor:
-    """Return |h_l| of random Gaussian embeddings of one length, each a one-token sequence.
+def random_norms(model: object, layer: int, count: int, norm: float, *, seed: int = 0) -> Tensor:
+    """Return |h_l| of random Gaussian embeddings, each a one-token sequence, (count,) in float32 on the CPU.
 
     Args:
         model: a causal language model.
@@ -154,64 +115,43 @@ def random_norms(
         count: number of embeddings.
         norm: their length; paper A takes the mean length of the vocabulary's embeddings.
         seed: of the draw.
-        batch: sequences in a forward pass; by the memory when None.
-
-    Returns:
-        (count,) in float32 on the CPU, in the order of the draw.
     """
     model = as_module(model)
     weight, generator = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
     sizes = [min(DRAWN_AT_ONCE, count - start) for start in range(0, count, DRAWN_AT_ONCE)]
     rows = torch.cat([torch.randn(size, weight.shape[1], generator=generator) for size in sizes])
     rows = (norm * nn.functional.normalize(rows, dim=1)).to(weight.dtype)
-    return _norms(model, layer, rows[:, None], batch)
+    return torch.cat([states.norm(dim=1).cpu() for states in _rows(model, layer, rows[:, None])])
 
 
 @torch.no_grad()
 def embedding_norms(model: object, items: Tensor) -> Tensor:
-    """Return the length of each item's embedding, as the embedding module returns it (Gemma's scales it).
-
-    Args:
-        model: a causal language model.
-        items: token ids, (n,).
-
-    Returns:
-        (n,) in float32 on the CPU.
-    """
+    """Return the length of each item's embedding as the model reads it (Gemma scales it), (n,) on the CPU."""
     module, device = as_module(model).get_input_embeddings(), input_device(model)
     return torch.cat([module(part.to(device)).float().norm(dim=-1).cpu() for part in items.split(16384)])
 
 
-def item_trajectories(
-    model: object, items: Tensor, prefix: Tensor | None = None, *, batch: int | None = None
-) -> Tensor:
-    """Return |h_l| of each item behind a prefix at every layer; paper A tests candidates behind "I am".
+def item_trajectories(model: object, items: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """Return |h_l| of each item behind a prefix at every layer, (L+1, n) in float32 on the CPU.
+
+    Paper A tests candidates behind "I am".
 
     Args:
         model: a causal language model.
         items: token ids, (n,).
         prefix: ids that stand before each item, (p,) or (n, p); None for position 0.
-        batch: sequences in a forward pass; by the memory when None.
-
-    Returns:
-        (L+1, n) in float32 on the CPU.
     """
     sequences = _sequences(items, prefix)
-    parts = sequences.split(batch or batch_size(model, sequences.shape[1]))
+    parts = sequences.split(batch_size(model, sequences.shape[1]))
     return torch.cat([hidden_norms(model, part)[:, :, -1] for part in progress(parts, "sequences")], dim=1)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Coordinates of what a norm reads along one direction.
+    """Coordinates of what a norm reads along one direction."""
 
-    Args:
-        raw: v.x of the norm's input x, with |v| = 1, (n,).
-        normalised: v.x / rms(x), for a LayerNorm v.(x - mean) / std(x), (n,): in front of the gain, since F
-            contains it.
-    """
-
-    raw: Tensor
+    raw: Tensor  #: v.x of the norm's input x, with |v| = 1, (n,)
+    #: v.x / rms(x), for a LayerNorm v.(x - mean) / std(x), (n,): in front of the gain, since F contains it
     normalised: Tensor
 
 
@@ -224,7 +164,6 @@ def ffn_input_coefficients(
     items: Tensor,
     *,
     prefix: Tensor | None = None,
-    batch: int | None = None,
 ) -> Coefficients:
     """Return each item's coordinate along a direction where the FFN's norm of a layer reads it.
 
@@ -236,13 +175,9 @@ def ffn_input_coefficients(
             divided by the rms all the same).
         items: token ids, (n,).
         prefix: ids before each item, (p,) or (n, p); None for position 0.
-        batch: sequences in a forward pass; by the memory when None.
-
-    Returns:
-        The coefficients, float32 on the CPU.
     """
     unit, raw, normalised = nn.functional.normalize(direction.float(), dim=0), [], []
-    for rows in _rows(as_module(model), layer, _sequences(items, prefix), batch, before_ffn=True):
+    for rows in _rows(as_module(model), layer, _sequences(items, prefix), before_ffn=True):
         v = unit.to(rows.device)
         raw.append((rows @ v).cpu())
         centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)
@@ -259,18 +194,11 @@ def _sequences(items: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.expand(len(items), prefix.shape[-1]), items[:, None]], dim=1)
 
 
-def _norms(model: nn.Module, layer: int, sequences: Tensor, batch: int | None) -> Tensor:
-    """|h_l| of the last token of each sequence, ids (n, T) or embeddings (n, T, d)."""
-    return torch.cat([rows.norm(dim=1).cpu() for rows in _rows(model, layer, sequences, batch)])
-
-
-def _rows(
-    model: nn.Module, layer: int, sequences: Tensor, batch: int | None, before_ffn: bool = False
-) -> Iterator[Tensor]:
+def _rows(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool = False) -> Iterator[Tensor]:
     """The last tokens' states after a layer, or where its FFN reads them, in batches (b, d) in float32."""
-    batch = batch or batch_size(model, sequences.shape[1])
+    batch = batch_size(model, sequences.shape[1])
     if sequences.shape[1] == 1 and layer and len(sequences) > PROOF_ITEMS:
-        rows = _by_value_path(model, layer, sequences, batch, before_ffn)
+        rows = _by_value_path(model, layer, sequences, before_ffn)
         if rows is not None:
             yield from rows.split(batch)
             return
@@ -297,16 +225,14 @@ def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) 
     return taken[-1].reshape(len(sequences), -1, taken[-1].shape[-1])[:, -1].float()
 
 
-def _by_value_path(
-    model: nn.Module, layer: int, sequences: Tensor, batch: int, before_ffn: bool
-) -> Tensor | None:
+def _by_value_path(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor | None:
     """The same for one-token sequences by views of the layers; None where that would be something else."""
     ablations = _ablations(model)
     weight = model.get_input_embeddings().weight
     if weight.dtype != torch.float32 or weight.device.type == "meta" or ablations is None:
         return None
     proof = _forward(model, layer, sequences[:PROOF_ITEMS], before_ffn)
-    rows = torch.cat([_forward(model, 0, part, False) for part in sequences.split(batch)])
+    rows = torch.cat([_forward(model, 0, part, False) for part in sequences.split(batch_size(model))])
     size = ROWS_AT_ONCE[rows.device.type]
     try:
         with _lifted(model, ablations):
@@ -351,7 +277,7 @@ def _ablations(model: nn.Module) -> dict[tuple[nn.Module, int], Ablation] | None
 
 @contextmanager
 def _lifted(model: nn.Module, hooks: Mapping[tuple[nn.Module, int], Ablation]) -> Iterator[None]:
-    """Take hooks off for the length of a block, so that the layers can be looked at as they are."""
+    """Take hooks off for a block, so that the layers can be looked at as they are."""
     with ExitStack() as stack:
         for (module, key), hook in hooks.items():
             stack.callback(module._forward_hooks.__setitem__, key, hook)

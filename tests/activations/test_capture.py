@@ -1,30 +1,28 @@
-"""Hooked hidden states against the model's own output, for layers that return tensors and tuples."""
+"""Hooked hidden states against the model's own output, and what matrices read against one line at a time."""
 
 import pytest
 import torch
 
-from sdnb.activations import (
-    find_defect,
-    hidden_norms,
-    hidden_states,
-    perplexity,
-    text_norms,
-    token_batches,
-    visit_states,
-)
-from sdnb.activations.capture import not_finite_because
+from sdnb.activations import find_defect, hidden_norms, hidden_states, perplexity, token_batches, visit_states
+from sdnb.activations.inputs import matrix_inputs
 from sdnb.errors import ParameterError
+from sdnb.layers import model_matrices
 from tests.tiny import build
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "mpt")
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return build(request.param, d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
-
-
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+
+
+def small(family="llama"):
+    return build(family, d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
+
+
+@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "mpt"])
+def model(request):
+    return small(request.param)
+
+
+def hooks(model):
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def test_states_equal_the_models_own_but_for_the_final_norm(model):
@@ -32,34 +30,23 @@ def test_states_equal_the_models_own_but_for_the_final_norm(model):
     states = hidden_states(model, IDS)
     assert states.shape == (4, 2, 5, 32) and states.dtype == torch.float32
     torch.testing.assert_close(states[:-1], torch.stack(own)[:-1])
-    norm = next(
-        m for n, m in model.base_model.named_modules() if n in ("norm", "ln_f", "final_layer_norm", "norm_f")
-    )
+    norms = ("norm", "ln_f", "final_layer_norm", "norm_f")
+    [norm] = [m for n, m in model.base_model.named_modules() if n in norms]
     torch.testing.assert_close(norm(states[-1]), own[-1])
     assert not torch.allclose(states[-1], own[-1]), "the last state must be the one before the final norm"
+    torch.testing.assert_close(hidden_norms(model, IDS), states.norm(dim=-1))
 
 
-def test_stop_after_runs_no_later_layer(model):
+def test_stop_after_runs_no_later_layer_and_leaves_no_hook(model):
     seen = []
     visit_states(model, IDS, lambda layer, state: seen.append(layer), stop_after=2)
     assert seen == [0, 1, 2]
-    torch.testing.assert_close(hidden_states(model, IDS, stop_after=2), hidden_states(model, IDS)[:3])
-    torch.testing.assert_close(hidden_states(model, IDS, stop_after=0), hidden_states(model, IDS)[:1])
-
-
-def test_hooks_are_removed_even_after_an_error(model):
-    def fail(layer, state):
-        raise ZeroDivisionError
-
+    states = hidden_states(model, IDS)
+    for last in (0, 2):
+        torch.testing.assert_close(hidden_states(model, IDS, stop_after=last), states[: last + 1])
     with pytest.raises(ZeroDivisionError):
-        visit_states(model, IDS, fail)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    hidden_states(model, IDS, stop_after=1)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_norms_are_the_norms_of_the_states(model):
-    torch.testing.assert_close(hidden_norms(model, IDS), hidden_states(model, IDS).norm(dim=-1))
+        visit_states(model, IDS, lambda layer, state: 1 / 0)
+    assert hooks(model) == []
 
 
 def test_padded_batches_give_every_line_its_own_states(model):
@@ -69,46 +56,49 @@ def test_padded_batches_give_every_line_its_own_states(model):
     for ids, real, numbers in token_batches(lines, max_tokens=24):
         assert ids.numel() <= 24 or len(numbers) == 1
         states = hidden_states(model, ids)
-        for row, number in enumerate(numbers):
-            seen[number] = states[:, row][:, real[row]]
+        seen |= {number: states[:, row][:, real[row]] for row, number in enumerate(numbers)}
     assert sorted(seen) == list(range(len(lines)))
     for number, line in enumerate(lines):
         torch.testing.assert_close(seen[number], hidden_states(model, line[None])[:, 0], rtol=1e-4, atol=1e-5)
-    expected = torch.cat([hidden_norms(model, line[None])[:, 0] for line in lines], dim=1)
-    torch.testing.assert_close(text_norms(model, lines), expected, rtol=1e-4, atol=1e-5)
 
 
-def half(scale: float = 1.0):
-    """A float16 model whose second layer's FFN writes `scale` times what it should."""
-    model = build("llama", d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
-    model.model.layers[1].mlp.down_proj.weight.data *= scale
-    return model.half()
-
-
-def test_float16_overflow_is_explained_by_the_layer_and_its_number():
-    lines = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 8, 7])]
-    assert find_defect(half(), lines).norms.isfinite().all()
-    model = half(3e5)
-    model.model.layers[1].mlp.down_proj.weight.data.clamp_(-60_000, 60_000)
-    with torch.no_grad():
-        largest = hidden_states(model.float(), lines[0][None], stop_after=2)[2].abs().max().item()
+def test_float16_overflow_is_explained():
+    lines, model = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 8, 7])], small()
+    assert find_defect(model.half(), lines).norms.isfinite().all()
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight.copy_((3e5 * weight.float()).clamp(-60_000, 60_000))
+    assert hidden_states(model.float(), lines[0][None], stop_after=2)[2].abs().max() > 65_504
     model.half()
-    assert largest > 65_504
     for run in (lambda: find_defect(model, lines), lambda: perplexity(model, lines[0])):
-        with pytest.raises(ParameterError, match="Layer 2") as refused:
+        with pytest.raises(ParameterError, match=r"layer 2 pass 65,504.*bfloat16"):
             run()
-        assert "65,504" in str(refused.value) and "bfloat16" in str(refused.value)
-    named = float(
-        str(not_finite_because(model, lines[0])).split("float16: ")[1].split(" in")[0].replace(",", "")
-    )
-    assert 65_504 < named <= 1.01 * largest
-    assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
 
 
-def test_what_is_not_finite_in_float32_is_damaged():
-    model = build("llama", d=32, f=64, layers=3, heads=4, vocabulary=96, seed=1, scale=0.7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_otherwise_is_damaged(dtype):
+    model = small().to(dtype)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    reason = not_finite_because(model, torch.tensor([5, 6]))
-    assert "layer 2" in reason and "damaged" in reason and "65,504" not in reason
-    model.half().model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
-    assert "layer 2" in not_finite_because(model, torch.tensor([5, 6])).lower()
+    with pytest.raises(ParameterError, match=r"layer 2 are not finite.*damaged"):
+        find_defect(model, [torch.tensor([5, 6, 7])])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_inputs_of_matrices_are_those_of_single_lines(family):
+    model = small(family)
+    matrices = [matrix for layer in model_matrices(model) for matrix in layer]
+    generator = torch.Generator().manual_seed(0)
+    lines = [torch.randint(50, (length,), generator=generator) for length in (5, 3, 5)]
+    inputs, norms, positions = matrix_inputs(model, lines, matrices)
+    order = [lines[0], lines[2], lines[1]]  # equal lengths together
+    assert positions.tolist() == [*range(5), *range(5), *range(3)] and hooks(model) == []
+    torch.testing.assert_close(norms, torch.cat([hidden_norms(model, ids[None])[:, 0] for ids in order], 1))
+    for matrix in matrices:
+        rows = []
+        with matrix.module.register_forward_hook(lambda m, args, out, rows=rows: rows.append(args[0][0])):
+            for ids in order:
+                model(ids[None])
+        torch.testing.assert_close(inputs[matrix.name], torch.cat(rows))
+    if family == "llama":
+        shared = {kind: inputs[f"01.{kind}"] for kind in ("q", "k", "v", "o", "gate", "up", "down")}
+        assert shared["q"] is shared["k"] is shared["v"] and shared["gate"] is shared["up"]
+        assert shared["o"] is not shared["q"]

@@ -1,20 +1,26 @@
-"""Perplexity against a plain loop over windows and tokens."""
+"""Perplexity against a plain loop over windows and tokens; continuations against the probabilities."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from sdnb.activations.perplexity import perplexity, text_windows, window_length
+from sdnb.activations import continuation, perplexity, text_windows, window_length, zero_attention
 from sdnb.errors import ParameterError, TextError
 from tests.tiny import POSITIONS, build
 
 VOCABULARY = 96
+START = torch.tensor([5, 6, 7])
+
+
+def small(family="llama", vocabulary=VOCABULARY, **more):
+    return build(family, d=32, f=64, layers=2, heads=4, vocabulary=vocabulary, seed=1, scale=0.7, **more)
 
 
 @pytest.fixture(params=("llama", "gpt2", "gpt_neox", "mpt"))
 def model(request):
-    return build(request.param, d=32, f=64, layers=2, heads=4, vocabulary=VOCABULARY, seed=1, scale=0.7)
+    return small(request.param)
 
 
 def text(count: int) -> torch.Tensor:
@@ -37,41 +43,23 @@ def loop(model, ids, window, begin=None) -> tuple[float, list[float], int]:
 
 
 @pytest.mark.parametrize("begin", [None, 3])
-def test_equals_a_plain_loop(model, begin):
+def test_equals_a_plain_loop(model, begin, monkeypatch):
     ids = text(40)
     value, losses, tokens = loop(model, ids, 12, begin)
-    for batch in (None, 1, 2):
-        found = perplexity(model, ids, window=12, batch=batch, begin_token=begin)
-        assert found.tokens == tokens and found.window == 12
-        assert found.value == pytest.approx(value, rel=1e-4)
+    for at_once in (2**26, 2 * 12 * VOCABULARY, 1):  # all windows, two, one in a pass
+        monkeypatch.setattr(sys.modules["sdnb.activations.perplexity"], "LOGITS_AT_ONCE", at_once)
+        found = perplexity(model, ids, window=12, begin_token=begin)
+        assert found.tokens == tokens and found.value == pytest.approx(value, rel=1e-4)
         assert found.nll.tolist() == pytest.approx(losses, rel=1e-4)
+    short = perplexity(model, ids[:7], window=12)
+    assert short.value == pytest.approx(loop(model, ids[:7], 7)[0], rel=1e-4) and short.tokens == 6
 
 
 def test_the_automatic_window_is_the_models_length_up_to_2048(model):
     assert window_length(model) == POSITIONS
     found = perplexity(model, text(3 * POSITIONS + 5))
-    assert found.window == POSITIONS and len(found.nll) == 3 and found.tokens == 3 * (POSITIONS - 1)
-
-
-def test_the_automatic_window_ends_at_2048():
-    model = build(
-        "llama", d=8, f=8, layers=1, heads=2, vocabulary=16, seed=0, scale=0.7, max_position_embeddings=8192
-    )
-    found = perplexity(model, text(5000) % 16)
-    assert found.window == 2048 and len(found.nll) == 2
-
-
-def test_a_short_text_is_one_window(model):
-    found = perplexity(model, text(7), window=12)
-    value, _, tokens = loop(model, text(7), 7)
-    assert found.value == pytest.approx(value, rel=1e-4) and found.tokens == tokens and found.window == 7
-
-
-def test_windows_do_not_see_each_other(model):
-    ids = text(24)
-    other = torch.cat([torch.flip(ids[:12], [0]), ids[12:]])
-    first, second = perplexity(model, ids, window=12), perplexity(model, other, window=12)
-    assert first.nll[0] != second.nll[0] and first.nll[1] == pytest.approx(second.nll[1].item(), rel=1e-6)
+    assert len(found.nll) == 3 and found.tokens == 3 * (POSITIONS - 1)
+    assert window_length(small(max_position_embeddings=8192)) == 2048
 
 
 def test_the_rest_of_the_text_is_dropped():
@@ -87,9 +75,35 @@ def test_bad_input_is_refused(model):
     for window in (1, POSITIONS + 1):
         with pytest.raises(ParameterError, match="window"):
             perplexity(model, text(300), window=window)
-    with pytest.raises(ParameterError, match="batch"):
-        perplexity(model, text(300), batch=0)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] = float("nan")
     with pytest.raises(ParameterError, match="not finite"):
         perplexity(model, text(30))
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return small(vocabulary=24).requires_grad_(False)
+
+
+def test_the_seed_decides_and_cold_sampling_takes_the_likeliest(writer):
+    first = continuation(writer, START, 8, seed=1)
+    assert first.shape == (8,) and torch.equal(first, continuation(writer, START, 8, seed=1))
+    assert not torch.equal(first, continuation(writer, START, 8, seed=2))
+    ids = START
+    for _ in range(5):
+        ids = torch.cat([ids, writer(ids[None], use_cache=False).logits[0, -1].argmax()[None]])
+    assert torch.equal(continuation(writer, START, 5, temperature=0), ids[3:])
+
+
+def test_tokens_come_with_their_probability(writer):
+    expected = torch.softmax(writer(START[None], use_cache=False).logits[0, -1].double() / 2.0, dim=0)
+    drawn = torch.cat([continuation(writer, START, 1, temperature=2.0, seed=seed) for seed in range(150)])
+    share = torch.bincount(drawn, minlength=24) / 150
+    assert ((share - expected).abs() < 4 * (expected * (1 - expected) / 150).sqrt() + 0.01).all()
+
+
+def test_interventions_reach_every_sampled_token(writer):
+    with zero_attention(writer):
+        assert torch.equal(continuation(writer, START, 6), continuation(writer, START[-1:], 6))
+    assert not torch.equal(continuation(writer, START, 6), continuation(writer, START[-1:], 6))

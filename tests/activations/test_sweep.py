@@ -7,17 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from sdnb.activations import hidden_states, sweep
-from sdnb.activations.interventions import set_dimensions, zero_attention, zero_branch
-from sdnb.activations.sweep import (
-    batch_size,
+from sdnb.activations import (
     embedding_norms,
     ffn_input_coefficients,
+    hidden_states,
     item_norms,
     item_trajectories,
     random_norms,
+    set_dimensions,
+    sweep,
     vocabulary_sample,
     vocabulary_size,
+    zero_attention,
+    zero_branch,
 )
 from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers, layer_view
@@ -32,6 +34,12 @@ OUTPUT_PROJECTION = {
 
 
 SOME = ("llama", "gpt_neox", "opt", "falcon", "gpt2", "gemma2")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Ten sequences in a forward pass, so that there are several."""
+    monkeypatch.setattr(sweep, "batch_size", lambda model, tokens=1: 10)
 
 
 @pytest.fixture(params=SOME)
@@ -53,9 +61,8 @@ def without_attention(model):
     """A copy whose attentions' last linear maps hold zeros."""
     twin = copy.deepcopy(model)
     for layer in decoder_layers(twin):
-        names = [n for n, _ in layer.named_modules() if n in OUTPUT_PROJECTION]
-        assert len(names) == 1
-        for parameter in layer.get_submodule(names[0]).parameters():
+        [name] = [n for n, _ in layer.named_modules() if n in OUTPUT_PROJECTION]
+        for parameter in layer.get_submodule(name).parameters():
             parameter.zero_()
     return twin
 
@@ -63,13 +70,13 @@ def without_attention(model):
 def test_norms_equal_a_plain_full_forward_pass_with_and_without_attention(any_model):
     for layer in range(LAYERS):
         expected = torch.stack([full_pass(any_model, item[None])[layer][0, -1].norm() for item in ITEMS])
-        with_attention = item_norms(any_model, layer, ITEMS, batch=10)
+        with_attention = item_norms(any_model, layer, ITEMS)
         torch.testing.assert_close(with_attention, expected, rtol=1e-5, atol=0)
     twin = without_attention(any_model)
     expected = torch.stack([full_pass(twin, item[None])[1][0, -1].norm() for item in ITEMS])
     with zero_attention(any_model):
-        found = item_norms(any_model, 1, ITEMS, batch=10)
-        fits = sweep._by_value_path(any_model, 1, ITEMS[:, None], 10, False) is not None
+        found = item_norms(any_model, 1, ITEMS)
+        fits = sweep._by_value_path(any_model, 1, ITEMS[:, None], False) is not None
     assert fits, "every family of these has an exact value path"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert (with_attention / expected - 1).abs().max() > 0.01
@@ -80,25 +87,24 @@ def test_a_prefix_stands_before_each_item(model, prefix):
     prefixes = prefix.expand(len(ITEMS), prefix.shape[-1])
     sequences = [torch.cat([before, item[None]]) for before, item in zip(prefixes, ITEMS, strict=True)]
     states = [full_pass(model, sequence) for sequence in sequences]
-    paths = item_trajectories(model, ITEMS, prefix, batch=10)
+    paths = item_trajectories(model, ITEMS, prefix)
     assert paths.shape == (LAYERS + 1, len(ITEMS))
     for layer in range(LAYERS):
         expected = torch.stack([s[layer][0, -1].norm() for s in states])
         torch.testing.assert_close(paths[layer], expected, rtol=1e-4, atol=0)
-        found = item_norms(model, layer, ITEMS, prefix=prefix, batch=10)
+        found = item_norms(model, layer, ITEMS, prefix=prefix)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_random_embeddings_equal_a_plain_forward_pass(model):
-    count, length = 1030, 3.5  # more than one draw
-    found = random_norms(model, 1, count, length, seed=4, batch=600)
+def test_random_embeddings_equal_a_plain_forward_pass(model, monkeypatch):
+    count, length, generator = 1030, 3.5, torch.Generator().manual_seed(4)  # more than one draw
+    found = random_norms(model, 1, count, length, seed=4)
+    monkeypatch.setattr(sweep, "batch_size", lambda model, tokens=1: 515)
     with set_dimensions(model, {2: {0: 0.0}}):  # the plain way, since there is a hook
-        again = random_norms(model, 1, count, length, seed=4, batch=515)
+        again = random_norms(model, 1, count, length, seed=4)
     torch.testing.assert_close(found, again, rtol=1e-4, atol=0)  # the draw does not depend on the batch
     assert not torch.allclose(found, random_norms(model, 1, count, length, seed=5))
-    rows = torch.randn(
-        1024, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(4)
-    )
+    rows = torch.randn(1024, model.get_input_embeddings().weight.shape[1], generator=generator)
     rows = length * nn.functional.normalize(rows[:9], dim=1)
     states = model(inputs_embeds=rows[:, None], output_hidden_states=True, use_cache=False).hidden_states
     torch.testing.assert_close(found[:9], states[1][:, 0].norm(dim=1), rtol=1e-4, atol=0)
@@ -111,7 +117,7 @@ def test_coefficients_equal_what_the_norm_is_given(family):
     view = layer_view(model, layer)
     norm = view.ffn.norm
     for prefix in (None, torch.tensor([7])):
-        found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix, batch=10)
+        found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix)
         for i, item in enumerate(ITEMS[:2].tolist()):
             # Another way to the FFN's input: what the layer gives without its FFN, or its own input.
             with zero_branch(model, "ffn", [layer]):
@@ -141,7 +147,7 @@ def test_the_value_path_equals_plain_forward_passes(family):
     model, sequences = build(family), ITEMS[:, None]
     for before_ffn in (False, True):
         expected = sweep._forward(model, LAYERS, sequences, before_ffn)
-        rows = sweep._by_value_path(model, LAYERS, sequences, 10, before_ffn)
+        rows = sweep._by_value_path(model, LAYERS, sequences, before_ffn)
         assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
 
 
@@ -152,7 +158,7 @@ def test_the_value_path_leaves_out_what_is_ablated(family, branch):
     hooks = [len(module._forward_hooks) for module in model.modules()]
     with zero_branch(model, branch, [2]):
         expected = sweep._forward(model, 2, ITEMS[:, None], False)
-        rows = sweep._by_value_path(model, 2, ITEMS[:, None], 10, False)
+        rows = sweep._by_value_path(model, 2, ITEMS[:, None], False)
         assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
         torch.testing.assert_close(item_norms(model, 2, ITEMS), expected.norm(dim=1), rtol=1e-5, atol=0)
     assert hooks == [len(module._forward_hooks) for module in model.modules()]
@@ -162,15 +168,15 @@ def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
     model = build("llama")
     expected = item_norms(model, 2, ITEMS)
     with set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
-        assert sweep._by_value_path(model, 2, ITEMS[:, None], 10, False) is None
+        assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
         assert not torch.allclose(item_norms(model, 2, ITEMS), expected, rtol=1e-3)
-    assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], 10, False) is None
+    assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], False) is None
     view = sweep.layer_view(model, 2)
     other = dataclasses.replace(view, status="approximate")
     monkeypatch.setattr(sweep, "layer_view", lambda *_: other)
-    assert sweep._by_value_path(model, 2, ITEMS[:, None], 10, False) is None
+    assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
     monkeypatch.setattr(sweep, "layer_view", lambda *_: view)  # layer 2 in the place of layer 1: proved wrong
-    assert sweep._by_value_path(model, 1, ITEMS[:, None], 10, False) is None
+    assert sweep._by_value_path(model, 1, ITEMS[:, None], False) is None
     torch.testing.assert_close(item_norms(model, 2, ITEMS), expected)
 
 
@@ -186,9 +192,9 @@ def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
     for number, layer in enumerate(decoder_layers(model), start=1):
         layer.register_forward_hook(lambda m, a, r, number=number: calls.append(number))
     model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
-    item_norms(model, 3, ITEMS, batch=50)
-    random_norms(model, 3, 20, 1.0, batch=50)
-    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS, batch=50)
+    item_norms(model, 3, ITEMS)
+    random_norms(model, 3, 20, 1.0)
+    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS)
     assert set(calls) == {1, 2, 3}
 
 
@@ -212,21 +218,13 @@ def test_a_sample_of_the_vocabulary_and_its_standard_error():
         vocabulary_sample(model, 0)
 
 
-def test_hooks_are_removed():
-    model = build("llama")
-    before = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    item_norms(model, 1, ITEMS)
-    item_norms(model, 0, ITEMS)
-    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS)
-    assert [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks] == before == []
-
-
-def test_the_batch_is_sized_by_the_width_and_the_length():
+def test_the_batch_is_sized_by_the_width_and_the_length(monkeypatch):
+    monkeypatch.undo()
     narrow, wide = (
         plain("llama", d=d, f=4 * d, layers=1, heads=4, vocabulary=96, seed=1, scale=0.7) for d in (32, 64)
     )
-    assert batch_size(narrow) == 2 * batch_size(wide) and batch_size(wide, 2) == batch_size(wide) // 2
-    assert batch_size(wide, 10**9) == 1
+    size = sweep.batch_size
+    assert size(narrow) == 2 * size(wide) and size(wide, 2) == size(wide) // 2 and size(wide, 10**9) == 1
 
 
 def test_bad_input():

@@ -137,7 +137,7 @@ def test_float16_overflow_is_foreseen_and_explained(tmp_path, capsys):
     path.write_text("\n".join(LINES))
     assert main(["detect", str(truth.folder), "--text", str(path), "--dtype", "float16"]) == 1
     error = capsys.readouterr().err
-    assert f"Layer {truth.explosion_layer}" in error and "65,504" in error
+    assert f"layer {truth.explosion_layer}" in error and "65,504" in error
 
 
 def test_a_model_without_high_norm_tokens(tmp_path):
