@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ TAKEN = 0.95  # the largest multiple that still takes this share of the high-nor
 SINK_SHARE = 0.05  # a token is a sink when it is one in this share of all heads
 CACHE_BITS, RANDOM_LISTS = 4, 3
 WINDOW, WINDOWS = 128, 8  # tokens, and windows, that costs are measured on; twice as many to measure
+Label = Callable[[int], str]  # of a token
 TOOLS = (
     "transformers", "bitsandbytes", "compressed-tensors", "llm-compressor", "torchao", "optimum-quanto",
     "gptqmodel", "modelopt", "quark", "auto-round", "llama.cpp",
@@ -49,11 +51,12 @@ def inspect_model(
     share: float = 0.8,
     note: Callable[[str], None] = lambda step: None,
 ) -> dict:
-    """Find what whoever quantizes, edits or trains on a model should know about it.
+    """Return what whoever quantizes, edits or trains on a model should know about it, JSON as it is.
 
     One pass over the lines gives high-norm tokens, layers, massive dimensions, the largest entries of the
     residual stream and of every linear module's input, the experts and the skip list. Some passes over
-    windows of the text give the sinks, the cost of a cache of four bits, and the single weight.
+    windows of the text give the sinks, the cost of a cache of four bits, and the single weight. `left_out`
+    says what could not be looked at, and why.
 
     Args:
         loaded: the model.
@@ -71,23 +74,18 @@ def inspect_model(
         share: of the loss that the first scheme adds, which the shortest list is to give back.
         note: called with what is done next.
 
-    Returns:
-        JSON as it is; `left_out` says what could not be looked at, and why.
-
     Raises:
         ParameterError: an unknown scheme, or weights to be quantized that are not in memory. A text that
             cannot be read is a `TextError`.
     """
     model = loaded.model
     in_memory = not any(p.is_meta for p in model.parameters())
-    for name in measure:
-        if name not in quantize.SCHEMES:
-            known = ", ".join(map(repr, quantize.SCHEMES))
-            raise ParameterError(f"{name!r} is no scheme: use {known}.")
+    if unknown := [name for name in measure if name not in quantize.SCHEMES]:
+        raise ParameterError(f"{unknown[0]!r} is no scheme: use {', '.join(map(repr, quantize.SCHEMES))}.")
     if measure and not in_memory:
         raise ParameterError("Weights are quantized in memory: load the model without device=offload.")
     encoded, windows, sequences = _read(loaded, text, max_lines, max_tokens, whole, chat, add_special_tokens)
-    label, largest, done = _Labels(loaded), _Largest(model), 0
+    label, largest, done = lambda token: token_labels(loaded, [token])[0], _Largest(model), 0
     reader = activations.StateReader(loaded, encoded, threshold=threshold)
 
     def visit(layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
@@ -106,6 +104,7 @@ def inspect_model(
     with largest.watch(), quantize.watched_experts(model) if mixture else nullcontext(list) as experts:
         statistics = quantize.input_statistics(model, encoded.lines, **options)
         experts = experts()
+    largest.name_tokens(encoded, label)
     defect = reader.defect()
     skip = quantize.skip_list(model, statistics, threshold=min_ratio)
     keys = ("revision", "dtype", "device", "format")
@@ -114,11 +113,8 @@ def inspect_model(
         "begin_token": encoded.begin_token, "add_special_tokens": encoded.add_special_tokens,
         "begin_token_note": encoded.unusual, "text_hash": encoded.hash,
     }  # fmt: skip
-    values |= _tokens(defect, label) | _layers(defect, largest, label) | {
-        "linear_inputs": [
-            _input(found, largest.found.get((name, "input"), {}), encoded, label)
-            for name, found in statistics.items()
-        ],
+    values |= _tokens(defect, label, loaded.tokenizer) | _layers(defect, largest, label) | {
+        "linear_inputs": [_input(row, largest.found.get((n, "input"), {})) for n, row in statistics.items()],
         "experts": [vars(expert) for expert in experts],
         "super_experts": [e.name for e in quantize.super_experts(experts)] if experts else [],
         "skip_threshold": skip.threshold, "spiking_modules": skip.spiking, "fused_modules": skip.fused,
@@ -165,12 +161,10 @@ def _read(
     limit = position_limit(loaded.model.config)
     cut = max_tokens and min(max_tokens, limit or max_tokens)
     read = encode(loaded, text, max_lines=max_lines, whole=whole and not chat, max_tokens=cut, **special)
-    ends = torch.tensor([0, *map(len, read.lines)]).cumsum(0).tolist()
     if max_tokens:
-        lines = [
-            line[: max_tokens - end] for line, end in zip(read.lines, ends, strict=False) if end < max_tokens
-        ]
-        read = replace(read, lines=lines)
+        ends = accumulate(map(len, read.lines), initial=0)
+        lines = [line[: max(max_tokens - end, 0)] for line, end in zip(read.lines, ends, strict=False)]
+        read = replace(read, lines=[line for line in lines if len(line)])
     if chat and read.begin_token:
         read = replace(read, unusual=None)  # the template brings it
     most = 2 * WINDOW * WINDOWS
@@ -211,7 +205,7 @@ class _Largest:
                     self._take((name, "input"), args[0])
                     self._take((name, "output"), output)
 
-            hooks.callback(linear.module.register_forward_hook(hook).remove)
+            hooks.enter_context(linear.module.register_forward_hook(hook))
         return hooks
 
     def _take(self, key: tuple[str | int, str], x: Tensor) -> None:
@@ -227,24 +221,22 @@ class _Largest:
             where = {"line": numbers[b], "position": t} if known else {"line": None, "position": None}
             self.found[key] = {"value": value, "size": abs(value), "dimension": j, **where}
 
-
-class _Labels:
-    """Names of tokens, and what sort of token each is."""
-
-    def __init__(self, loaded: Loaded):
-        self.loaded, self.begin = loaded, loaded.tokenizer.bos_token_id
-
-    def __call__(self, token: int) -> str:
-        return token_labels(self.loaded, [token])[0]
-
-    def kind(self, token: int, position: int) -> str:
-        """A delimiter has no letter and no digit."""
-        if token == self.begin or position == 0:
-            return "begin token" if token == self.begin else "first position"
-        return "word" if any(c.isalnum() for c in self.loaded.tokenizer.decode([token])) else "delimiter"
+    def name_tokens(self, text: Text, label: Label) -> None:
+        """Add to every entry which token it belongs to, where that is known."""
+        for entry in self.found.values():
+            if entry["line"] is not None:
+                entry["token_id"] = int(text.lines[entry["line"]][entry["position"]])
+                entry["token"] = label(entry["token_id"])
 
 
-def _tokens(defect: activations.Defect, label: _Labels) -> dict:
+def _kind(tokenizer, token: int, position: int) -> str:
+    """What sort of token it is; a delimiter has no letter and no digit."""
+    if token == tokenizer.bos_token_id or position == 0:
+        return "begin token" if token == tokenizer.bos_token_id else "first position"
+    return "word" if any(c.isalnum() for c in tokenizer.decode([token])) else "delimiter"
+
+
+def _tokens(defect: activations.Defect, label: Label, tokenizer) -> dict:
     """High-norm tokens, layers, massive dimensions."""
     high = defect.high_norm.nonzero().flatten()
     places = zip(defect.token_ids[high].tolist(), defect.positions[high].tolist(), strict=True)
@@ -252,42 +244,32 @@ def _tokens(defect: activations.Defect, label: _Labels) -> dict:
     return {key: getattr(defect, key) for key in same} | {
         "high_norm_tokens": [{"token": label(r["token_id"])} | r for r in defect.high_norm_tokens()],
         "high_norm_token_count": len(high),
-        "high_norm_kinds": dict(Counter(label.kind(*place) for place in places)),
+        "high_norm_kinds": dict(Counter(_kind(tokenizer, *place) for place in places)),
         "massive_dimensions": defect.massive,
     }
 
 
-def _layers(defect: activations.Defect, largest: _Largest, label: _Labels) -> dict:
+def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict:
     """Layers 1..L one by one, what float16 makes of them, and what to mask."""
     norms, high = defect.norms[1:].double(), defect.high[1:]
     median = norms.median(dim=1).values
     ratios = norms / median.clamp(min=1e-30)[:, None]
-    starts = (defect.positions == 0).nonzero().flatten().tolist()
-
-    def named(entry: dict) -> dict:
-        if entry["line"] is None:
-            return entry
-        token = int(defect.token_ids[starts[entry["line"]] + entry["position"]])
-        return entry | {"token_id": token, "token": label(token)}
-
     rows = []
     for number in range(1, len(norms) + 1):
-        sides = {
-            side: [
-                named(entry) | {"module": name}
+        tops = {}
+        for side in ("input", "output"):
+            of_layer = [
+                entry | {"module": name}
                 for (name, kind), entry in largest.found.items()
                 if kind == side and largest.linears[name].layer == number
             ]
-            for side in ("input", "output")
-        }
-        tops = {f"largest_{s}": max(e, key=lambda e: e["size"], default=None) for s, e in sides.items()}
-        tops["largest_entry"] = named(largest.found[number, "state"])
-        above = {str(k): (ratios[number - 1] > k).double().mean().item() for k in MULTIPLES}
+            tops[f"largest_{side}"] = max(of_layer, key=lambda entry: entry["size"], default=None)
+        tops["largest_entry"] = largest.found[number, "state"]
         rows.append({
             "layer": number, "median_norm": median[number - 1].item(),
             "largest_norm": norms[number - 1].max().item(),
             **tops, "float16_share": max(top["size"] for top in tops.values() if top) / FLOAT16_MAX,
-            "above_medians": above,
+            "above_medians": {str(k): (ratios[number - 1] > k).double().mean().item() for k in MULTIPLES},
         })  # fmt: skip
     return {
         "layers": rows,
@@ -297,7 +279,7 @@ def _layers(defect: activations.Defect, largest: _Largest, label: _Labels) -> di
     }
 
 
-def _masking(defect: activations.Defect, ratios: Tensor, high: Tensor, label: _Labels) -> dict:
+def _masking(defect: activations.Defect, ratios: Tensor, high: Tensor, label: Label) -> dict:
     """From which multiple of its layer's median on to mask a state, and what that takes."""
     enough = [k for k in MULTIPLES if (ratios > k)[high].double().mean() >= TAKEN]
     multiple = max(enough, default=MULTIPLES[0])
@@ -313,16 +295,14 @@ def _masking(defect: activations.Defect, ratios: Tensor, high: Tensor, label: _L
     }  # fmt: skip
 
 
-def _input(found: quantize.InputStatistics, entry: dict, text: Text, label: _Labels) -> dict:
+def _input(found: quantize.InputStatistics, entry: dict) -> dict:
     """One linear module's inputs, and where the largest is."""
-    line, position = entry.get("line"), entry.get("position")
-    token = None if line is None else int(text.lines[line][position])
+    places = ("dimension", "line", "position", "token_id", "token")
     return {
         "module": found.name, "layer": found.layer, "largest_input": found.largest,
         "median_input": found.median, "ratio": found.ratio, "median_token_largest": found.token_median,
         "token_ratio": found.token_ratio, "int8_error": found.output_error,
-        "dimension": entry.get("dimension"), "line": line, "position": position, "token_id": token,
-        "token": None if token is None else label(token),
+        **{key: entry.get(key) for key in places},
     }  # fmt: skip
 
 
@@ -343,7 +323,7 @@ def _compared(losses: Tensor, reference: Tensor) -> dict:
     return {"perplexity": losses.mean().exp().item(), **vars(ratio)}
 
 
-def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -> dict:
+def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
     """Sink rates, the tokens that are sinks, and the length of their keys and values."""
     found = activations.sinks(loaded.model, sequences)
     hit, groups = found.tokens > SINK_SHARE, {}  # false where it is NaN
@@ -364,7 +344,7 @@ def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -
     }  # fmt: skip
 
 
-def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -> dict:
+def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
     """The cost of a cache of few bits with nothing kept, the first position, and all high-norm tokens."""
     model, intact = loaded.model, _losses(loaded.model, windows)
     first = (torch.arange(windows.shape[1]) == 0).expand_as(windows)
@@ -394,7 +374,7 @@ def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -
     }  # fmt: skip
 
 
-def _single_weight(loaded, windows: Tensor, sequences: Tensor, defect, label: _Labels) -> dict:
+def _single_weight(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
     """The entries of every layer; that of the explosion layer, where there is one, also set to zero."""
     model = loaded.model
     found = quantize.single_weights(model, windows)

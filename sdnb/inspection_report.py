@@ -4,15 +4,7 @@ from collections.abc import Sequence
 
 
 def report(values: dict, everything: bool = False) -> str:
-    """Write what was found as text for a terminal.
-
-    Args:
-        values: of `sdnb.inspection.inspect_model`.
-        everything: show every layer and every linear module, not those that stand out.
-
-    Returns:
-        The text.
-    """
+    """Return what `sdnb.inspection.inspect_model` found as text; `everything`: all layers and modules."""
     parts = [_head(values), _skip_list(values, everything)]
     parts += [_measured(values)] if "measured" in values else []
     return "\n\n".join([*parts, _layers(values, everything), _costs(values)]).rstrip()
@@ -135,14 +127,11 @@ def _costs(v: dict) -> str:
     if found := v.get("sinks"):
         later = [row for row in found["tokens"] if row["position"] == "later"]
         later = [f"{r['token']} ({r['count']} times, {_percent(r['share_of_heads'])})" for r in later]
-        lines.append(
-            f"sinks       first position in {_percent(found['rate'])} of heads; later: {_few(later, 3)}"
-        )
+        first = _percent(found["rate"])
+        lines.append(f"sinks       first position in {first} of heads; later: {_few(later, 3)}")
         if "sinks" in found["key_norms"]:
-            keys, values = (_median_ratio(found[name]) for name in ("key_norms", "value_norms"))
-            lines.append(
-                f"            keys there {_number(keys)}, values {_number(values)} times as long as others'"
-            )
+            keys, values = (_number(_median_ratio(found[name])) for name in ("key_norms", "value_norms"))
+            lines.append(f"            keys there {keys}, values {values} times as long as others'")
     if found := v.get("cache"):
         kept = [f"{_times(row)}, {row['kept']} kept" for row in found["kept"]]
         lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept[:2])}")

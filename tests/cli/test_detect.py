@@ -1,6 +1,7 @@
 """`sdnb detect` against planted truth and slow references, on every kind of model that it may be given."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -62,13 +63,11 @@ def test_layers_and_inputs_are_those_of_a_loop_over_lines(planted):
     loaded, _, values = planted
     lines, modules = encode(loaded, LINES).lines, dict(loaded.model.named_modules())
     inputs: dict[str, list] = {row["module"]: [] for row in values["linear_inputs"]}
-    hooks = [
-        modules[name].register_forward_hook(lambda m, args, y, kept=kept: kept.append(args[0][0].clone()))
-        for name, kept in inputs.items()
-    ]
-    states = [hidden_states(loaded.model, line[None])[:, 0] for line in lines]
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for name, kept in inputs.items():
+            hook = lambda m, args, y, kept=kept: kept.append(args[0][0].clone())  # noqa: E731
+            hooks.enter_context(modules[name].register_forward_hook(hook))
+        states = [hidden_states(loaded.model, line[None])[:, 0] for line in lines]
     for number, row in enumerate(values["layers"], start=1):
         norms = torch.cat([s[number] for s in states]).double().norm(dim=1)
         entry, where = row["largest_entry"], torch.stack([s[number].abs().max() for s in states]).argmax()
@@ -87,18 +86,13 @@ def test_layers_and_inputs_are_those_of_a_loop_over_lines(planted):
         assert row["largest_input"] == pytest.approx(largest, rel=1e-4)
 
 
-def test_the_single_weight_is_the_planted_unit(planted):
+def test_single_weight_cache_and_sinks(planted):
     _, truth, values = planted
-    found = values["single_weight"]
+    found, sinks, cache = values["single_weight"], values["sinks"], values["cache"]
     assert found["chosen"]["layer"] == truth.explosion_layer and found["chosen"]["column"] == 0
     assert found["chosen"]["row"] == int(truth.direction.abs().argmax())
     assert found["zero"]["peak_norm"] < 0.99 * found["intact"]["peak_norm"]
     assert found["others_zero"]["count"] == 100 and found["intact"]["ratio"] == 1
-
-
-def test_cache_and_sinks_are_told(planted):
-    _, _, values = planted
-    sinks, cache = values["sinks"], values["cache"]
     assert len(sinks["heads"]) == 6 and len(sinks["heads"][0]) == 4
     assert sinks["rate"] == pytest.approx(sum(sinks["layer_rates"]) / 6)
     assert [row["kept"] for row in cache["kept"]] == ["nothing", "first position"]
@@ -199,10 +193,8 @@ def test_max_tokens_counts_all_lines(planted):
 
 
 def test_command(tmp_path, capsys):
-    truth, path = (
-        planted_model(tmp_path, "llama", layers=3, explosion_layer=1, decay_layer=3),
-        tmp_path / "text",
-    )
+    truth = planted_model(tmp_path, "llama", layers=3, explosion_layer=1, decay_layer=3)
+    path = tmp_path / "text"
     path.write_text("\n".join(LINES[:4]))
     words = ["detect", str(truth.folder), "--text", str(path)]
     capsys.readouterr()
@@ -246,9 +238,8 @@ def test_without_a_tokenizer_another_models_is_taken(tmp_path, planted, capsys):
 
 
 def test_an_encoder_is_refused_in_one_line(tmp_path, capsys):
-    config = BertConfig(
-        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=384, hidden_size=32, **sizes)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     capsys.readouterr()
