@@ -4,6 +4,7 @@ from sdnb.activations.capture import (
     hidden_norms,
     hidden_states,
     input_device,
+    matrix_inputs,
     token_batches,
     visit_states,
 )
@@ -49,7 +50,8 @@ __all__ = [
     "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity", "SinkRate",
     "Sinks", "StateReader", "VocabularySample", "attention_maps", "continuation", "detect", "embedding_norms",
     "ffn_input_coefficients", "find_defect", "hidden_norms", "hidden_states", "input_device", "item_norms",
-    "item_trajectories", "ledger", "mean_pairwise_angle", "perplexity", "project_out", "quantized_cache",
-    "random_norms", "set_dimensions", "sink_rate", "sink_sequences", "sinks", "text_windows", "token_batches",
-    "visit_states", "vocabulary_sample", "vocabulary_size", "window_length", "zero_attention", "zero_branch",
+    "item_trajectories", "ledger", "matrix_inputs", "mean_pairwise_angle", "perplexity", "project_out",
+    "quantized_cache", "random_norms", "set_dimensions", "sink_rate", "sink_sequences", "sinks",
+    "text_windows", "token_batches", "visit_states", "vocabulary_sample", "vocabulary_size", "window_length",
+    "zero_attention", "zero_branch",
 ]  # fmt: skip

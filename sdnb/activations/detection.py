@@ -25,6 +25,7 @@ high-norm, so is their own median.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -197,11 +198,5 @@ def _read_run(run: list[tuple[int, float]]) -> tuple[list[int], list[int]]:
 
 def _runs(chosen: list[bool]) -> list[tuple[int, int]]:
     """First and last layer, 1..L, of every run of chosen layers."""
-    pairs, start = [], None
-    for layer, inside in enumerate([*chosen, False], start=1):
-        if inside and start is None:
-            start = layer
-        elif not inside and start is not None:
-            pairs.append((start, layer - 1))
-            start = None
-    return pairs
+    runs = [list(group) for _, group in groupby(enumerate(chosen, start=1), key=lambda pair: pair[1])]
+    return [(run[0][0], run[-1][0]) for run in runs if run[0][1]]

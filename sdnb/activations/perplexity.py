@@ -21,6 +21,7 @@ class Perplexity:
     value: float  #: exp of the mean negative log-likelihood of a predicted token
     nll: Tensor  #: mean negative log-likelihood in each window, in nats, (W,), float64 on the CPU
     tokens: int  #: number of predicted tokens
+    window: int  #: tokens in a window, a begin token included
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def perplexity(
     nll = torch.cat([_window_losses(model, part) for part in progress(windows.split(batch), "windows")])
     if nll.isnan().any():
         raise ParameterError(not_finite_because(model, windows[nll.isnan()][0]))
-    return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1))
+    return Perplexity(nll.mean().exp().item(), nll, len(nll) * (length - 1), length)
 
 
 def window_length(model: object, window: int | None = None) -> int:

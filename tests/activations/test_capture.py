@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from sdnb.activations import find_defect, hidden_norms, hidden_states, perplexity, token_batches, visit_states
-from sdnb.activations.inputs import matrix_inputs
+from sdnb.activations import (
+    find_defect,
+    hidden_norms,
+    hidden_states,
+    matrix_inputs,
+    perplexity,
+    token_batches,
+    visit_states,
+)
 from sdnb.errors import ParameterError
 from sdnb.layers import model_matrices
 from tests.tiny import build

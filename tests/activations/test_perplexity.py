@@ -52,7 +52,8 @@ def test_equals_a_plain_loop(model, begin, monkeypatch):
         assert found.tokens == tokens and found.value == pytest.approx(value, rel=1e-4)
         assert found.nll.tolist() == pytest.approx(losses, rel=1e-4)
     short = perplexity(model, ids[:7], window=12)
-    assert short.value == pytest.approx(loop(model, ids[:7], 7)[0], rel=1e-4) and short.tokens == 6
+    assert short.value == pytest.approx(loop(model, ids[:7], 7)[0], rel=1e-4)
+    assert short.tokens == 6 and short.window == 7
 
 
 def test_the_automatic_window_is_the_models_length_up_to_2048(model):
