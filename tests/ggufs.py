@@ -9,6 +9,46 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.tiny import redraw, tiny_tokenizer
 
 VOCABULARY = 384
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+# GGUF architecture: model type, what its configuration needs, settings that the writer cannot derive
+ARCHITECTURES = {
+    "llama": ("llama", {}, {}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {"head_dim": 32}, {}),
+    "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 96}, {}),
+    "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, {}),
+    "falcon": ("falcon", {"multi_query": True}, {}),
+    "phi3": ("phi3", {}, {}),
+    "bloom": ("bloom", {}, {}),
+    "stablelm": ("stablelm", {}, {}),
+    "gpt2": ("gpt2", {"n_inner": 96}, {}),
+    "starcoder2": ("starcoder2", {}, {}),
+    "nemotron": ("nemotron", {}, {}),
+    "gemma2": ("gemma2", {}, {"tokenizer.ggml.unknown_token_id": 0}),
+    "gemma3": ("gemma3_text", {}, {"tokenizer.ggml.unknown_token_id": 0}),
+    "mamba": ("mamba", {}, {}),
+    "minimax-m2": (
+        "minimax_m2",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 16},
+        {"minimax-m2.expert_gating_func": 2},
+    ),
+    "lfm2": (
+        "lfm2",
+        {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
+        {"lfm2.attention.head_count_kv": [0, 2]},
+    ),
+    "qwen35": (
+        "qwen3_5_text",
+        {**LINEAR, "num_hidden_layers": 4, "head_dim": 256},
+        {"qwen35.rope.dimension_sections": [11, 11, 10, 0], "qwen35.full_attention_interval": 4},
+    ),
+}
 _SETTINGS = {
     "block_count": ("num_hidden_layers",),
     "context_length": ("max_position_embeddings",),

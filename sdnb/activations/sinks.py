@@ -125,12 +125,14 @@ def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
     """Return which tokens are attention sinks, in which heads, and how long their keys and values are.
 
     alpha[l, h, k] = mean over rows i >= k of P[l, h, i, k]; token k is a sink of a head with alpha > epsilon.
-    What does not pass its keys and values through a cache of transformers is a `ModelError`.
 
     Args:
         model: a causal language model.
         ids: token ids, (B, T); all rows are real tokens.
         epsilon: between 0 and 1.
+
+    Raises:
+        ModelError: a layer without attention, or keys and values that pass no cache of transformers.
     """
     rows = torch.arange(ids.shape[1], 0, -1).double()  # rows that look back to each position
     norms: list[tuple[Tensor, Tensor]] = []
@@ -142,6 +144,8 @@ def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
     with _through_cache(model, note):
         maps = attention_maps(model, ids)
         alpha = torch.stack([m.double().sum(dim=2) / rows for m in maps])  # (L, B, H, T)
+    if len(alpha) != (count := len(decoder_layers(as_module(model)))):
+        raise ModelError(f"only {len(alpha)} of {count} layers attend; sinks are told where all of them do")
     hits = (alpha > epsilon).double()
     tokens = hits.mean(dim=(0, 2)).masked_fill(rows < min(ROWS, len(rows)), torch.nan)
     key_norms, value_norms = (torch.stack(part) for part in zip(*norms, strict=True))
@@ -215,21 +219,25 @@ def _through_cache(
         if isinstance(kwargs.get("past_key_values"), Passing):  # from the module around it
             return None
         calls.clear()
-        return args, kwargs | {"past_key_values": Passing()}
+        return args, kwargs | {"past_key_values": Passing(config=model.config)}
+
+    refusal = ModelError(
+        f"{type(model).__name__} does not pass its keys and values through a cache of transformers, so they "
+        "can be neither seen nor rounded there"
+    )
 
     def check(module: nn.Module, args: tuple, result: object) -> None:
         if not calls:
-            raise ModelError(
-                f"{type(model).__name__} does not pass its keys and values through a cache of transformers, "
-                "so they can be neither seen nor rounded there"
-            )
+            raise refusal
 
     first = decoder_layers(model)[0]
+    # OPT's head calls its decoder past its base model.
+    around = [m for m in model.modules() if m is not first and any(inner is first for inner in m.modules())]
+    around = [m for m in around if "past_key_values" in signature(m.forward).parameters]
+    if not around:
+        raise refusal
     with ExitStack() as hooks:
-        # OPT's head calls its decoder past its base model.
-        for module in model.modules():
-            around = module is not first and any(inner is first for inner in module.modules())
-            if around and "past_key_values" in signature(module.forward).parameters:
-                hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
-                hooks.enter_context(module.register_forward_hook(check))
+        for module in around:
+            hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(check))
         yield

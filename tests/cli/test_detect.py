@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from sdnb import encode, hidden_states, load
+from sdnb import encode, gguf, hidden_states, load
 from sdnb.cli import main
 from sdnb.inspection import MULTIPLES, TOOLS, inspect_model
 from sdnb.inspection_report import report
@@ -166,10 +166,16 @@ def test_an_offloaded_model_is_read_and_not_quantized(tmp_path, planted, capsys)
     assert "device=offload" in capsys.readouterr().err
 
 
-def test_a_gguf_file(tmp_path):
-    ggufs.write_model(tmp_path / "model.gguf", ggufs.small("llama"), "llama")
-    values = inspect_model(load(str(tmp_path / "model.gguf")), LINES)
-    assert values["format"].startswith("gguf") and len(values["layers"]) == 2
+@pytest.mark.parametrize("kind", ggufs.ARCHITECTURES)
+def test_a_gguf_file_of_each_architecture(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "cache")
+    family, more, settings = ggufs.ARCHITECTURES[kind]
+    model = ggufs.small(family, **more)
+    loaded = load(str(ggufs.write_model(tmp_path / "model.gguf", model, kind, settings)))
+    values = inspect_model(loaded, LINES[:4])
+    assert values["format"] == "gguf F32" and len(values["layers"]) == loaded.layer_count
+    without = {"mamba": {"sinks", "cache"}, "lfm2": {"sinks"}, "qwen35": {"sinks"}}
+    assert set(values["left_out"]) == without.get(kind, set()), "layers that do not attend"
     check_report(values)
 
 

@@ -1,30 +1,17 @@
-"""What 20 to 22 find on models with a sink, a weight or a dimension planted by hand, and on one without.
+"""What 20 to 22 find on models with a sink, a weight or a dimension planted by hand, and on one without."""
 
-Their code cells are executed in this process, which takes a second each: no kernel is started.
-"""
-
-import json
-
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sdnb.records import read_record
-from tests.templates import ROOT
+from tests.cells import run_cells
 from tests.tiny import planted_model, save, tiny_model
 
 
-def executed(template, folder, results, **parameters):
-    """The record that a template's cells write, executed one after the other with these parameters."""
-    cells = json.loads((ROOT / "notebooks" / f"{template}.ipynb").read_text(encoding="utf-8"))["cells"]
-    names = {}
-    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
-        exec("".join(cell["source"]), names)
-        if "parameters" in cell["metadata"].get("tags", []):
-            names |= {"model": str(folder), "results_dir": str(results), "max_tokens": 256, **parameters}
-    plt.close("all")
-    return read_record(template, names["record"].path.parent.name, results)
+def executed(number, folder, results, **parameters):
+    """The record that a notebook's cells write on a model."""
+    given = {"model": str(folder), "results_dir": str(results), "max_tokens": 256, **parameters}
+    return run_cells(number, **given)["record"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +41,7 @@ def sink_model(folder, layer=4):
 
 def test_20_finds_the_planted_sink_which_goes_with_the_explosion(tmp_path):
     planted = sink_model(tmp_path / "sink")
-    found = executed("20_attention_sinks", tmp_path / "sink", tmp_path, add_special_tokens=True)
+    found = executed("20", tmp_path / "sink", tmp_path, add_special_tokens=True)
     assert found["explosion_layers"] == [planted.explosion_layer]
     rates = found["sink_rate"]
     assert rates[3] == 1 and max(rates[:2]) < 0.5
@@ -65,7 +52,7 @@ def test_20_finds_the_planted_sink_which_goes_with_the_explosion(tmp_path):
 
 
 def test_20_on_a_model_without_says_so(plain, tmp_path):
-    found = executed("20_attention_sinks", plain, tmp_path)
+    found = executed("20", plain, tmp_path)
     assert found["explosion_layers"] == [] and found["rate"] < 0.2
     assert max(row["sink_rate"] for row in found["interventions"]) < 0.2
 
@@ -80,7 +67,7 @@ def weight_model(folder, layer=3, row=5, column=17, factor=400.0):
 
 
 def test_21_names_the_scaled_weight_in_three_ways(tmp_path):
-    found = executed("21_single_weights", weight_model(tmp_path / "weight"), tmp_path, entries=1)
+    found = executed("21", weight_model(tmp_path / "weight"), tmp_path, entries=1)
     there = {row["how"]: (row["row"], row["column"]) for row in found["single_weights"] if row["layer"] == 3}
     assert there == dict.fromkeys(("spike", "gain", "rank one"), (5, 17))
     assert [(row["layer"], row["row"], row["column"]) for row in found["largest"]] == [(3, 5, 17)]
@@ -89,7 +76,7 @@ def test_21_names_the_scaled_weight_in_three_ways(tmp_path):
 
 
 def test_21_on_a_model_without_no_entry_stands_out(plain, tmp_path):
-    found = executed("21_single_weights", plain, tmp_path, entries=1)
+    found = executed("21", plain, tmp_path, entries=1)
     assert found["explosion_layers"] == [] and found["massive_dimensions"] == []
     assert all(abs(trial["ratio"] - 1) < 0.01 for trial in found["zeroed"])
     sizes = [row["size"] for row in found["single_weights"] if row["how"] == "spike"]
@@ -98,7 +85,7 @@ def test_21_on_a_model_without_no_entry_stands_out(plain, tmp_path):
 
 def test_22_finds_the_dimension_beyond_float16(tmp_path):
     planted = planted_model(tmp_path / "large", size=1e6)
-    found = executed("22_number_formats", tmp_path / "large", tmp_path, add_special_tokens=True)
+    found = executed("22", tmp_path / "large", tmp_path, add_special_tokens=True)
     dimension, inside = int(planted.direction.abs().argmax()), slice(planted.explosion_layer - 1, 4)
     assert all(share > 1 for share in found["float16_share"][inside])
     assert {*found["dimension"][inside]} == {dimension} and found["float16_share"][0] < 1e-2
@@ -107,7 +94,7 @@ def test_22_finds_the_dimension_beyond_float16(tmp_path):
 
 
 def test_22_on_a_model_without_all_formats_keep_their_levels(plain, tmp_path):
-    found = executed("22_number_formats", plain, tmp_path)
+    found = executed("22", plain, tmp_path)
     assert max(found["float16_share"]) < 1e-2 and found["explosion_layers"] == []
     worst = {row["format"]: row for row in found["worst"]}
     assert worst["int8"]["error"] < 0.1 and worst["int8"]["levels_left"] > 10
