@@ -23,6 +23,7 @@ from sdnb.files import atomic_write, content_hash
 from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
+_BAR = re.compile(r"(it/s|s/it)\]$")  # what a bar of tqdm says, whose widget a run leaves behind
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
 _GALLERY, _STATUS = "<!-- cards -->", "<!-- pages -->"
 _THUMBNAIL = 480
@@ -203,12 +204,20 @@ def _notebooks_of(toc: Path) -> list[str]:
 
 
 def _bare(notebook: Path, results: Path) -> str:
-    """An executed notebook without the machine that it ran on: no timings, no path of the results' folder."""
+    """An executed notebook without the machine that it ran on: no timings, bars or path of results."""
     content = json.loads(notebook.read_text(encoding="utf-8").replace(str(results.resolve()), str(results)))
     for part in (content, *content["cells"]):
         for key in ("papermill", "sdnb"):
             part["metadata"].pop(key, None)
+    for cell in (cell for cell in content["cells"] if cell["cell_type"] == "code"):
+        cell["outputs"] = [out for out in cell["outputs"] if not _BAR.search(_said(out))]
+    if "widget-view" not in json.dumps(content["cells"]):
+        content["metadata"].pop("widgets", None)  # the state of bars
     return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _said(output: dict) -> str:
+    return "".join(output.get("data", {}).get("text/plain", ""))
 
 
 def _page(content: dict, page: Page, others: list[Page]) -> bytes:
