@@ -364,6 +364,11 @@ KEY_FIGURES = {
             one["loss_added"][0] for kind, one in r["types"].items() if kind != "all"
         ),
     },
+    "20_attention_sinks": {
+        "sink_rate_without_direction": "interventions[intervention=direction out].sink_rate",
+    },
+    "21_single_weights": {"single_weight_ratio": "zeroed[1].ratio"},
+    "22_number_formats": {"float16_share": lambda r: max(r["float16_share"])},
 }  # fmt: skip
 """Columns of the comparison of models by the notebook they come from: a pointer (`entry`) or a function."""
 
