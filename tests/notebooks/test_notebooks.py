@@ -113,6 +113,8 @@ def test_12_and_22_name_the_spiking_module(values, executed):
     found, layer = values("12_quantization"), executed.planted.explosion_layer
     assert found["explosion_layers"] == [layer]
     assert f"model.layers.{layer - 1}.mlp.down_proj" in found["spiking_modules"]
+    lists = {name for row in found["rows"] for name in row["skipped"]}
+    assert {row["module"] for row in found["given_back"]} == lists
     assert values("22_number_formats")["explosion_layers"] == [layer]
 
 
