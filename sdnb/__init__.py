@@ -53,7 +53,7 @@ _WHERE = {
         "Signature", "alignment", "compare_signatures", "related_groups", "signature",
     ),
     "sdnb.records": (
-        "Record", "beside_published", "provenance", "read_record", "save_record", "stored", "summary",
+        "Record", "beside_published", "provenance", "read_record", "save_record", "summary",
     ),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

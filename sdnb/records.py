@@ -1,13 +1,11 @@
 """Records: what a notebook found on a model, and where that comes from.
 
-A record is `<results_dir>/<model>/<template>.json`, with flat keys (`book/records.md` lists those that other
-tools may rely on), and `<template>.safetensors` beside it where there are arrays. Lists over layers have L
-entries, layer 1 first; null stands for "there is none". Killed at any moment, a writer leaves the old pair or
-the new one: the JSON names the SHA-256 of its arrays, and is the last to be renamed into place.
+A record is `<results_dir>/<model>/<template>.json`, with flat keys (`book/records.md`), and
+`<template>.safetensors` beside it where there are arrays. Lists over layers have L entries, layer 1 first;
+null stands for "there is none". The JSON names the SHA-256 of its arrays.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -15,6 +13,7 @@ import math
 import os
 import platform
 import re
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,13 +25,12 @@ import pandas as pd
 from sdnb.errors import RecordError
 from sdnb.files import atomic_write, locked
 
-_OWN_KEYS = ("template", "arrays", "provenance")
-_TRIES = 20
-_PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
-_MIB = 2**20
-_LONG = 12
 PUBLISHED = Path(__file__).resolve().parents[1] / "book" / "published.yaml"
 """Published values; there in a checkout only."""
+_OWN_KEYS = ("template", "arrays", "provenance")
+_PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
+_MIB = 2**20
+_LONG = 12  # entries of a list that are shown one by one
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,12 @@ def save_record(
         The record as a reader will see it.
 
     Raises:
-        RecordError: a value is no number, text, list or object, the folder holds the record of another model
-            of the same name, or nothing can be written there.
+        RecordError: a value is no number, text, list or object, or the folder cannot be written.
     """
-    layers = getattr(loaded, "layer_count", None)
-    plain = {}
+    plain: dict[str, object] = {}
     for part in values if isinstance(values, (list, tuple)) else [values]:
-        part = _by_layer(part, layers) if isinstance(part, pd.DataFrame) else part
+        if isinstance(part, pd.DataFrame):
+            part = _by_layer(part, getattr(loaded, "layer_count", None))
         twice = sorted({*part} & {*plain, *_OWN_KEYS})
         if twice:
             raise RecordError(f"The key {', '.join(twice)} is given twice, or is the record's own.")
@@ -133,25 +130,23 @@ def read_record(template: str, model: object, results_dir: str | Path = "results
     Raises:
         RecordError: it is missing, damaged or torn.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = _path(results_dir, model, template)
-    for _ in range(_TRIES):  # a writer may come between the two reads
+    for _ in range(20):  # a writer may come between the two reads
         content = read_json(path)
-        data = _read_arrays(path, content)
-        if data is not None:
-            break
-    else:
-        raise RecordError(
-            f"{path} and its arrays do not belong together (damaged or deleted): run the notebook again."
-        )
-    try:
-        arrays = load(data) if data else {}
-    except SafetensorError as error:
-        raise RecordError(f"The arrays of {path} are damaged ({error}): run the notebook again.") from error
-    values = {key: value for key, value in content.items() if key not in _OWN_KEYS}
-    return Record(template, values, arrays, content["provenance"], path)
+        values = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+        if content["arrays"] is None:
+            return Record(template, values, {}, content["provenance"], path)
+        digest = content["arrays"]["sha256"]
+        for place in _array_files(path, digest):
+            with contextlib.suppress(OSError):
+                data = place.read_bytes()
+                if hashlib.sha256(data).hexdigest() == digest:
+                    return Record(template, values, load(data), content["provenance"], path)
+    raise RecordError(
+        f"{path} and its arrays do not belong together (damaged or deleted): run the notebook again."
+    )
 
 
 def beside_published(record: Record) -> Table:
@@ -197,7 +192,7 @@ def provenance(record: Record | object) -> Table:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {part}" for name, part in value.items())
         if value is not None:
-            rows[key.replace("_", " ")] = value if isinstance(value, str) else _shown(value)
+            rows[key.replace("_", " ")] = _shown(value)
     return Table({"": rows})
 
 
@@ -220,42 +215,18 @@ def entry(values: dict, key: str) -> object:
     found = values
     for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
         wanted = dict(part.split("=") for part in inside.split(",") if "=" in part)
-        if name:
-            found = found[name]
-        elif wanted:
-            fits = (row for row in found if all(str(row.get(k)) == value for k, value in wanted.items()))
-            found = next(fits, None)
-            if found is None:
+        if wanted:
+            fits = [row for row in found if all(str(row.get(k)) == value for k, value in wanted.items())]
+            if not fits:
                 raise KeyError(f"no {inside}")
+            found = fits[0]
         else:
-            found = found[inside] if isinstance(found, dict) else found[int(inside)]
+            found = found[int(inside)] if inside and isinstance(found, list) else found[name or inside]
     if not layers:
         return found
     if not values[layers]:
         raise KeyError(f"{layers} is empty")
     return found[values[layers][0] - 1]
-
-
-def stored(results_dir: str | Path) -> dict[str, list[str]]:
-    """List the records in a folder, without opening them.
-
-    Args:
-        results_dir: folder of all results.
-
-    Returns:
-        For each model's folder, in alphabetical order, the notebooks that have a record there.
-
-    Raises:
-        RecordError: there is none.
-    """
-    found: dict[str, list[str]] = {}
-    for path in sorted(Path(results_dir).expanduser().glob("[!.]*/[0-9][0-9]_*.json")):
-        found.setdefault(path.parent.name, []).append(path.stem)
-    if not found:
-        raise RecordError(
-            f"There is no record in {results_dir}: first `sdnb run MODEL --results-dir {results_dir}`."
-        )
-    return found
 
 
 def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.DataFrame:
@@ -269,19 +240,24 @@ def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.Data
         One row a model, the columns of `KEY_FIGURES`; a gap where a notebook was not run or found nothing.
 
     Raises:
-        RecordError: a model has no record, or a record is damaged.
+        RecordError: there is no record, a model has none, or one is damaged.
     """
-    there = stored(results_dir)
-    root = Path(results_dir).expanduser()
-    folders = [_path(root, name, "").parent.name for name in models] if models else there
+    there: dict[str, list[str]] = {}
+    for path in sorted(Path(results_dir).expanduser().glob("[!.]*/[0-9][0-9]_*.json")):
+        there.setdefault(path.parent.name, []).append(path.stem)
+    if not there:
+        raise RecordError(
+            f"There is no record in {results_dir}: first `sdnb run MODEL --results-dir {results_dir}`."
+        )
+    folders = [_path(results_dir, name, "").parent.name for name in models] if models else there
     missing = [name for name in folders if name not in there]
     if missing:
         raise RecordError(
-            f"There is no record of {', '.join(missing)} in {root}; there are: {', '.join(there)}."
+            f"There is no record of {', '.join(missing)} in {results_dir}; there are: {', '.join(there)}."
         )
     rows = []
     for folder in folders:
-        records = {name: read_json(root / folder / f"{name}.json") for name in there[folder]}
+        records = {name: read_json(_path(results_dir, folder, name)) for name in there[folder]}
         origins = [record["provenance"] for record in records.values()]
         if models is None and not any(origin.get("fingerprint") for origin in origins):
             continue  # records over several models, or without any
@@ -289,8 +265,7 @@ def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.Data
         for key in ("fingerprint", "hidden_size", "layers"):
             row[key] = next((origin[key] for origin in origins if origin.get(key)), None)
         for template, figures in KEY_FIGURES.items():
-            for column, pick in figures.items():
-                row[column] = _picked(records.get(template), pick)
+            row |= {column: _picked(records.get(template), pick) for column, pick in figures.items()}
         rows.append(row | {"records": list(records)})
     return pd.json_normalize(rows)
 
@@ -299,27 +274,25 @@ def _picked(record: dict | None, pick: object) -> object:
     """A key figure of a record, None where there is no such thing."""
     try:
         return None if record is None else pick(record) if callable(pick) else entry(record, pick)
-    except (KeyError, IndexError, TypeError, ValueError, StopIteration):
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
         return None
 
 
-def _rounded(record: dict, skip: str) -> float:
-    """Perplexity (12) with weights and inputs in int8, one scale a tensor."""
-    wanted = {"method": "rtn", "number_format": "int8", "weights": "tensor", "inputs": "tensor", "skip": skip}
-    fits = [row for row in record["rows"] if all(row[key] == value for key, value in wanted.items())]
-    return next(row for row in fits if not row.get("static"))["perplexity"]
+_INT8 = "rows[method=rtn,number_format=int8,weights=tensor,inputs=tensor,static=False,skip={}].perplexity"
 
 
 def _given_back(record: dict) -> float | None:
     """Share of int8's loss that the detected skip list gives back; None where the loss is below 0.2 %."""
-    intact, plain = record["rows"][0]["perplexity"], _rounded(record, "none")
-    return (plain - _rounded(record, "detected")) / (plain - intact) if plain >= 1.002 * intact else None
+    keys = ("rows[0].perplexity", _INT8.format("none"), _INT8.format("detected"))
+    intact, everything, listed = (entry(record, key) for key in keys)
+    return (everything - listed) / (everything - intact) if everything >= 1.002 * intact else None
 
 
-def _outlier_share(record: dict) -> float:
+def _outliers(record: dict) -> tuple[int, int, int]:
+    """Singular values above and below the bulks of all matrices, and how many there are."""
     matrices = record["matrices"].values()
-    outside = sum(one["outliers_above"] + (one["outliers_below"] or 0) for one in matrices)
-    return outside / sum(min(one["shape"]) for one in matrices)
+    above, below = (sum(one[f"outliers_{side}"] or 0 for one in matrices) for side in ("above", "below"))
+    return above, below, sum(min(one["shape"]) for one in matrices)
 
 
 def _mean(values: list) -> float:
@@ -342,18 +315,15 @@ KEY_FIGURES = {
     "06_initial_tokens": {"exploding_share": "exploding_share"},
     "07_noninitial_tokens": {"noninitial_share": "exploding_share"},
     "08_explosion_subspace": {"first_to_second": "first_to_second"},
-    "09_interventions": {
-        "sink_rate": "interventions.none.sink_rate", "perplexity": "interventions.none.perplexity",
-    },
+    "09_interventions": {key: f"interventions.none.{key}" for key in ("sink_rate", "perplexity")},
     "12_quantization": {
         "intact_perplexity": "rows[0].perplexity",
-        "quantization_loss": lambda r: _rounded(r, "none") / r["rows"][0]["perplexity"] - 1,
+        "quantization_loss": lambda r: entry(r, _INT8.format("none")) / r["rows"][0]["perplexity"] - 1,
         "regained_share": _given_back,
     },
     "14_weight_spectra": {
-        "outliers_above": lambda r: sum(one["outliers_above"] for one in r["matrices"].values()),
-        "outliers_below": lambda r: sum(one["outliers_below"] or 0 for one in r["matrices"].values()),
-        "outlier_share": _outlier_share,
+        "outliers_above": lambda r: _outliers(r)[0], "outliers_below": lambda r: _outliers(r)[1],
+        "outlier_share": lambda r: sum(_outliers(r)[:2]) / _outliers(r)[2],
     },
     "15_singular_vectors": {
         "overlap_above": lambda r: _mean([one["overlap_above"] for one in r["matrices"].values()]),
@@ -373,13 +343,8 @@ KEY_FIGURES = {
 """Columns of the comparison of models by the notebook they come from: a pointer (`entry`) or a function."""
 
 
-@functools.cache
 def package_fingerprint() -> str:
-    """SHA-256 over the sources of the package, 16 hexadecimal digits; the command and the book do not count.
-
-    Returns:
-        The digits.
-    """
+    """SHA-256 over the package's sources, 16 hexadecimal digits; the command and the book do not count."""
     root = Path(__file__).resolve().parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -389,17 +354,21 @@ def package_fingerprint() -> str:
     return total.hexdigest()[:16]
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on.
-
-    Returns:
-        Version by name, None where a package is not installed.
-    """
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def machine() -> str:
+    """The processor's name and the number of its cores."""
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(\S.*)$", cpus.read_text() if cpus.is_file() else "", re.M)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _path(results_dir: str | Path, model: object, template: str) -> Path:
@@ -410,21 +379,22 @@ def _path(results_dir: str | Path, model: object, template: str) -> Path:
     return Path(results_dir).expanduser() / slug / f"{template}.json"
 
 
+def _array_files(path: Path, digest: str) -> tuple[Path, Path]:
+    """Where a record's arrays stand, and where new ones wait until the JSON that names them is in place."""
+    return path.with_suffix(".safetensors"), path.with_name(f".{path.stem}.{digest[:16]}.safetensors")
+
+
 def _by_layer(table: pd.DataFrame, layers: int | None) -> dict[str, list]:
     """Columns of a table indexed by layer as lists with one entry for each of the layers 1..L."""
     numbers = [int(number) for number in table.index]
     layers = layers or max(numbers, default=0)
-    wrong = [number for number in numbers if not 1 <= number <= layers]
-    if wrong or len({*numbers}) < len(numbers):
+    if not {*numbers} <= {*range(1, layers + 1)} or len({*numbers}) < len(numbers):
         raise RecordError(
             f"A table in a record is indexed by layer, 1 to {layers}, each once; this one has {numbers}: "
             'use table.set_index("layer"), or give the table a key of its own.'
         )
-    place = {number: row for row, number in enumerate(numbers)}
-    return {
-        key: [column.iloc[place[n]] if n in place else None for n in range(1, layers + 1)]
-        for key, column in table.items()
-    }
+    wide = table.astype(object).reindex(range(1, layers + 1))
+    return {key: list(column) for key, column in wide.items()}
 
 
 def _plain(value: object, where: str) -> object:
@@ -437,12 +407,10 @@ def _plain(value: object, where: str) -> object:
         return {str(key): _plain(part, f"{where}.{key}") for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part, where) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if value is pd.NA:
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
+    if isinstance(value, (bool, int, float, str)):
+        return value
     raise RecordError(f"{where} holds a {type(value).__name__}: give numbers, texts, lists or objects.")
 
 
@@ -457,9 +425,14 @@ def _tensor(array: object) -> object:
 
 def _gather(loaded: object, text: object, seed: int | None) -> dict:
     """Provenance: what a reader needs to trust or repeat a record."""
+    import psutil
+    import torch
+
     facts = {"model": loaded} if isinstance(loaded, str) else {}
+    wall = time.time() - psutil.Process().create_time()
     if hasattr(loaded, "model"):
         config = loaded.model.config.get_text_config()
+        wall = time.perf_counter() - loaded.started
         facts = {
             "model": loaded.name, "revision": loaded.revision, "fingerprint": loaded.fingerprint,
             "format": loaded.format, "file_hash": loaded.file_hash, "model_type": config.model_type,
@@ -471,80 +444,50 @@ def _gather(loaded: object, text: object, seed: int | None) -> dict:
             "text_hash": text.hash, "tokens_read": text.tokens, "begin_token_at_position_0": text.begin_token,
             "add_special_tokens": text.add_special_tokens, "special_tokens_note": text.unusual,
         }  # fmt: skip
-    memory, gpu, name = _memory()
-    facts |= {
-        "seed": seed, "device_name": name, "versions": versions(), "sources": package_fingerprint(),
-        "wall_s": round(_seconds_since(loaded), 2), "peak_memory_mib": memory, "peak_gpu_memory_mib": gpu,
+    gpus = range(torch.cuda.device_count())
+    peak_gpu = round(sum(map(torch.cuda.max_memory_allocated, gpus)) / _MIB) if gpus else None
+    return facts | {
+        "seed": seed, "device_name": torch.cuda.get_device_name(0) if gpus else machine(),
+        "versions": versions(), "sources": package_fingerprint(), "wall_s": round(wall, 2),
+        "peak_memory_mib": _peak_memory_mib(), "peak_gpu_memory_mib": peak_gpu,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    return facts
 
 
-def _seconds_since(loaded: object) -> float:
-    """Seconds since the model began to load, or else since this process began."""
-    if hasattr(loaded, "started"):
-        return time.perf_counter() - loaded.started
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
-
-
-def _memory() -> tuple[float, float | None, str]:
-    """Peak resident memory of this process, peak of its GPUs (both MiB), and the device's name."""
-    import torch
-
-    gpu, name = None, machine()
-    if torch.cuda.is_available():
-        gpu = round(sum(torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count())) / _MIB)
-        name = torch.cuda.get_device_name(0)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024), gpu, name
+def _peak_memory_mib() -> int:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")  # `ru_maxrss` counts what the parent had before the fork, too
+    found = re.search(r"^VmHWM:\s*(\d+)", status.read_text() if status.is_file() else "", re.M)
+    if found:
+        return round(int(found[1]) / 1024)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (_MIB if platform.system() == "Darwin" else 1024)), gpu, name
-
-
-def machine() -> str:
-    """The processor's name and the number of its cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names and names[0] else name
-    return f"{name}, {os.cpu_count()} cores"
+    return round(peak / (_MIB if sys.platform == "darwin" else 1024))
 
 
 def _write(path: Path, values: dict, tensors: dict, figures: dict, origin: dict) -> None:
     """Write figures, arrays and JSON; killed at any moment, the old pair or the new one can be read."""
     from safetensors.torch import save
 
-    data = save(tensors) if tensors else None
-    digest = hashlib.sha256(data).hexdigest() if data else None
-    arrays = path.with_suffix(".safetensors")
+    data = save(tensors) if tensors else b""
+    digest = hashlib.sha256(data).hexdigest()
+    arrays, hidden = _array_files(path, digest)
     named = {"file": arrays.name, "sha256": digest} if data else None
     content = {"template": path.stem, **values, "arrays": named, "provenance": origin}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    drawn = {path.with_name(_figure_name(path.stem, name)): _png(fig) for name, fig in figures.items()}
+    number = path.stem.partition("_")[0]
+    names = [f"{number}_{name}.png" if name else f"{path.stem}.png" for name in figures]
+    drawn = dict(zip(names, map(_png, figures.values()), strict=True))
     with locked(path.parent / ".lock"):
-        _refuse_other_model(path, origin)
-        for left in path.parent.glob(f".*{path.stem[:2]}_*.tmp"):  # of killed writers
+        for left in path.parent.glob(f".*{number}_*.tmp"):  # of killed writers
             if ".ipynb." not in left.name:
                 left.unlink(missing_ok=True)
-        for target, picture in drawn.items():
-            atomic_write(target, picture)
-        # Until the JSON that names them is in place, new arrays stand under a hidden name.
-        hidden = _hidden(path, digest)
-        try:
-            if data:
-                atomic_write(hidden, data)
-            atomic_write(path, text.encode())
-        except RecordError:
-            if digest != _named_hash(path):
-                hidden.unlink(missing_ok=True)
-            raise
+        for name, picture in drawn.items():
+            atomic_write(path.with_name(name), picture)
+        if data:
+            atomic_write(hidden, data)
+        atomic_write(path, text.encode())
         if data:
             hidden.replace(arrays)
         else:
@@ -553,26 +496,10 @@ def _write(path: Path, values: dict, tensors: dict, figures: dict, origin: dict)
             left.unlink(missing_ok=True)
 
 
-def _hidden(path: Path, digest: str | None) -> Path:
-    return path.with_name(f".{path.stem}.{(digest or '')[:16]}.safetensors")
-
-
-def _figure_name(template: str, name: str) -> str:
-    return f"{template.partition('_')[0]}_{name}.png" if name else f"{template}.png"
-
-
 def _png(figure: object) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})  # the same numbers give the same file
     return file.getvalue()
-
-
-def _named_hash(path: Path) -> str | None:
-    """The hash of the arrays that the present JSON names, or None."""
-    try:
-        return (read_json(path)["arrays"] or {}).get("sha256")
-    except RecordError:
-        return None
 
 
 def read_json(path: Path) -> dict:
@@ -588,32 +515,6 @@ def read_json(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path} is damaged ({error}): run the notebook again.") from error
     return content
-
-
-def _read_arrays(path: Path, content: dict) -> bytes | None:
-    """The arrays that belong to a JSON, b"" if it names none, None if they are not there."""
-    if content["arrays"] is None:
-        return b""
-    digest = content["arrays"]["sha256"]
-    for place in (path.with_suffix(".safetensors"), _hidden(path, digest)):
-        with contextlib.suppress(OSError):
-            data = place.read_bytes()
-            if hashlib.sha256(data).hexdigest() == digest:
-                return data
-    return None
-
-
-def _refuse_other_model(path: Path, origin: dict) -> None:
-    """Two models whose folders have the same name must not overwrite each other's records."""
-    try:
-        old = read_json(path)["provenance"]
-    except RecordError:
-        return
-    if old.get("model") and not any(old.get(key) == origin.get(key) for key in ("model", "fingerprint")):
-        raise RecordError(
-            f"{path} is the record of another model ({old['model']}), whose folder has the same name: "
-            "choose another results_dir, or remove the record."
-        )
 
 
 def _shown(value: object, unit: str = "") -> str:

@@ -93,7 +93,7 @@ class Cell:
     def reads_records(self) -> bool:
         """Whether it reads what the other notebooks write, and so runs after them."""
         text = self.source.read_text(encoding="utf-8")
-        return re.search(r"\b(records|sdnb)\.(summary|stored)\(", text) is not None
+        return re.search(r"\bsdnb\.summary\(", text) is not None
 
     def note(self) -> dict:
         """What the executed notebook says of its run: key, files, seconds, finished, machine."""

@@ -67,12 +67,6 @@ def test_figures_are_picked_at_the_layers_of_the_largest_step(results):
     assert pd.isna(two.exploding_share) and two.records == ["01_high_norm_tokens", "04_singular_directions"]
 
 
-def test_models_are_chosen_by_name_or_folder(results):
-    assert list(records.summary(results, ["org/two", "org__one"]).model) == ["org/two", "org/one"]
-    with pytest.raises(RecordError, match=r"org__none.* there are: org__many, org__one, org__two"):
-        records.summary(results, ["org/none"])
-
-
 def test_the_command_writes_csv(results, tmp_path, capsys):
     assert main(["summary", "--results-dir", str(results)]) == 0
     printed = capsys.readouterr().out
@@ -84,7 +78,10 @@ def test_the_command_writes_csv(results, tmp_path, capsys):
     assert target.read_text(encoding="utf-8") == printed and capsys.readouterr().out == ""
 
 
-def test_a_damaged_record_or_none_is_told_and_nothing_is_written(results, tmp_path, capsys):
+def test_what_is_missing_or_damaged_is_told_and_nothing_is_written(results, tmp_path, capsys):
+    assert list(records.summary(results, ["org/two", "org__one"]).model) == ["org/two", "org/one"]
+    with pytest.raises(RecordError, match=r"org__none.* there are: org__many, org__one, org__two"):
+        records.summary(results, ["org/none"])
     target = tmp_path / "summary.csv"
     target.write_text("old")
     (results / "org__two" / "01_high_norm_tokens.json").write_text('{"template": ')
@@ -105,28 +102,21 @@ def test_published_values_stand_beside_the_records(results):
 
 
 def test_published_values_name_a_source_a_unit_and_a_key():
-    sources = PUBLISHED["sources"]
     for template in PUBLISHED.keys() - {"sources"}:
         assert template in SMALL
         for item in PUBLISHED[template]:
             assert item.keys() <= {"quantity", "key", "unit", "published"} and item["quantity"]
-            assert item.get("unit", "degrees") == "degrees" and (item["key"].find("_deg") > 0) == (
-                "unit" in item
-            )
+            assert item.get("unit") == ("degrees" if "_deg" in item["key"] else None), item
             for one in item.get("published", []):
-                assert one.keys() == {"model", "value", "source"} and one["source"] in sources
-
-
-def test_the_table_of_keys_is_read():
-    assert len(KEYS) > 100 and {number for number, *_ in KEYS} == {
-        name[:2] for name in SMALL if name[0].isdigit()
-    }
+                assert one.keys() == {"model", "value", "source"} and one["source"] in PUBLISHED["sources"]
 
 
 @pytest.mark.slow
 def test_executed_notebooks_keep_to_the_table_of_keys(executed):
     """Every key is there, shapes fit, and every pointer of a published value leads to a value."""
-    for template in [name for name in SMALL if name[0].isdigit()]:
+    numbered = [name for name in SMALL if name[0].isdigit()]
+    assert len(KEYS) > 100 and {number for number, *_ in KEYS} == {name[:2] for name in numbered}
+    for template in numbered:
         record = executed.record(template)
         sizes = {"L": record.provenance.get("layers"), "d": record.provenance.get("hidden_size")}
         for number, key, shape, where in KEYS:
@@ -134,12 +124,8 @@ def test_executed_notebooks_keep_to_the_table_of_keys(executed):
                 holder = record.arrays if where.strip() else record.values
                 assert key in holder, f"{template} {key}"
                 value = holder[key].tolist() if where.strip() else holder[key]
-                check(
-                    value,
-                    [part for part in shape.strip("() ").split(", ") if part],
-                    sizes,
-                    f"{template} {key}",
-                )
+                letters = [part for part in shape.strip("() ").split(", ") if part]
+                check(value, letters, sizes, f"{template} {key}")
         for item in PUBLISHED.get(template, []):
             try:
                 records.entry(record.values, item["key"])
@@ -156,11 +142,9 @@ def check(value: object, shape: list[str], sizes: dict, where: str) -> None:
         return
     assert isinstance(value, list), where
     letter, _, more = shape[0].partition("+")
-    if letter != "*" and value is not None:
+    if letter != "*":
         length = len(value) - int(more or 0)
-        assert length == (int(letter) if letter.isdigit() else sizes.get(letter) or length), (
-            f"{where}: {length}"
-        )
+        assert length == (int(letter) if letter.isdigit() else sizes.get(letter) or length), where
         sizes[letter] = length
     for part in value:
         check(part, shape[1:], sizes, where)
