@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sdnb import activations, quantize
-from sdnb.activations.capture import FLOAT16_MAX
 from sdnb.activations.sinks import EPSILON
 from sdnb.errors import ParameterError, SdnbError, TextError
 from sdnb.loading import Loaded
@@ -25,6 +24,7 @@ from sdnb.text import Text, encode, lines_of, position_limit, token_labels, whol
 MULTIPLES = (5, 10, 50, 100)  # of a layer's median norm
 TAKEN = 0.95  # the largest multiple that still takes this share of the high-norm states is proposed
 SINK_SHARE = 0.05  # a token is a sink when it is one in this share of all heads
+FLOAT16_MAX = 65_504
 CACHE_BITS, RANDOM_LISTS = 4, 3
 WINDOW, WINDOWS = 128, 8  # tokens, and windows, that costs are measured on; twice as many to measure
 Label = Callable[[int], str]  # of a token

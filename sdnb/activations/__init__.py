@@ -1,13 +1,5 @@
 """What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
 
-from sdnb.activations.capture import (
-    hidden_norms,
-    hidden_states,
-    input_device,
-    matrix_inputs,
-    token_batches,
-    visit_states,
-)
 from sdnb.activations.defect import (
     Defect,
     Exploded,
@@ -23,7 +15,6 @@ from sdnb.activations.interventions import (
     zero_attention,
     zero_branch,
 )
-from sdnb.activations.ledger import Ledger, ledger
 from sdnb.activations.perplexity import Perplexity, continuation, perplexity, text_windows, window_length
 from sdnb.activations.sinks import (
     SinkRate,
@@ -33,6 +24,16 @@ from sdnb.activations.sinks import (
     sink_rate,
     sink_sequences,
     sinks,
+)
+from sdnb.activations.states import (
+    Ledger,
+    hidden_norms,
+    hidden_states,
+    input_device,
+    ledger,
+    matrix_inputs,
+    token_batches,
+    visit_states,
 )
 from sdnb.activations.sweep import (
     Coefficients,

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdnb.activations.capture import (
+from sdnb.activations.detection import MIN_RATIO, MIN_STEP, detect
+from sdnb.activations.states import (
     hidden_norms,
     input_device,
     not_finite_because,
     token_batches,
     visit_states,
 )
-from sdnb.activations.detection import MIN_RATIO, MIN_STEP, detect
 from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
 from sdnb.files import atomic_write, locked

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import as_module
+from sdnb.activations.states import as_module
 from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers, residual_branches
 from sdnb.layers.branches import BranchModules

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import as_module, input_device, not_finite_because
+from sdnb.activations.states import as_module, input_device, not_finite_because
 from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
 from sdnb.text import position_limit

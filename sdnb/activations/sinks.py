@@ -8,7 +8,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import as_module, input_device
+from sdnb.activations.states import as_module, input_device
 from sdnb.errors import ModelError, ParameterError, TextError
 from sdnb.layers import decoder_layers
 

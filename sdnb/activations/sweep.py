@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.capture import as_module, hidden_norms, input_device, visit_states
 from sdnb.activations.interventions import Ablation
+from sdnb.activations.states import as_module, hidden_norms, input_device, visit_states
 from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported, ParameterError
 from sdnb.layers import LayerView, Norm, decoder_layers, layer_view, residual_branches

@@ -1,4 +1,4 @@
-"""Hidden states by forward hooks on the decoder layers; the model is never patched.
+"""The residual stream by forward hooks on the decoder layers, and what its branches add; nothing is patched.
 
 `hidden_states[0]` is what enters layer 1, `hidden_states[l]` the output of layer l, before the final norm.
 Every function of this package takes a model or what `sdnb.load` returns.
@@ -7,25 +7,25 @@ Every function of this package takes a model or what `sdnb.load` returns.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sdnb.bar import progress
-from sdnb.layers import WeightMatrix, decoder_layers
+from sdnb.layers import WeightMatrix, decoder_layers, residual_branches
 from sdnb.layers.calls import Call, StopForward, unwrap
-
-FLOAT16_MAX = 65_504
 
 
 def as_module(model: object) -> nn.Module:
-    """Return the model itself, of a model or of what `sdnb.load` returned."""
+    """The model itself, of a model or of what `sdnb.load` returned."""
     return model if isinstance(model, nn.Module) else model.model
 
 
 def input_device(model: object) -> torch.device:
-    """Return where a model takes its input: where its embedding is, or the CPU for one that is offloaded."""
+    """Where a model takes its input: where its embedding is, or the CPU for one that is offloaded."""
     device = as_module(model).get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -47,35 +47,28 @@ def visit_states(
     layers = decoder_layers(model)
     last = len(layers) if stop_after is None else stop_after
 
-    def show(number: int, module: nn.Module, args: tuple, output: object) -> None:
-        visit(number, unwrap(output))
+    def show(number: int, state: Tensor) -> None:
+        visit(number, state)
         if number == last:
             raise StopForward
 
     def show_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        visit(0, Call.of(args, kwargs).hidden)
-        if last == 0:
-            raise StopForward
+        show(0, Call.of(args, kwargs).hidden)
+
+    def show_output(number: int, module: nn.Module, args: tuple, output: object) -> None:
+        show(number, unwrap(output))
 
     with ExitStack() as hooks:
         hooks.enter_context(layers[0].register_forward_pre_hook(show_input, with_kwargs=True))
         for number, layer in enumerate(layers[:last], start=1):
-            hooks.enter_context(layer.register_forward_hook(partial(show, number)))
+            hooks.enter_context(layer.register_forward_hook(partial(show_output, number)))
         given = "inputs_embeds" if ids.is_floating_point() else "input_ids"
         with suppress(StopForward):
             model.base_model(**{given: ids.to(input_device(model))}, use_cache=False)
 
 
 def hidden_states(model: object, ids: Tensor, *, stop_after: int | None = None) -> Tensor:
-    """Return the residual stream between the layers, (K+1, B, T, d) in float32 on the CPU.
-
-    Index 0 is what enters layer 1, index l the output of layer l, before the final norm.
-
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T).
-        stop_after: K, the last layer to run (0..L); all of them when None.
-    """
+    """Return h_0..h_K of token ids (B, T), (K+1, B, T, d) in float32 on the CPU; K is `stop_after`, or L."""
     states: list[Tensor] = []
     # `.clone()`: a float32 state on the CPU would otherwise be the layer's own buffer.
     visit_states(model, ids, lambda _, s: states.append(s.float().cpu().clone()), stop_after=stop_after)
@@ -101,23 +94,15 @@ def token_batches(
         max_tokens: the largest batch, in tokens, padding included; a longer line is a batch of its own.
     """
     lines = list(lines)
-    order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
-    group: list[int] = []
-    for index in order:
-        if group and len(lines[index]) * (len(group) + 1) > max_tokens:
-            yield (*_pad([lines[i] for i in group]), group)
-            group = []
-        group.append(index)
-    if group:
-        yield (*_pad([lines[i] for i in group]), group)
-
-
-def _pad(lines: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad (T_i,) lines on the right with their own last token; return ids and real-token mask, (B, T)."""
-    length = max(len(line) for line in lines)
-    ids = torch.stack([torch.cat([line, line[-1:].expand(length - len(line))]) for line in lines])
-    mask = torch.arange(length) < torch.tensor([len(line) for line in lines])[:, None]
-    return ids, mask
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lines)), key=lambda i: len(lines[i])):
+        if not groups or len(lines[index]) * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    for group in groups:
+        batch = [lines[i] for i in group]
+        ids = pad_sequence(batch, batch_first=True, padding_value=int(batch[0][-1]))
+        yield ids, torch.arange(ids.shape[1]) < torch.tensor([len(line) for line in batch])[:, None], group
 
 
 def matrix_inputs(
@@ -137,21 +122,19 @@ def matrix_inputs(
     batches: dict[int, list[Tensor]] = defaultdict(list)
     for line in lines:
         batches[len(line)].append(line)
-    newest: dict[nn.Module, Tensor] = {}
     read: dict[nn.Module, list[Tensor]] = {matrix.module: [] for matrix in matrices}
     norms, positions = [], []
 
     def keep(module: nn.Module, args: tuple) -> None:
-        newest[module] = args[0].detach().clone()
+        read[module].append(args[0].detach().flatten(0, -2).clone())
 
+    decoder_layers(model)  # looked for now, not in a pass that is kept
     with ExitStack() as hooks:
         for module in read:
             hooks.enter_context(module.register_forward_pre_hook(keep))
         for length, batch in progress(batches.items(), desc="inputs", total=len(batches)):
             norms.append(hidden_norms(model, torch.stack(batch)).flatten(1))
             positions.append(torch.arange(length).repeat(len(batch)))
-            for module, states in newest.items():  # of this pass, not of one that looked for the layers
-                read[module].append(states.flatten(0, -2))
     found: dict[str, Tensor] = {}
     last = torch.empty(0)
     for matrix in matrices:
@@ -165,8 +148,67 @@ def not_finite_because(model: object, ids: Tensor) -> str:
     dtype, finite = str(next(as_module(model).parameters()).dtype).removeprefix("torch."), []
     visit_states(model, ids[None], lambda _, state: finite.append(bool(state.isfinite().all())))
     place = "logits" if all(finite) else f"states behind layer {finite.index(False)}"
-    if dtype == "float16":
-        limit = "pass 65,504, the largest number of float16: load the model in bfloat16 or float32"
-        return f"The {place} {limit}; if that does not help, its weights are damaged."
-    remedy = "" if dtype == "float32" else "Load the model in float32; if that does not help, "
-    return f"The {place} are not finite in {dtype}. {remedy}Check the weights: they may be damaged."
+    range_ = "It ends at 65,504: load the model in bfloat16 or float32. " if dtype == "float16" else ""
+    return f"The {place} are not finite in {dtype}. {range_}The weights may also be damaged."
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Coordinates along a unit vector u; `start` and all entries add up to the last state's.
+
+    Where the stream itself passes norms (BERT norms the sum) their change is an entry of its own: it
+    belongs to no branch, and the branches' entries are those of what they add, before that norm.
+    """
+
+    start: Tensor  #: u . h_0 of every token, (B, T)
+    attention: Tensor  #: u . (what attention adds), (L, B, T)
+    ffn: Tensor  #: u . (what the FFN adds), (L, B, T)
+    stream: Tensor  #: u . (what the stream's own norms and coefficients change), (L, B, T); zeros as a rule
+    coordinate: Tensor  #: u . h_l, (L+1, B, T)
+    norms: Tensor  #: |h_l|, (L+1, B, T)
+
+
+@torch.no_grad()
+def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
+    """Return what every attention and FFN output adds along `direction`, token by token, from one pass.
+
+    h_l = h_{l-1} + attention_l + ffn_l + stream_l, hence u.h_L = u.h_0 + the sum of u.(entries) over layers.
+
+    Args:
+        model: a causal language model.
+        ids: token ids, (B, T).
+        direction: any vector along the direction, (d,); the entries are float64 on the CPU.
+    """
+    u = nn.functional.normalize(direction.double().cpu(), dim=0)
+    entries: dict[tuple[int, str], Tensor] = {}
+    coordinates, norms, dtypes = [], [], []
+
+    def along(x: Tensor) -> Tensor:
+        return (x.double() @ u.to(x.device)).cpu().reshape(ids.shape)  # OPT's FFN has rows
+
+    def write(key: tuple[int, str], scale: object, module: nn.Module, args: tuple, result: object) -> None:
+        entries[key] = along(scale * unwrap(result))
+
+    def visit(layer: int, state: Tensor) -> None:
+        coordinates.append(along(state))
+        norms.append(state.float().norm(dim=-1).cpu())
+        dtypes.append(state.dtype)
+
+    with ExitStack() as hooks:
+        for found in residual_branches(model):
+            for branch in ("attention", "ffn"):
+                parts = getattr(found, branch)
+                # Not `output`: Bloom's attention adds the residual to what it returns.
+                last = parts.ablated if parts.post_norm is None else parts.post_norm
+                hook = partial(write, (found.number, branch), parts.multiplier)
+                hooks.enter_context(last.register_forward_hook(hook))
+        visit_states(model, ids, visit)
+    coordinate, lengths = torch.stack(coordinates), torch.stack(norms)
+    steps, none = coordinate.diff(dim=0), torch.zeros_like(coordinate[0])
+    numbers = range(1, len(coordinates))
+    attention, ffn = (torch.stack([entries.get((n, b), none) for n in numbers]) for b in ("attention", "ffn"))
+    rest = steps - attention - ffn
+    # What rounding leaves is the FFN's, so that the columns add up to the measured states.
+    limit = 32 * torch.finfo(dtypes[-1]).eps * (lengths[:-1] + lengths[1:])
+    rounding = (rest.abs() <= limit).flatten(1).all(dim=1)[:, None, None] * rest
+    return Ledger(coordinate[0], attention, ffn + rounding, rest - rounding, coordinate, lengths)

@@ -1,4 +1,6 @@
-"""Hooked hidden states against the model's own output, and what matrices read against one line at a time."""
+"""Hooked states against the model's own output, and the ledger against what its modules return."""
+
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -7,16 +9,22 @@ from sdnb.activations import (
     find_defect,
     hidden_norms,
     hidden_states,
+    ledger,
     matrix_inputs,
     perplexity,
     token_batches,
     visit_states,
+    zero_branch,
 )
 from sdnb.errors import ParameterError
 from sdnb.layers import model_matrices
+from sdnb.layers.calls import unwrap
+from tests.families import FAMILIES, STREAMED
+from tests.families import build as family_model
 from tests.tiny import build
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+U = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0)
 
 
 def small(family="llama"):
@@ -30,6 +38,11 @@ def model(request):
 
 def hooks(model):
     return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def random_lines(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(50, (n,), generator=generator) for n in lengths]
 
 
 def test_states_equal_the_models_own_but_for_the_final_norm(model):
@@ -57,9 +70,7 @@ def test_stop_after_runs_no_later_layer_and_leaves_no_hook(model):
 
 
 def test_padded_batches_give_every_line_its_own_states(model):
-    generator = torch.Generator().manual_seed(0)
-    lines = [torch.randint(96, (n,), generator=generator) for n in (3, 11, 4, 7, 11, 1)]
-    seen = {}
+    lines, seen = random_lines(3, 11, 4, 7, 11, 1), {}
     for ids, real, numbers in token_batches(lines, max_tokens=24):
         assert ids.numel() <= 24 or len(numbers) == 1
         states = hidden_states(model, ids)
@@ -74,10 +85,8 @@ def test_float16_overflow_is_explained():
     assert find_defect(model.half(), lines).norms.isfinite().all()
     weight = model.model.layers[1].mlp.down_proj.weight.data
     weight.copy_((3e5 * weight.float()).clamp(-60_000, 60_000))
-    assert hidden_states(model.float(), lines[0][None], stop_after=2)[2].abs().max() > 65_504
-    model.half()
     for run in (lambda: find_defect(model, lines), lambda: perplexity(model, lines[0])):
-        with pytest.raises(ParameterError, match=r"layer 2 pass 65,504.*bfloat16"):
+        with pytest.raises(ParameterError, match=r"layer 2 are not finite in float16.*65,504.*bfloat16"):
             run()
 
 
@@ -93,8 +102,7 @@ def test_what_is_not_finite_otherwise_is_damaged(dtype):
 def test_inputs_of_matrices_are_those_of_single_lines(family):
     model = small(family)
     matrices = [matrix for layer in model_matrices(model) for matrix in layer]
-    generator = torch.Generator().manual_seed(0)
-    lines = [torch.randint(50, (length,), generator=generator) for length in (5, 3, 5)]
+    lines = random_lines(5, 3, 5)
     inputs, norms, positions = matrix_inputs(model, lines, matrices)
     order = [lines[0], lines[2], lines[1]]  # equal lengths together
     assert positions.tolist() == [*range(5), *range(5), *range(3)] and hooks(model) == []
@@ -109,3 +117,46 @@ def test_inputs_of_matrices_are_those_of_single_lines(family):
         shared = {kind: inputs[f"01.{kind}"] for kind in ("q", "k", "v", "o", "gate", "up", "down")}
         assert shared["q"] is shared["k"] is shared["v"] and shared["gate"] is shared["up"]
         assert shared["o"] is not shared["q"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *STREAMED])
+def test_entries_of_every_family_are_what_its_branches_add(family):
+    model = family_model(family)
+    book, states = ledger(model, IDS, U), hidden_states(model, IDS)
+    for layer in range(1, len(states)):
+        with zero_branch(model, "ffn", [layer]):
+            between = hidden_states(model, IDS, stop_after=layer)[layer]
+        if family in FAMILIES:  # the stream passes untouched
+            attention, ffn = between - states[layer - 1], states[layer] - between
+            for entry, other in ((book.attention, attention), (book.ffn, ffn)):
+                torch.testing.assert_close(entry[layer - 1].float(), other @ U, rtol=1e-4, atol=1e-4)
+    assert (family in STREAMED) == bool(book.stream.any())
+    total = book.start + (book.attention + book.ffn + book.stream).sum(0)
+    torch.testing.assert_close(total, book.coordinate[-1])
+    torch.testing.assert_close(book.coordinate.float(), states @ U, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(book.norms, states.norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "ffn"),
+    [("llama", ".self_attn", ".mlp"), ("gpt2", ".attn", ".mlp"),
+     ("gemma2", ".post_attention_layernorm", ".post_feedforward_layernorm")],
+)  # fmt: skip
+def test_entries_are_what_the_modules_return(family, attention, ffn):
+    model = small(family)
+    book = ledger(model, IDS, 7 * U)
+    for entries, suffix in ((book.attention, attention), (book.ffn, ffn)):
+        outputs = []
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in model.named_modules():
+                if name.endswith(suffix):
+                    hook = lambda m, a, r, outputs=outputs: outputs.append(unwrap(r).clone())  # noqa: E731
+                    stack.enter_context(module.register_forward_hook(hook))
+            model(IDS, use_cache=False)
+        torch.testing.assert_close(entries.float(), torch.stack(outputs) @ U, rtol=1e-3, atol=1e-4)
+
+
+def test_rounding_is_no_change_of_the_residual_stream():
+    book = ledger(small().bfloat16(), IDS, U)
+    assert not book.stream.any()
+    torch.testing.assert_close(book.start + book.attention.sum(0) + book.ffn.sum(0), book.coordinate[-1])
