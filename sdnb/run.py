@@ -1,9 +1,8 @@
 """`sdnb run`: papermill over a matrix of notebooks and models; what is done and unchanged is not run again.
 
 An executed notebook carries in its metadata the key of all that it depends on, and the hashes of what came
-out beside it. It is executed under another name and renamed into place at the end; its record is atomic, too,
-so a run may be killed at any moment, and the next one goes on. A lock per cell of the matrix lets two runs
-share a results folder.
+out beside it. It is executed under another name and renamed into place at the end, so a run may be killed at
+any moment, and the next one goes on. A lock per cell of the matrix lets two runs share a results folder.
 """
 
 import ast
@@ -14,7 +13,6 @@ import json
 import logging
 import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
@@ -23,8 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,8 +38,6 @@ DONE, UNCHANGED, FAILED = "done", "unchanged", "failed"
 NO_MODEL = "random_matrix"
 """Folder of a notebook that looks at no model."""
 _OWN = ("model", "results_dir")
-_TEMPORARY = Path(tempfile.gettempdir())  # before a cell's own TMPDIR is set
-_LOST = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,19 @@ class Cell:
     @functools.cached_property
     def reads_records(self) -> bool:
         """Whether it reads what the other notebooks write, and so runs after them."""
-        text = self.source.read_text(encoding="utf-8")
-        return re.search(r"\bsdnb\.summary\(", text) is not None
+        return re.search(r"\bsdnb\.summary\(", self.source.read_text(encoding="utf-8")) is not None
 
     def note(self) -> dict:
         """What the executed notebook says of its run: key, files, seconds, finished, machine."""
         try:
-            return dict(json.loads(self.notebook.read_text(encoding="utf-8"))["metadata"]["sdnb"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return json.loads(self.notebook.read_text(encoding="utf-8"))["metadata"]["sdnb"]
+        except (OSError, ValueError, KeyError):
             return {}
 
     def products(self) -> dict[str, str]:
         """Hashes of what stands beside the notebook under its number: record, arrays, figures."""
         found = sorted(self.notebook.parent.glob(f"{number(self.source)}_*"))
-        return {path.name: content_hash(path) for path in found if path.is_file() and path.suffix != ".ipynb"}
+        return {path.name: content_hash(path) for path in found if path.suffix != ".ipynb"}
 
     def unchanged(self) -> bool:
         """Whether it is done and nothing that it depends on has changed; False where that cannot be known."""
@@ -145,7 +140,7 @@ def models_in(names: Iterable[str], only: Iterable[str] | None = None) -> list[M
     if unknown:
         there = ", ".join(model.label for model in found)
         raise ParameterError(f"--only {' '.join(unknown)}: not among the models, which are {there}.")
-    return [model for model in found if not only or model.name in only or model.label in only]
+    return [model for model in found if not only or {model.name, model.label} & {*only}]
 
 
 def _model(entry: object, file: str) -> Model:
@@ -176,52 +171,26 @@ def number(template: Path) -> str:
 
 
 def pick(there: list[Path], names: Iterable[str] | None) -> list[Path]:
-    """Choose templates by number or name.
-
-    Args:
-        there: all of them.
-        names: None for those that the book runs on its main model, the first one of `book/models.yaml` beside
-            the templates, or all with a number where there is no such file.
-
-    Returns:
-        The chosen ones, in order.
-
-    Raises:
-        ParameterError: there is no such template.
-    """
+    """Choose templates by number or name; for None those that the book runs on its main model."""
     if names is None:
         listed = there[0].parent.parent / "book" / "models.yaml"
         main = models_in([str(listed)])[0].notebooks if listed.is_file() else None
         return [path for path in there if path.stem[:2].isdigit() and (main is None or number(path) in main)]
-    found = set()
+    found = []
     for name in names:
         wanted = name.removesuffix(".ipynb")
-        matches = {path for path in there if wanted == path.stem or wanted.zfill(2) == number(path)}
+        matches = [path for path in there if wanted == path.stem or wanted.zfill(2) == number(path)]
         if not matches:
             listed = ", ".join(path.stem for path in there)
             raise ParameterError(f"There is no notebook {name!r}; there are: {listed}.")
-        found |= matches
+        found += matches
     return [path for path in there if path in found]
 
 
 def matrix(
     models: list[Model], there: list[Path], given: dict, results: Path, asked: Iterable[str] | None = None
 ) -> list[Cell]:
-    """Cross models with templates, and refuse parameters that no notebook of the run knows.
-
-    Args:
-        models: the models; one with a list of notebooks runs those, the others what `pick` chooses.
-        there: all templates.
-        given: parameters of the command line; each goes to the templates that have it.
-        results: folder of all results.
-        asked: numbers or names of templates, to which every model's list is narrowed; None for no wish.
-
-    Returns:
-        The cells, model by model, each once.
-
-    Raises:
-        ParameterError: a parameter is unknown, or nothing is left to run.
-    """
+    """Cross models with their templates, narrowed to those `asked` for; unknown parameters are refused."""
     wished, known = pick(there, asked), {path: declared(path) for path in there}
     chosen = [pick(there, model.notebooks) if model.notebooks else wished for model in models]
     chosen = [[path for path in paths if asked is None or path in wished] for paths in chosen]
@@ -230,10 +199,10 @@ def matrix(
     for model, paths in zip(models, chosen, strict=True):
         _refuse_unknown(model.parameters, known, {*there})
         own = given | model.parameters | ({"revision": model.revision} if model.revision else {})
+        own |= {"model": model.name, "results_dir": str(results)}
         for path in paths:
             names = known[path]
-            values = own | {"model": model.name, "results_dir": str(results)}
-            values = {key: _listed(value, names[key]) for key, value in values.items() if key in names}
+            values = {key: _listed(value, names[key]) for key, value in own.items() if key in names}
             rest = {key: _literal(entry) for key, entry in names.items() if key not in values}
             cell = Cell(model if "model" in names else None, path, values, rest, results)
             cells.setdefault(cell.notebook, cell)
@@ -311,9 +280,6 @@ def _refuse_unknown(given: dict, known: dict[Path, dict], run: set[Path]) -> Non
 
 def cell_key(cell: Cell) -> str:
     """SHA-256 over all that a cell's result depends on, 64 hexadecimal digits."""
-    # Template, package, versions, parameters, the files of the model and of every local model or text that a
-    # parameter names, and for a notebook that reads them the others' records. Files above 64 MiB count by
-    # size, time of change and their first MiB, a model on the hub by its commit.
     from sdnb.records import package_fingerprint, versions
 
     values = {key: value for key, value in (cell.defaults | cell.parameters).items() if key not in _OWN}
@@ -330,10 +296,11 @@ def cell_key(cell: Cell) -> str:
 
 
 def _model_marks(model: Model) -> object:
+    """Marks of a local model's files, and of the steps of its training; the commit of one on the hub."""
     found = locate(model.name, model.revision)
     if found.sha256 or found.folder is None:
         return found.sha256 or found.revision
-    steps = sorted(found.folder.with_name(f"{found.folder.name}-steps").glob("*/*"))  # of its training
+    steps = sorted(found.folder.with_name(f"{found.folder.name}-steps").glob("*/*"))
     return {str(path): _mark(path) for path in [*(found.folder / name for name in found.files), *steps]}
 
 
@@ -351,6 +318,7 @@ def _named_marks(word: str) -> object:
 
 
 def _mark(path: Path) -> str:
+    """A file's hash; above 64 MiB its size, time of change, and the hash of the first MiB."""
     about = path.stat()
     if about.st_size <= 64 * 2**20:
         return content_hash(path)
@@ -364,104 +332,83 @@ def _mark(path: Path) -> str:
 def run_all(
     cells: list[Cell], *, jobs: int = 1, force: bool = False, timeout_s: int | None = None
 ) -> list[Outcome]:
-    """Run cells in a pool of processes, those that read records last; a line as each ends, then a table.
-
-    Args:
-        cells: the matrix.
-        jobs: how many cells at a time.
-        force: run what is done and unchanged again, too.
-        timeout_s: seconds after which one cell of a notebook is given up; None for no limit.
-
-    Returns:
-        One outcome a cell; a failing one does not stop the others.
-    """
+    """Run cells in a pool of processes, those that read records last; a line as each ends, then a table."""
     context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
-    events, outcomes = context.Queue(), []
-    show = _Progress(cells, events)
+    events, bars, outcomes = context.Queue(), {}, []
     pool = ProcessPoolExecutor(min(jobs, len(cells)), context, _prepare, (jobs, events))
     try:
         for late in (False, True):
             chosen = [cell for cell in cells if cell.reads_records == late]
             chosen.sort(key=lambda cell: -cell.note().get("seconds", 0))  # the longest first
-            futures = {pool.submit(_work, cells.index(cell), cell, force, timeout_s): cell for cell in chosen}
+            futures = {pool.submit(_work, cell, force, timeout_s): cell for cell in chosen}
             while futures:
-                show.refresh()
-                for future in wait(futures, timeout=0.3, return_when="FIRST_COMPLETED").done:
-                    cell = futures.pop(future)
-                    try:
-                        outcomes.append(future.result())
-                    except BrokenProcessPool:
-                        outcomes.append(Outcome(cell, FAILED, reason=_LOST))
-                    show.ended(outcomes[-1], len(outcomes))
+                ended = wait(futures, timeout=0.3, return_when="FIRST_COMPLETED").done
+                _show_progress(events, bars)
+                for future in ended:
+                    outcomes.append(_outcome(future, futures.pop(future)))
+                    _show_end(outcomes[-1], f"{len(outcomes)}/{len(cells)}", bars)
     except BaseException:  # an interrupt: what runs is given up, kernels end when they miss their parent
         for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
-        for index in show.bars:
-            shutil.rmtree(_scratch(cells[index].notebook), ignore_errors=True)
+        for cell in (cell for cell in cells if cell.label in bars):
+            shutil.rmtree(_scratch(cell.notebook), ignore_errors=True)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        for bar in show.bars.values():
+        for bar in bars.values():
             bar.close()
     print(_table(outcomes))
     return outcomes
 
 
-class _Progress:
+def _outcome(future: Future, cell: Cell) -> Outcome:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        lost = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
+        return Outcome(cell, FAILED, reason=lost)
+
+
+def _show_progress(events: object, bars: dict) -> None:
     """One line for each running cell: which cell of its notebook, seconds, and what it took last time."""
+    from tqdm import tqdm
 
-    def __init__(self, cells: list[Cell], events: object):
-        self.cells, self.events, self.bars, self.seen = cells, events, {}, sys.stderr.isatty()
+    while not events.empty():
+        label, place, total, before = events.get()
+        if label not in bars:
+            last = f"{before:.0f} s last time" if before else None
+            form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed} min{postfix}"
+            bars[label] = tqdm(
+                total=total, desc=label, bar_format=form, postfix=last, leave=False, disable=None
+            )
+            if bars[label].disable and before and before > 20:
+                print(f"{label}  started, {last}", flush=True)
+        bars[label].n = place
+    for bar in bars.values():
+        bar.refresh()
 
-    def refresh(self) -> None:
-        """Take in what the workers told, and draw the seconds anew."""
-        from tqdm import tqdm
 
-        while True:
-            try:
-                index, place, total, before = self.events.get_nowait()
-            except queue.Empty:
-                break
-            if index not in self.bars:
-                label, last = self.cells[index].label, f"{before:.0f} s last time" if before else ""
-                form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed} min{postfix}"
-                look = {"total": total, "desc": label, "bar_format": form, "leave": False}
-                self.bars[index] = tqdm(**look, postfix=last or None, disable=not self.seen)
-                if not self.seen and before and before > 20:
-                    print(f"{label}  started, {last}", flush=True)
-            self.bars[index].n = place
-        for bar in self.bars.values():
-            bar.refresh()
+def _show_end(outcome: Outcome, count: str, bars: dict) -> None:
+    """A line for a cell that has ended, in the place of the one that it had while it ran."""
+    from tqdm import tqdm
 
-    def ended(self, outcome: Outcome, count: int) -> None:
-        """Print the line of a cell that has ended."""
-        from tqdm import tqdm
-
-        self.refresh()
-        bar = self.bars.pop(self.cells.index(outcome.cell), None)
-        if bar is not None:
-            bar.close()
-        seconds = f"  {outcome.seconds:.1f} s" if outcome.status == DONE else ""
-        tqdm.write(f"[{count}/{len(self.cells)}] {outcome.cell.label}  {outcome.status}{seconds}", sys.stdout)
-        sys.stdout.flush()
+    if outcome.cell.label in bars:
+        bars.pop(outcome.cell.label).close()
+    seconds = f"  {outcome.seconds:.1f} s" if outcome.status == DONE else ""
+    tqdm.write(f"[{count}] {outcome.cell.label}  {outcome.status}{seconds}", sys.stdout)
+    sys.stdout.flush()
 
 
 def _table(outcomes: list[Outcome]) -> str:
     """Models by notebooks, the counts, and why cells failed."""
-    names = sorted({number(outcome.cell.source) for outcome in outcomes})
-    rows: dict[str, dict] = {"model": dict(zip(names, names, strict=True))}
-    for outcome in outcomes:
-        model = outcome.cell.label.partition("  ")[0]
-        rows.setdefault(model, {})[number(outcome.cell.source)] = outcome.status
-    wide = max(map(len, rows))
-    lines = [
-        "",
-        *("  ".join([f"{m:<{wide}}", *(f"{row.get(n, ''):<9}" for n in names)]) for m, row in rows.items()),
-    ]
-    counts = {status: sum(o.status == status for o in outcomes) for status in (DONE, UNCHANGED, FAILED)}
-    lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count))
-    lines += [f"  {outcome.cell.label}: {outcome.reason}" for outcome in outcomes if outcome.reason]
-    return "\n".join(line.rstrip() for line in lines)
+    from pandas import Series
+
+    cells = [(outcome.cell.label.partition("  ")[0], number(outcome.cell.source)) for outcome in outcomes]
+    said = [outcome.status for outcome in outcomes]
+    table = Series(dict(zip(cells, said, strict=True))).unstack(fill_value="").to_string()
+    counts = [f"{said.count(status)} {status}" for status in (DONE, UNCHANGED, FAILED) if status in said]
+    why = [f"  {outcome.cell.label}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+    return "\n".join(["", table, ", ".join(counts), *why])
 
 
 # --- one cell, in a process of the pool
@@ -486,71 +433,68 @@ def _prepare(jobs: int, events: object) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = names[own % len(names)]
 
 
-def _work(index: int, cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
+def _work(cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
     """Run one cell unless it is done and unchanged; failures are told, not raised."""
-    from sdnb.records import machine
-
     start = time.perf_counter()
-    failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:
         # first: what is no model leaves no folder behind
         found = locate(cell.model.name, cell.model.revision) if cell.model else None
         with locked(cell.notebook.parent / ".runs" / f"{cell.source.stem}.lock"):
             if not force and cell.unchanged():
                 return Outcome(cell, UNCHANGED)
-            sweep(cell.notebook)
             if found and found.is_gguf and not os.environ.get("SDNB_BASE"):
                 from sdnb.gguf import converted
 
                 converted(fetch(found))  # here, once, where what it says is seen: not on a notebook's page
-            key, before = cell_key(cell), cell.note().get("seconds")
-            content, problem = _execute(cell, timeout_s, lambda n, of: _EVENTS.put((index, n, of, before)))
-            seconds, now = time.perf_counter() - start, datetime.now(UTC).isoformat(timespec="seconds")
-            if content:
-                note = {"key": key, "files": cell.products(), "seconds": round(seconds, 1), "finished": now}
-                note["machine"] = machine()
-                content["metadata"] |= {} if problem else {"sdnb": note}
-                text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-                atomic_write(failed if problem else cell.notebook, text.encode())
-            if problem:
-                return Outcome(cell, FAILED, seconds, f"{problem} (see {failed})" if content else problem)
-            failed.unlink(missing_ok=True)
+            problem = _run_and_keep(cell, timeout_s)
     except SdnbError as error:
-        return Outcome(cell, FAILED, reason=str(error))
+        problem = str(error)
     except Exception as error:  # whatever it is, the other cells and the table come all the same
-        return Outcome(cell, FAILED, reason=f"{type(error).__name__}: {error}")
-    return Outcome(cell, DONE, seconds)
+        problem = f"{type(error).__name__}: {error}"
+    return Outcome(cell, FAILED if problem else DONE, time.perf_counter() - start, problem)
 
 
-def _execute(cell: Cell, timeout_s: int | None, tell: Callable) -> tuple[dict | None, str | None]:
+def _run_and_keep(cell: Cell, timeout_s: int | None) -> str:
+    """Execute a cell and write its notebook, under another name if it fails; what went wrong, or ""."""
+    from sdnb.records import machine
+
+    failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
+    sweep(cell.notebook)
+    start, key = time.perf_counter(), cell_key(cell)
+    content, problem = _execute(cell, timeout_s)
+    if not problem:
+        content["metadata"]["sdnb"] = {
+            "key": key, "files": cell.products(), "seconds": round(time.perf_counter() - start, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
+        }  # fmt: skip
+    if content:
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(failed if problem else cell.notebook, text.encode())
+    if not problem:
+        failed.unlink(missing_ok=True)
+    return f"{problem} (see {failed})" if problem and content else problem
+
+
+def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
     """Run a template through papermill: the executed notebook, if there is one, and what went wrong."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    class Engine(NBClientEngine):
-        """Papermill's own, which also tells where it is."""
+    total = len(json.loads(cell.source.read_text(encoding="utf-8"))["cells"]) + 1  # the injected parameters
+    before = cell.note().get("seconds")
 
-        @classmethod
-        def execute_managed_notebook(cls, nb_man: object, kernel_name: str, **kwargs: object) -> object:
-            start, total = nb_man.cell_start, len(nb_man.nb.cells)
-            nb_man.cell_start = lambda cell, index=None, **more: (
-                tell(index + 1, total),
-                start(cell, index, **more),
-            )
-            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+    def tell(cell_index: int, **more: object) -> None:
+        _EVENTS.put((cell.label, cell_index + 1, total, before))
 
-    papermill_engines.register("sdnb", Engine)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and told
     folder = _scratch(cell.notebook)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
-    running, log, problem = folder / cell.source.name, folder / "log", None
+    running, log, problem = folder / cell.source.name, folder / "log", ""
     # Sockets in the file system: no race for ports, nothing that another user could reach.
     own = {"transport": "ipc", "ip": str(folder / "k"), "connection_file": str(folder / "connection.json")}
-    config = Config({} if os.name == "nt" else {"KernelManager": own, "AsyncKernelManager": own})
     os.environ.update({
         "JUPYTER_RUNTIME_DIR": str(folder), "IPYTHONDIR": str(folder / "ipython"), "TMPDIR": str(folder),
         "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -560,9 +504,9 @@ def _execute(cell: Cell, timeout_s: int | None, tell: Callable) -> tuple[dict | 
     os.dup2(told, 2)  # the kernel's own stderr would stand between the lines of progress
     try:
         papermill.execute_notebook(
-            str(cell.source), str(running), parameters=cell.parameters, engine_name="sdnb", config=config,
-            kernel_name="python3", language="python", progress_bar=False, start_timeout=180,
-            execution_timeout=timeout_s,
+            str(cell.source), str(running), parameters=cell.parameters, kernel_name="python3",
+            config=Config(KernelManager=own, AsyncKernelManager=own, NotebookClient={"on_cell_start": tell}),
+            language="python", progress_bar=False, start_timeout=180, execution_timeout=timeout_s,
         )  # fmt: skip
     except PapermillExecutionError as error:
         problem = f"{error.ename}: {error.evalue}"
@@ -586,7 +530,6 @@ def _execute(cell: Cell, timeout_s: int | None, tell: Callable) -> tuple[dict | 
 def _scratch(notebook: Path) -> Path:
     """The folder of one cell's run, always the same one: what a killed run leaves, the next removes."""
     mark = hashlib.sha256(str(notebook.resolve()).encode()).hexdigest()[:12]
-    folder = _TEMPORARY / f"sdnb-{os.getuid() if hasattr(os, 'getuid') else 'run'}-{mark}"
-    if len(os.fsencode(folder)) > 90 and os.name != "nt":  # a socket's path has at most 103 bytes
-        return Path("/tmp", folder.name)
-    return folder
+    folder = Path(tempfile.gettempdir(), f"sdnb-{os.getuid()}-{mark}")
+    too_long = len(os.fsencode(folder)) > 90  # a socket's path has at most 103 bytes
+    return Path("/tmp", folder.name) if too_long else folder

@@ -6,7 +6,6 @@ import signal
 import threading
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +26,7 @@ class Bench:
     """A template on a model, and papermill's stand-in, which counts."""
 
     def __init__(self, root: Path):
-        self.root, self.runs, self.problem = root, [], None
+        self.root, self.runs, self.problem = root, [], ""
         self.source = make(root / "notebooks" / "01_works.ipynb", ["1"])
         self.model = folder(root / "org" / "base", "one")
 
@@ -37,11 +36,10 @@ class Bench:
         return cell
 
     def work(self, force: bool = False, **given) -> run.Outcome:
-        return run._work(0, self.cell(**given), force, None)
+        return run._work(self.cell(**given), force, None)
 
-    def execute(self, cell, timeout_s, tell):
+    def execute(self, cell, timeout_s):
         self.runs.append(cell.source.stem)
-        tell(1, 1)
         if not self.problem:
             atomic_write(cell.notebook.with_name("01_figure.png"), f"drawn {len(self.runs)}".encode())
         return {"cells": [], "metadata": {}, "count": len(self.runs)}, self.problem
@@ -55,7 +53,6 @@ class Bench:
 def bench(tmp_path, monkeypatch):
     made = Bench(tmp_path)
     monkeypatch.setattr(run, "_execute", made.execute)
-    monkeypatch.setattr(run, "_EVENTS", SimpleNamespace(put=lambda event: None))
     return made
 
 
@@ -133,14 +130,14 @@ def test_an_old_good_notebook_survives_a_failing_run(bench):
     outcome = bench.work(value=2.0)
     assert outcome.status == run.FAILED and outcome.reason == f"ValueError: broken (see {failed})"
     assert bench.notebook.read_bytes() == before and failed.is_file()
-    bench.problem = None
+    bench.problem = ""
     assert bench.work(value=2.0).status == run.DONE and not failed.exists()
 
 
 def test_a_name_that_is_no_model_leaves_no_folder(bench):
     for name in ("a" * 400, "~nosuch/model", str(bench.root / "none")):
         cell = run.matrix([run.Model(name)], [bench.source], {}, bench.root / "results")[0]
-        assert run._work(0, cell, False, None).status == run.FAILED
+        assert run._work(cell, False, None).status == run.FAILED
     assert bench.runs == [] and not (bench.root / "results").exists()
 
 
