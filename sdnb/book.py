@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -25,8 +26,7 @@ from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
 _BAR = re.compile(r"(it/s|s/it)\]$")  # what a bar of tqdm says, whose widget a run leaves behind
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
-_GALLERY, _STATUS = "<!-- cards -->", "<!-- pages -->"
-_THUMBNAIL = 480
+_ENDINGS = {".json": "its record", ".safetensors": "its arrays"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Page:
     @property
     def files(self) -> list[Path]:
         """The record and its arrays."""
-        found = (self.executed.with_suffix(ending) for ending in (".json", ".safetensors"))
-        return [path for path in found if path.is_file()]
+        return [path for path in map(self.executed.with_suffix, _ENDINGS) if path.is_file()]
 
 
 def make(models: list[Model], results: Path, out: Path) -> Path:
@@ -112,91 +111,64 @@ def toc_pages(toc: Path) -> list[str]:
 
 
 def staged_files(root: Path, results: Path, models: list[Model]) -> dict[str, Path | bytes]:
-    """Say what the staged book consists of.
-
-    Args:
-        root: the checkout.
-        results: folder of all results, with executed notebooks, records and figures.
-        models: those of the book.
-
-    Returns:
-        Staged path -> the file that is copied there, or its content. A `RecordError` says that a notebook of
-        a model's list was not run, or that a stored one no longer matches.
-    """
+    """What the staged book consists of: its path there -> the file that is copied, or its content."""
     paths = [root / "_config.yml", root / "_toc.yml", *(root / "book").rglob("*")]
     paths += [path for name in _CARDS for path in (root / "zoo").glob(name)]
     found = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
-    out = ("book/stored/", "zoo/runs/")
     files: dict[str, Path | bytes] = {
-        name: path for name, path in found.items() if path.suffix != ".pyc" and not name.startswith(out)
-    }
+        name: path for name, path in found.items()
+        if path.suffix != ".pyc" and not name.startswith(("book/stored/", "zoo/runs/"))
+    }  # fmt: skip
     everything = pages(root, results, models)
     contents = {page: json.loads(_bare(page.executed, results)) for page in everything}
-    for page in everything:
+    for page, content in contents.items():
         if page.stored_on:
-            _take_prose(contents[page], root / "notebooks" / f"{page.template}.ipynb")
+            _take_prose(content, root / "notebooks" / f"{page.template}.ipynb")
         others = [other for other in everything if other.template == page.template]
-        files[f"{page.name}.ipynb"] = _page(contents[page], page, others)
-        for folder in (page.slug, *(["main"] if page.main else [])):
+        files[f"{page.name}.ipynb"] = _page(content, page, others)
+        for folder in (page.slug, "main") if page.main else (page.slug,):
             files |= {f"records/{folder}/{path.name}": path for path in page.files}
     main = {page.template: page for page in everything if page.main}
     absent = [template for template in _notebooks_of(root / "_toc.yml") if template not in main]
-    files |= {f"notebooks/{template}.md": _placeholder(root, template) for template in absent}
+    for template in absent:
+        title = _title(_json(root / "notebooks" / f"{template}.ipynb"))
+        order = f"`sdnb run MODEL --notebooks {template.partition('_')[0]}`"
+        text = f"# {title}\n\nThis page is not part of this build: {order} makes it.\n"
+        files[f"notebooks/{template}.md"] = text.encode()
     listed = root / "book" / "models.yaml"
     wanted = {model.slug for model in models_in([str(listed)])} if listed.is_file() else set()
     if absent or wanted - {model.slug for model in models}:
         files["records/partial"] = b""  # prose may then point to records that are not there
-    for name, mark, text in (
-        ("gallery", _GALLERY, _gallery(list(main.values()), contents, files)),
-        ("status", _STATUS, _status(everything)),
-    ):
-        page_text = (root / "book" / f"{name}.md").read_text(encoding="utf-8")
-        files[f"book/{name}.md"] = page_text.replace(mark, text).encode()
-    figures = [
-        path for page in main.values() for path in page.executed.parent.glob(f"{page.template[:2]}_*.png")
-    ]
-    return files | {f"book/figures/{path.name}": path for path in figures}
+    cards = []
+    for page in main.values():
+        cards.append(_card(contents[page], page, files))
+        pictures = page.executed.parent.glob(f"{page.template[:2]}_*.png")
+        files |= {f"book/figures/{path.name}": path for path in pictures}
+    grid = "::::{grid} 1 2 3 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n::::\n"
+    for name, mark, text in (("gallery", "cards", grid), ("status", "pages", _status(everything))):
+        prose = (root / "book" / f"{name}.md").read_text(encoding="utf-8")
+        files[f"book/{name}.md"] = prose.replace(f"<!-- {mark} -->", text).encode()
+    return files
 
 
 def pages(root: Path, results: Path, models: list[Model]) -> list[Page]:
-    """The pages of a book, those at the path of a template first.
-
-    Args:
-        root: the checkout.
-        results: folder of all results.
-        models: those of the book.
-
-    Returns:
-        The pages, in the order of the table of contents, then model by model.
-
-    Raises:
-        RecordError: a notebook of a model's list was not run.
-    """
+    """The pages of a book: those at the path of a template first, then model by model."""
     there, listed = templates_in(root / "notebooks"), _notebooks_of(root / "_toc.yml")
     found: dict[str, list[Page]] = {name: [] for name in listed}
     for model in models:
-        places = {path.stem: _executed(results, model, path.name) for path in there}
-        chosen = [path.stem for path in pick(there, model.notebooks)] if model.notebooks else [*places]
-        for name in chosen:
-            slug, label, executed = places[name]
+        for path in pick(there, model.notebooks) if model.notebooks else there:
+            slug, label, executed = model.slug, model.label, results / model.slug / path.name
+            if not executed.is_file() and (results / NO_MODEL / path.name).is_file():
+                slug, label, executed = NO_MODEL, "no model", results / NO_MODEL / path.name
             if not executed.is_file() and model.notebooks:
                 raise RecordError(f"{executed} is missing: first `sdnb run` this notebook on {model.label}")
-            own = found.setdefault(name, [])
+            own = found.setdefault(path.stem, [])
             if executed.is_file() and executed not in [page.executed for page in own]:
-                folder = "notebooks" if name in listed and not own else f"models/{slug}"
-                own.append(Page(label, slug, name, f"{folder}/{name}", executed))
+                folder = "notebooks" if path.stem in listed and not own else f"models/{slug}"
+                own.append(Page(label, slug, path.stem, f"{folder}/{path.stem}", executed))
     for name in [name for name in listed if not found[name]]:
         found[name] = [_kept(root, path) for path in (root / "book" / "stored").glob(f"*/{name}.stored.json")]
-    flat = [page for group in found.values() for page in group]
-    return sorted(flat, key=lambda page: not page.main)
-
-
-def _executed(results: Path, model: Model, name: str) -> tuple[str, str, Path]:
-    """Folder, model and path of an executed notebook; one that looks at no model has a folder of its own."""
-    path = results / NO_MODEL / name
-    if path.is_file() and not (results / model.slug / name).is_file():
-        return NO_MODEL, "no model", path
-    return model.slug, model.label, results / model.slug / name
+    return sorted((page for group in found.values() for page in group), key=lambda page: not page.main)
 
 
 def _notebooks_of(toc: Path) -> list[str]:
@@ -209,15 +181,13 @@ def _bare(notebook: Path, results: Path) -> str:
     for part in (content, *content["cells"]):
         for key in ("papermill", "sdnb"):
             part["metadata"].pop(key, None)
-    for cell in (cell for cell in content["cells"] if cell["cell_type"] == "code"):
-        cell["outputs"] = [out for out in cell["outputs"] if not _BAR.search(_said(out))]
+        if "outputs" in part:
+            said = ["".join(output.get("data", {}).get("text/plain", "")) for output in part["outputs"]]
+            kept = zip(part["outputs"], said, strict=True)
+            part["outputs"] = [output for output, text in kept if not _BAR.search(text)]
     if "widget-view" not in json.dumps(content["cells"]):
         content["metadata"].pop("widgets", None)  # the state of bars
     return json.dumps(content, indent=1, ensure_ascii=False)
-
-
-def _said(output: dict) -> str:
-    return "".join(output.get("data", {}).get("text/plain", ""))
 
 
 def _page(content: dict, page: Page, others: list[Page]) -> bytes:
@@ -234,18 +204,15 @@ def _page(content: dict, page: Page, others: list[Page]) -> bytes:
             "repeated every time. The model's weights and the code of the notebook are those it was computed "
             f"with. `sdnb run MODEL --notebooks {page.template[:2]}` computes it again.\n:::"
         )
-    same = [
-        f"**{other.model}**" if other == page else f"{{doc}}`{other.model} </{other.name}>`"
-        for other in others
-    ]
-    endings = {".json": "its record", ".safetensors": "its arrays"}
+    same = [f"**{p.model}**" if p == page else f"{{doc}}`{p.model} </{p.name}>`" for p in others]
     loads = [f"{{download}}`the notebook </{page.name}.ipynb>`"]
-    loads += [f"{{download}}`{endings[p.suffix]} </records/{page.slug}/{p.name}>`" for p in page.files]
+    loads += [f"{{download}}`{_ENDINGS[p.suffix]} </records/{page.slug}/{p.name}>`" for p in page.files]
     also = f"This page on {' · '.join(same)}. " if len(others) > 1 else ""
     heads.append(f":::{{div}} page-line\n{also}Download {', '.join(loads)}.\n:::")
-    new = {"cell_type": "markdown", "metadata": {}}
-    new = [new | {"source": text, "id": f"staged-{n}"} for n, text in enumerate(heads)]
-    content["cells"][1:1] = new
+    content["cells"][1:1] = [
+        {"cell_type": "markdown", "metadata": {}, "source": text, "id": f"staged-{n}"}
+        for n, text in enumerate(heads)
+    ]
     text = json.dumps(content, indent=1, ensure_ascii=False)
     return (text if page.main else _DOC.sub(_from_root, text)).encode()
 
@@ -253,62 +220,43 @@ def _page(content: dict, page: Page, others: list[Page]) -> bytes:
 def _from_root(found: re.Match) -> str:
     """A reference of a template as it reads from any folder: to the main page."""
     words, target = found.groups()
-    if target.startswith("/"):
-        return found.group(0)
-    parts: list[str] = []
-    for part in ("notebooks", *target.split("/")):
-        parts = parts[:-1] if part == ".." else [*parts, part]
-    place = f"/{'/'.join(parts)}"
+    place = posixpath.normpath(posixpath.join("/notebooks", target))
     return "{doc}" + (f"`{words}<{place}>`" if words else f"`{place}`")
-
-
-def _placeholder(root: Path, template: str) -> bytes:
-    content = json.loads((root / "notebooks" / f"{template}.ipynb").read_text(encoding="utf-8"))
-    return (
-        f"# {_title(content)}\n\nThis page is not part of this build: "
-        f"`sdnb run MODEL --notebooks {template.partition('_')[0]}` makes it.\n"
-    ).encode()
 
 
 def _title(content: dict) -> str:
     return "".join(content["cells"][0]["source"]).splitlines()[0].lstrip("# ")
 
 
-def _gallery(main: list[Page], contents: dict[Page, dict], files: dict[str, Path | bytes]) -> str:
-    """One card a page: a thumbnail of its first figure, which joins the staged files, and its claim."""
-    cards = []
-    for page in main:
-        picture, options = _first_picture(contents[page]), f":link: /{page.name}\n:link-type: doc\n"
-        if picture:
-            files[f"book/thumbnails/{page.template}.png"] = _thumbnail(picture)
-            options += f":img-top: thumbnails/{page.template}.png\n:img-alt: {_title(contents[page])}\n"
-        cards.append(
-            f":::{{grid-item-card}} {_title(contents[page])}\n{options}\n{_claim(contents[page])}\n:::"
-        )
-    return "::::{grid} 1 2 3 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n::::\n"
-
-
-def _claim(content: dict) -> str:
-    """The first sentence below a notebook's title, without its citation."""
+def _card(content: dict, page: Page, files: dict[str, Path | bytes]) -> str:
+    """A page's card in the gallery: a thumbnail of its first figure, which joins the files, and its claim."""
+    options = f":link: /{page.name}\n:link-type: doc\n"
+    pictures = _pictures(content)
+    if pictures:
+        files[f"book/thumbnails/{page.template}.png"] = _thumbnail(base64.b64decode(pictures[0]))
+        options += f":img-top: thumbnails/{page.template}.png\n:img-alt: {_title(content)}\n"
+    # The first sentence below the title, without its citation.
     text = " ".join("".join(content["cells"][0]["source"]).splitlines()[1:]).strip()
     text = re.sub(r"\s*\{cite:p\}`[^`]*`", "", re.sub(r"^\*\*[^*]+\*\*\s*", "", text))
-    return re.split(r"(?<=[.?!]) ", text)[0] if text else ""
+    claim = re.split(r"(?<=[.?!]) ", text)[0]
+    return f":::{{grid-item-card}} {_title(content)}\n{options}\n{claim}\n:::"
 
 
-def _first_picture(content: dict) -> bytes | None:
+def _pictures(content: dict) -> list[str]:
+    """The pictures of a notebook in base64, those of the explorer's widgets last."""
     outputs = [output.get("data", {}) for cell in content["cells"] for output in cell.get("outputs", [])]
     found = ["".join(data["image/png"]) for data in outputs if "image/png" in data]
-    for saved in content["metadata"].get("widgets", {}).values():  # the explorer's
+    for saved in content["metadata"].get("widgets", {}).values():
         states = [state for state in saved["state"].values() if state["model_name"] == "ImageModel"]
         found += [buffer["data"] for state in states for buffer in state.get("buffers", [])]
-    return base64.b64decode(found[0]) if found else None
+    return found
 
 
 def _thumbnail(picture: bytes) -> bytes:
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.thumbnail((480, 480))
     file = io.BytesIO()
     image.quantize(128).save(file, "PNG")
     return file.getvalue()
@@ -318,15 +266,13 @@ def _status(everything: list[Page]) -> str:
     """A table: page, model, when it was run, on what machine, how long it took."""
     lines = ["| page | model | run on (UTC) | machine | seconds |", "|---|---|---|---|---|"]
     for page in everything:
-        note = json.loads(page.executed.read_text(encoding="utf-8"))["metadata"].get("sdnb", {})
-        record = page.executed.with_suffix(".json")
-        origin = json.loads(record.read_text(encoding="utf-8"))["provenance"] if record.is_file() else {}
+        note, record = _json(page.executed)["metadata"].get("sdnb", {}), page.executed.with_suffix(".json")
+        origin = _json(record)["provenance"] if record.is_file() else {}
         when = page.stored_on or note.get("finished", "")[:16].replace("T", " ")
         machine = origin.get("device_name") or note.get("machine", "")
         took = "stored" if page.stored_on else note.get("seconds", "")
-        lines.append(
-            f"| {{doc}}`{page.template} </{page.name}>` | {page.model} | {when} | {machine} | {took} |"
-        )
+        link = f"{{doc}}`{page.template} </{page.name}>`"
+        lines.append(f"| {link} | {page.model} | {when} | {machine} | {took} |")
     return "\n".join(lines) + "\n"
 
 
@@ -334,70 +280,46 @@ def _status(everything: list[Page]) -> str:
 
 
 def store(results: Path, slug: str, template: Path) -> Path:
-    """Put a run's result into `book/stored`.
-
-    Args:
-        results: folder of all results.
-        slug: the model's folder in it.
-        template: the notebook's template.
-
-    Returns:
-        The folder that holds it.
-
-    Raises:
-        RecordError: it was not run, or not with this template, or its record names no single model.
-    """
+    """Put a run's result into `book/stored`, and return the folder that holds it."""
     executed, name = results / slug / template.name, template.stem
     if not executed.is_file():
         raise RecordError(f"{executed} is missing: first `sdnb run` this notebook")
     origin = _json(executed.with_suffix(".json"))["provenance"]
     text = _bare(executed, results)
-    if _code_hash(json.loads(text)) != _code_hash(_json(template)):
+    code = _code_hash(json.loads(text))
+    if code != _code_hash(_json(template)):
         raise RecordError(f"{executed} was run with another {template.name}: run it again")
     if not origin.get("fingerprint"):
         raise RecordError(f"the record of {name} names no single model, so it cannot be stored")
     text = text.replace(str(results), "results") if results.is_absolute() else text
-    parts = {f"{name}.ipynb": text.encode() + b"\n"}
-    for path in (executed.with_suffix(ending) for ending in (".json", ".safetensors")):
-        parts |= {path.name: path.read_bytes()} if path.is_file() else {}
+    page = Page(origin["model"], slug, name, "", executed)
+    parts = {f"{name}.ipynb": text.encode() + b"\n"} | {path.name: path.read_bytes() for path in page.files}
     note = {key: origin[key] for key in ("model", "revision", "dtype", "fingerprint", "written")}
-    hashes = {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
-    weights = _weights_hash(origin["model"], origin["revision"])
-    note |= {"code": _code_hash(json.loads(text)), "weights": weights, "files": hashes}
+    note |= {"code": code, "weights": _weights_hash(origin["model"], origin["revision"])}
+    note["files"] = {part: hashlib.sha256(data).hexdigest() for part, data in parts.items()}
+    parts[f"{name}.stored.json"] = (json.dumps(note, indent=1) + "\n").encode()
     folder = template.parent.parent / "book" / "stored" / slug
     for path in folder.glob(f"{name}.*"):
         path.unlink()
-    for part, data in (parts | {f"{name}.stored.json": (json.dumps(note, indent=1) + "\n").encode()}).items():
+    for part, data in parts.items():
         atomic_write(folder / part, data)
     return folder
 
 
 def _kept(root: Path, path: Path) -> Page:
     """The page of a stored result, which must still match the template's code and the model's weights."""
-    name, note = path.name.removesuffix(".stored.json"), _json(path)
+    name, note, folder = path.name.removesuffix(".stored.json"), _json(path), path.parent
     again = f"run {name} again and `sdnb book --store {name[:2]}`"
-    damaged = [
-        part for part, mark in note["files"].items()
-        if not (path.parent / part).is_file() or content_hash(path.parent / part) != mark
-    ]  # fmt: skip
+    marks = {part: content_hash(folder / part) for part in note["files"] if (folder / part).is_file()}
+    damaged = [part for part, mark in note["files"].items() if marks.get(part) != mark]
     if damaged:
-        raise RecordError(
-            f"{', '.join(damaged)} in {path.parent} is not as it was stored: restore it, or {again}"
-        )
+        raise RecordError(f"{', '.join(damaged)} in {folder} is not as it was stored: restore it, or {again}")
     if _code_hash(_json(root / "notebooks" / f"{name}.ipynb")) != note["code"]:
-        raise RecordError(f"the stored result in {path.parent} belongs to older code of {name}: {again}")
+        raise RecordError(f"the stored result in {folder} belongs to older code of {name}: {again}")
     if _weights_hash(note["model"], note["revision"]) != note["weights"]:
-        raise RecordError(
-            f"the stored result of {name} was computed with other weights of {note['model']}: {again}"
-        )
-    return Page(
-        note["model"],
-        path.parent.name,
-        name,
-        f"notebooks/{name}",
-        path.with_name(f"{name}.ipynb"),
-        note["written"][:10],
-    )
+        raise RecordError(f"the stored {name} was computed with other weights of {note['model']}: {again}")
+    executed, when = folder / f"{name}.ipynb", note["written"][:10]
+    return Page(note["model"], folder.name, name, f"notebooks/{name}", executed, when)
 
 
 def _take_prose(content: dict, template: Path) -> None:

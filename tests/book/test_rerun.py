@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +42,3 @@ def test_every_example_runs_in_the_order_of_the_page(checkout):
     assert any("threshold: float" in text for text in said.values()), "the help of the parameters"
     assert any(re.match(r"model,folder,.*\nzoo/llama,", text) for text in said.values()), "the summary"
     assert any(re.match(r"tensor\(\[", text) for text in said.values()), "two singular values"
-
-
-def test_commands_name_only_what_exists():
-    for language, code in EXAMPLES:
-        if language == "bash":
-            words = shlex.split(code)
-            assert words[0] in ("papermill", "python", "sdnb")
-            assert [w for w in words if w.startswith("notebooks/") and not (ROOT / w).is_file()] == []
-
-
-def test_what_needs_a_network_is_marked_as_console():
-    assert not any("Qwen" in code for _, code in EXAMPLES)

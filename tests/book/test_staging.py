@@ -18,12 +18,8 @@ from sdnb.errors import RecordError
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = book.toc_pages(ROOT / "_toc.yml")
 NOTEBOOKS = [Path(page).name for page in LISTED if page.startswith("notebooks/")]
-FIRST, SECOND, OTHER, STORED = (
-    "01_high_norm_tokens",
-    "02_empirical_direction",
-    "04_singular_directions",
-    "17_kept",
-)
+FIRST, SECOND, OTHER = "01_high_norm_tokens", "02_empirical_direction", "04_singular_directions"
+STORED = "17_kept"
 NO_MODEL = "18_random"
 TEMPLATES = (FIRST, SECOND, OTHER, STORED, NO_MODEL)
 
@@ -57,10 +53,8 @@ def execute(root: Path, slug: str, name: str, model: str | None) -> None:
     folder = root / "results" / slug
     cells = template(name)
     cells.insert(2, cell("code", f"results_dir = '{root}/results'", "injected-parameters"))
-    bar = {
-        "application/vnd.jupyter.widget-view+json": {"model_id": "b"},
-        "text/plain": ["1/1 [00:03, 3it/s]"],
-    }
+    widget = "application/vnd.jupyter.widget-view+json"
+    bar = {widget: {"model_id": "b"}, "text/plain": ["1/1 [00:03, 3it/s]"]}
     cells[-1]["outputs"] = [
         {"output_type": "display_data", "data": data, "metadata": {}}
         for data in (bar, {"image/png": picture()})
@@ -102,14 +96,17 @@ def root(tmp_path):
         for name in names:
             execute(tmp_path, slug, name, slug.replace("__", "/"))
     execute(tmp_path, "random_matrix", NO_MODEL, None)
-    execute(tmp_path, run.Model(str(model)).slug, STORED, str(model))
+    execute(tmp_path, store_slug(tmp_path), STORED, str(model))
     store(tmp_path)
     return tmp_path
 
 
+def store_slug(root: Path) -> str:
+    return run.Model(str(root / "org" / "kept")).slug
+
+
 def store(root: Path) -> Path:
-    slug = run.Model(str(root / "org" / "kept")).slug
-    return book.store(root / "results", slug, root / "notebooks" / f"{STORED}.ipynb")
+    return book.store(root / "results", store_slug(root), root / "notebooks" / f"{STORED}.ipynb")
 
 
 MODELS = [run.Model("org/main", notebooks=("01", "02", "18")), run.Model("org/other", notebooks=("01", "04"))]
@@ -157,29 +154,19 @@ def test_pages_say_nothing_of_when_and_where_they_ran(root, monkeypatch):
     assert "results_dir = 'results'" in text and str(root) not in text
 
 
-def test_the_gallery_has_a_card_for_every_page(root):
+def test_the_gallery_has_a_card_and_the_status_a_line_for_every_page(root):
     files = staged(root)
     text = files["book/gallery.md"].decode()
     assert text.count("{grid-item-card}") == len(TEMPLATES)
     assert f":link: /notebooks/{FIRST}\n" in text and "\nA sentence.\n" in text and "cite" not in text
     thumbnail = Image.open(io.BytesIO(files[f"book/thumbnails/{FIRST}.png"]))
     assert thumbnail.size == (480, 320) and f"thumbnails/{FIRST}.png" in text
-
-
-def test_the_status_table_has_a_line_for_every_page(root):
-    lines = staged(root)["book/status.md"].decode().splitlines()
+    lines = files["book/status.md"].decode().splitlines()
     rows = [line for line in lines if line.startswith("| {doc}")]
     assert len(rows) == len(TEMPLATES) + 1
-    assert (
-        f"| {{doc}}`{FIRST} </notebooks/{FIRST}>` | org/main | 2026-01-02 03:04 | a machine | 12.5 |" in rows
-    )
+    when = "2026-01-02 03:04 | a machine | 12.5"
+    assert f"| {{doc}}`{FIRST} </notebooks/{FIRST}>` | org/main | {when} |" in rows
     assert sum("| stored |" in row for row in rows) == 1
-
-
-def test_what_a_models_list_names_must_have_been_run(root):
-    (root / "results" / "org__other" / f"{OTHER}.ipynb").unlink()
-    with pytest.raises(RecordError, match=r"04_singular.*on org/other"):
-        staged(root)
 
 
 def test_a_book_of_some_models_has_placeholders(root):
@@ -200,9 +187,12 @@ def test_staging_writes_only_what_changed_and_removes_what_went(tmp_path):
     assert (folder / "deep" / "b.md").read_bytes() == b"new" and (folder / "a.md").stat().st_mtime_ns == 1
 
 
-def test_results_that_are_not_there_are_asked_for(tmp_path):
+def test_results_that_are_not_there_are_asked_for(root):
     with pytest.raises(RecordError, match="first `sdnb run zoo/none --results-dir"):
-        book.make([run.Model("zoo/none")], tmp_path, tmp_path)
+        book.make([run.Model("zoo/none")], root, root)
+    (root / "results" / "org__other" / f"{OTHER}.ipynb").unlink()
+    with pytest.raises(RecordError, match=r"04_singular.*on org/other"):
+        staged(root)
 
 
 # --- stored results
@@ -216,10 +206,6 @@ def test_a_stored_page_says_so_and_takes_todays_prose(root):
     assert texts[0] == "# Better title" and "A stored result" in texts[1] and "2026-01-02" in texts[1]
     assert f"/records/{store_slug(root)}/{STORED}.json" in texts[2]
     assert any("results_dir = 'results'" in text for text in texts)
-
-
-def store_slug(root: Path) -> str:
-    return run.Model(str(root / "org" / "kept")).slug
 
 
 def change_code(root):
@@ -240,7 +226,7 @@ def edit_the_record(root):
     ("change", "words"),
     [
         (change_code, "belongs to older code of 17_kept"),
-        (change_weights, "computed with other weights"),
+        (change_weights, "with other weights"),
         (edit_the_record, rf"{STORED}\.json in .* is not as it was stored"),
     ],
 )
@@ -269,10 +255,8 @@ def test_every_page_has_a_template_and_a_model_or_is_stored():
     listed = {path.stem for model in models for path in run.pick(there, model.notebooks)}
     kept = {path.name.partition(".")[0] for path in (ROOT / "book" / "stored").glob("*/*.stored.json")}
     assert listed | kept == {*NOTEBOOKS} == {path.stem for path in there}
-    missing = [
-        page for page in LISTED if not any((ROOT / f"{page}{end}").is_file() for end in (".md", ".ipynb"))
-    ]
-    assert missing == []
+    places = [[ROOT / f"{page}{end}" for end in (".md", ".ipynb")] for page in LISTED]
+    assert [pair for pair in places if not any(path.is_file() for path in pair)] == []
 
 
 def test_models_that_prose_names_are_the_books():
