@@ -4,16 +4,18 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdnb.activations.detection import MIN_RATIO, MIN_STEP, detect
+from sdnb.activations.detection import MIN_RATIO, MIN_STEP, Detection, detect
 from sdnb.activations.states import (
     hidden_norms,
     input_device,
@@ -53,48 +55,28 @@ class Exploded:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Defect:
-    """What a text shows of a model's high-norm states; `sdnb.activations.detection` says which they are."""
+class Defect(Detection):
+    """What a text shows of a model's high-norm states: what `Detection` says, and the states themselves."""
 
     #: the empirical direction, the plain mean of the high-norm states, (d,); zeros without any
     direction: Tensor
     count: int  #: number of high-norm states
     mean_low_norm: float  #: mean norm of the other states
-    explosion_layers: list[int]  #: 1..L, the largest step first
-    decay_layers: list[int]  #: 1..L, the largest step first
-    climbs: list[tuple[int, int]]  #: pairs (a, b): from layer a to b the norm climbs without a jump
-    descents: list[tuple[int, int]]  #: the same for a norm that falls
-    threshold: float | None  #: the smallest norm of a high-norm state; None when no state is
-    limits: Tensor  #: norm above which a state is high-norm, for every layer 0..L, (L+1,)
-    peak_ratio: float  #: largest norm over its layer's median
-    undecided: str | None  #: why it cannot be told whether states are high-norm; None where it can
     #: dimensions of at least `MASSIVE` times the root mean square of the entries of the mean high-norm state
     #: after a layer: layer, dimension (from 0), value, share of the squared norm, and ordinary, the root mean
     #: square of the other states there
     massive: list[dict]
-    means: Tensor  #: mean high-norm state after each layer 0..L, (L+1, d); zeros where there is none
     by_layer: dict[int, Tensor]  #: explosion layer -> mean of the states it made, up to the next one, (d,)
     first_states: Tensor  #: mean state at position 0 after each layer 0..L, (L+1, d)
     norms: Tensor  #: |h_l| of every token, lines one after the other, (L+1, N)
     token_ids: Tensor  #: (N,)
     positions: Tensor  #: position in the line, (N,)
-    lines: Tensor  #: number of the line, (N,)
     states: HighNormStates | None  #: the high-norm states; None where they were not asked for
 
     @property
     def found(self) -> bool:
         """Whether there is a high-norm state."""
         return self.count > 0
-
-    @property
-    def high(self) -> Tensor:
-        """Which states are high-norm, (L+1, N) bool."""
-        return self.norms.double() > self.limits[:, None]
-
-    @property
-    def high_norm(self) -> Tensor:
-        """Which tokens have a high-norm state after some layer 1..L, (N,) bool."""
-        return self.high[1:].any(dim=0)
 
     def __repr__(self) -> str:
         climbs = "".join(f", climb {a} to {b}" for a, b in self.climbs)
@@ -113,10 +95,10 @@ class Defect:
         and count (of tokens).
         """
         peaks = torch.where(self.high, self.norms, 0.0)[1:].amax(dim=0)
-        found: dict[tuple[int, str], list[float]] = {}
+        found: dict[tuple[int, str], list[float]] = defaultdict(list)
         for place in self.high_norm.nonzero().flatten().tolist():
-            key = (int(self.token_ids[place]), "later" if self.positions[place] else "first")
-            found.setdefault(key, []).append(peaks[place].item())
+            position = "later" if self.positions[place] else "first"
+            found[int(self.token_ids[place]), position].append(peaks[place].item())
         rows = [
             {"token_id": token, "position": position, "peak_norm": max(norms), "count": len(norms)}
             for (token, position), norms in found.items()
@@ -138,22 +120,18 @@ class Defect:
         count = len(self.norms) - 1
         if layer is not None and not 1 <= layer <= count:
             raise ParameterError(f"layer {layer} does not exist: give 1 to {count}, or null")
+        found = layer is not None or bool(self.explosion_layers)
         steps = (self.norms.diff(dim=0) / self.norms[1:].amax(dim=0)).mean(dim=1)
-        number = layer or (self.explosion_layers or [int(steps.argmax()) + 1])[0]
-        here, high = self.norms[number], self.high[number]
-        others = here if high.all() else here[~high]
-        threshold = MIN_RATIO * here.median().item()
-        if high.any():
-            peak = torch.quantile(here[high].double(), 0.1).item()
-            largest = 0.0 if high.all() else others.max().item()
-            threshold = max(peak / 2, (peak * min(largest, peak)) ** 0.5 if largest > peak / 2 else 0.0)
-        return Exploded(
-            number,
-            layer is not None or bool(self.explosion_layers),
-            threshold,
-            here[high].median().item() if high.any() else None,
-            others.median().item(),
-        )
+        layer = layer or (self.explosion_layers or [int(steps.argmax()) + 1])[0]
+        here, high = self.norms[layer], self.high[layer]
+        if not high.any():
+            median = here.median().item()
+            return Exploded(layer, found, MIN_RATIO * median, None, median)
+        peak = torch.quantile(here[high].double(), 0.1).item()
+        largest = 0.0 if high.all() else here[~high].max().item()
+        threshold = (peak * min(largest, peak)) ** 0.5 if largest > peak / 2 else peak / 2
+        ordinary = here if high.all() else here[~high]
+        return Exploded(layer, found, threshold, here[high].median().item(), ordinary.median().item())
 
 
 def find_defect(
@@ -201,22 +179,26 @@ class StateReader:
     def __init__(self, loaded: object, text: object, *, threshold: float | None = None):
         self.loaded, self.lines, self.threshold = loaded, _lines(text), threshold
         self.reference = _reference_norms(loaded, text)
-        self._limits: Tensor | None = None  # once they are known
-        self._norms: dict[int, list[Tensor]] = {number: [] for number in range(len(self.lines))}
-        self._squares: dict[int, Tensor] = {}
-        self._first: dict[int, Tensor] = {}
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._cuts: dict[int, list[float]] = {number: [] for number in range(len(self.lines))}
+        lengths = torch.tensor([len(line) for line in self.lines])
+        self._starts = lengths.cumsum(0) - lengths
+        self._line = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        self._position = torch.arange(len(self._line)) - self._starts[self._line]
+        self._begin()
 
-    def read(self, numbers: Iterable[int] | None = None) -> None:
-        """Run the model on the lines, or on some of them, and take their states."""
-        numbers = range(len(self.lines)) if numbers is None else list(numbers)
+    def _begin(self, limits: Tensor | None = None) -> None:
+        """Forget all states; `limits` are those above which they are high-norm, once they are known."""
+        self._limits = limits
+        self._norms: dict[int, Tensor] = defaultdict(lambda: torch.empty(len(self._line)))
+        self._first, self._squares, self._cuts = defaultdict(int), defaultdict(int), defaultdict(int)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def read(self) -> None:
+        """Run the model on the lines and take their states."""
         # Small batches on a CPU are as fast, and show progress.
         size = 1024 if input_device(self.loaded).type == "cpu" else 16_384
-        batches = list(token_batches([self.lines[i] for i in numbers], max_tokens=size))
-        for ids, real, group in progress(batches, desc="reading the text"):
-            chosen = [numbers[i] for i in group]
-            visit_states(self.loaded, ids, lambda l, h, r=real, c=chosen: self.visit(l, h, r, c))  # noqa: E741
+        batches = list(token_batches(self.lines, max_tokens=size))
+        for ids, real, numbers in progress(batches, desc="reading the text"):
+            visit_states(self.loaded, ids, partial(self.visit, real=real, numbers=numbers))
 
     def visit(self, layer: int, state: Tensor, real: Tensor, numbers: Sequence[int]) -> None:
         """Take the states of one batch after one layer.
@@ -227,24 +209,19 @@ class StateReader:
             real: which tokens are no padding, (B, T).
             numbers: the lines' numbers, B of them.
         """
-        norms = state.float().norm(dim=-1).cpu()
-        cut = self._cut(layer, norms[real])
-        row, position = ((norms > cut) & real).nonzero(as_tuple=True)
-        line = torch.tensor(numbers)[row]
-        states = state[row.to(state.device), position.to(state.device)].cpu()
-        self._kept.append((states, torch.stack([line, position, torch.full_like(row, layer)], dim=1)))
-        if self._limits is not None:
-            return
-        rows = state[real.to(state.device)].float()
-        first, squares = state[:, 0].double().sum(dim=0).cpu(), rows.square().sum(dim=0).double().cpu()
-        self._first[layer] = self._first.get(layer, 0) + first
-        self._squares[layer] = self._squares.get(layer, 0) + squares
-        for index, number in enumerate(numbers):
-            self._norms[number].append(norms[index, real[index]])
-            self._cuts[number].append(cut)
+        token = (self._starts[list(numbers), None] + torch.arange(real.shape[1]))[real]
+        norms = self._norms[layer][token] = state.float().norm(dim=-1).cpu()[real]
+        rows = state[real.to(state.device)]
+        self._first[layer] += state[:, 0].double().sum(dim=0).cpu()
+        self._squares[layer] += rows.float().square().sum(dim=0).double().cpu()
+        cut = self._cut(layer, norms)
+        self._cuts[layer] = max(self._cuts[layer], cut)
+        kept = norms > cut
+        states = rows[kept.to(rows.device)].cpu()
+        self._kept.append((states, token[kept], torch.full((len(states),), layer)))
 
     def _cut(self, layer: int, norms: Tensor) -> float:
-        """The norm from which states are kept until the limits are known: below any limit, as a rule."""
+        """The norm from which states are kept: until the limits are known, below any limit as a rule."""
         if self._limits is not None:
             return self._limits[layer].item()
         if self.threshold is not None:
@@ -260,62 +237,46 @@ class StateReader:
         Raises:
             ParameterError: states are not finite.
         """
-        norms = torch.cat([torch.stack(self._norms[n]) for n in range(len(self.lines))], dim=1)
-        ids, lengths = torch.cat(self.lines), [len(line) for line in self.lines]
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        where = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        if not norms.isfinite().all():
-            line = int(where[(~norms.isfinite()).any(dim=0).nonzero()[0, 0]])
-            raise ParameterError(not_finite_because(self.loaded, self.lines[line]))
-        seen = detect(norms, initial=positions == 0, threshold=self.threshold, reference=self.reference)
-        states = self._states(seen.limits)
-        means, massive = self._massive(states, norms.shape[1])
-        low = norms[~seen.high].double()
-        direction = states.states.double().mean(dim=0).float() if len(states.states) else means[0]
-        return Defect(
-            direction, len(states.states), low.mean().item(), seen.explosion_layers, seen.decay_layers,
-            seen.climbs, seen.descents, seen.threshold, seen.limits, seen.peak_ratio,
-            seen.undecided or self._undecided(seen.high), massive, means,
-            _by_layer(states, seen.steps, seen.explosion_layers, lengths),
-            torch.stack([self._first[i] for i in range(len(norms))]).float() / len(lengths),
-            norms, ids, positions, where, states,
-        )  # fmt: skip
+        norms = torch.stack([self._norms[layer] for layer in range(len(self._norms))])
+        wrong = (~norms.isfinite()).any(dim=0).nonzero()
+        if len(wrong):
+            raise ParameterError(not_finite_because(self.loaded, self.lines[self._line[wrong[0, 0]]]))
+        initial = self._position == 0
+        seen = detect(norms, initial=initial, threshold=self.threshold, reference=self.reference)
+        if any(cut > seen.limits[layer] for layer, cut in self._cuts.items()):
+            self._begin(seen.limits)  # a high-norm state may not have been kept: the text is read again
+            self.read()
+        states, token, layer = (torch.cat(part) for part in zip(*self._kept, strict=True))
+        high = seen.high[layer, token].nonzero().flatten()
+        order = high[(token[high] * len(norms) + layer[high]).argsort()]
+        states, token, layer, ids = states[order].float(), token[order], layer[order], torch.cat(self.lines)
+        first = torch.stack([self._first[i] for i in range(len(norms))]).float()
+        found = {
+            "direction": states.double().mean(dim=0).nan_to_num().float(),
+            "count": len(states),
+            "mean_low_norm": norms[~seen.high].double().mean().item(),
+            "undecided": seen.undecided or self._undecided(seen.high),
+            "massive": self._massive(states, layer),
+            "by_layer": _by_layer(states, layer, seen.steps[:, token], seen.explosion_layers),
+            "first_states": first / len(self.lines),
+            "states": HighNormStates(states, layer, self._position[token], self._line[token], ids[token]),
+        }
+        return Defect(**vars(seen) | found, norms=norms, token_ids=ids, positions=self._position)
 
-    def _states(self, limits: Tensor) -> HighNormStates:
-        """The states above the limits; lines of which they may not all have been kept are run again."""
-        missed = [n for n, cuts in self._cuts.items() if (torch.tensor(cuts).double() > limits).any()]
-        again = torch.tensor(missed, dtype=torch.int64)
-        self._kept = [(s[keep], w[keep]) for s, w in self._kept for keep in [~torch.isin(w[:, 0], again)]]
-        if missed:
-            self._limits = limits
-            self.read(missed)
-        states, where = (torch.cat(part) for part in zip(*self._kept, strict=True))
-        high = states.float().norm(dim=1).double() > limits[where[:, 2]]
-        states, where = states[high].float(), where[high]
-        order = sorted(range(len(where)), key=where.tolist().__getitem__)
-        line, position, layer = where[order].unbind(dim=1)
-        token = torch.tensor([int(self.lines[i][j]) for i, j in zip(line, position, strict=True)])
-        return HighNormStates(states[order], layer, position, line, token.to(torch.int64))
-
-    def _massive(self, found: HighNormStates, count: int) -> tuple[Tensor, list[dict]]:
-        """The mean high-norm state after each layer, (L+1, d), and the massive dimensions, layer by layer."""
-        means, rows = torch.zeros(len(self._squares), found.states.shape[1]), []
-        for layer in found.layer.unique().tolist():
-            chosen = found.states[found.layer == layer].double()
+    def _massive(self, states: Tensor, layers: Tensor) -> list[dict]:
+        """The massive dimensions of high-norm states, layer by layer."""
+        rows = []
+        for layer in layers.unique().tolist():
+            chosen = states[layers == layer].double()
             mean = chosen.mean(dim=0)
             share = mean.square() / mean.square().sum()
             low = (self._squares[layer] - chosen.square().sum(dim=0)).clamp(min=0)
-            low = (low / max(count - len(chosen), 1)).sqrt()
-            means[layer] = mean.float()
-            order = share.argsort(descending=True).tolist()
-            rows += [
-                {
-                    "layer": layer, "dimension": j, "value": mean[j].item(), "share": share[j].item(),
-                    "ordinary": low[j].item(),
-                }
-                for j in order if share[j] * len(share) >= MASSIVE**2
-            ]  # fmt: skip
-        return means, rows
+            low = (low / max(len(self._line) - len(chosen), 1)).sqrt()
+            for j in share.argsort(descending=True).tolist():
+                if share[j] * len(share) >= MASSIVE**2:
+                    row = {"value": mean[j].item(), "share": share[j].item(), "ordinary": low[j].item()}
+                    rows.append({"layer": layer, "dimension": j, **row})
+        return rows
 
     def _undecided(self, high: Tensor) -> str | None:
         """Why nothing can be said, where nothing was found and most of the tokens are one and the same."""
@@ -327,6 +288,17 @@ class StateReader:
             f"It cannot be told whether states are high-norm: token {ids[counts.argmax()]} makes up "
             f"{counts.max() / counts.sum():.0%} of the text. Give a text of more different tokens."
         )
+
+
+def _by_layer(
+    states: Tensor, layers: Tensor, steps: Tensor, explosion_layers: list[int]
+) -> dict[int, Tensor]:
+    """The mean of the states that each explosion layer made: that was their token's last step up."""
+    made = torch.zeros_like(layers)
+    for number in sorted(explosion_layers):
+        made[(steps[number - 1] >= MIN_STEP) & (layers >= number)] = number
+    groups = {number: states[made == number] for number in explosion_layers}
+    return {number: part.double().mean(dim=0).float() for number, part in groups.items() if len(part)}
 
 
 def _reference_norms(loaded: object, text: object) -> Tensor | None:
@@ -350,19 +322,6 @@ def _lines(text: object) -> list[Tensor]:
     if not lines:
         raise TextError("the text has no line")
     return lines
-
-
-def _by_layer(
-    states: HighNormStates, steps: Tensor, layers: list[int], lengths: list[int]
-) -> dict[int, Tensor]:
-    """The mean of the states that each explosion layer made: that was their token's last step up."""
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    token, made = starts[states.line] + states.position, torch.zeros_like(states.layer)
-    for number in sorted(layers):
-        jumped = steps[number - 1, token] >= MIN_STEP
-        made = torch.where(jumped & (states.layer >= number), number, made)
-    groups = {number: states.states[made == number] for number in layers}
-    return {number: part.double().mean(dim=0).float() for number, part in groups.items() if len(part)}
 
 
 def _cached(
@@ -390,13 +349,9 @@ def _cached(
 def mean_pairwise_angle(states: Tensor, *, seed: int = 0) -> tuple[float, float]:
     """Return the mean acute angle over all pairs of distinct states, and its standard error, in degrees.
 
-    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|). Exact up to 20,000 states, with an error of 0.0;
-    beyond, that many are drawn at random without replacement and the standard error is the spread of the
-    means of blocks of rows over the root of their number.
-
-    Args:
-        states: (n, d).
-        seed: of the draw.
+    mean over i < j of arccos |x_i . x_j| / (|x_i| |x_j|) for states (n, d). Exact up to 20,000 states, with
+    an error of 0.0; beyond, that many are drawn at random (`seed`) without replacement and the standard error
+    is the spread of the means of blocks of rows over the root of their number.
 
     Raises:
         ParameterError: fewer than two states.
@@ -410,8 +365,7 @@ def mean_pairwise_angle(states: Tensor, *, seed: int = 0) -> tuple[float, float]
     sums = []
     for start in range(0, len(unit), ROWS_AT_ONCE):  # never all pairs in memory
         cosine = (unit[start : start + ROWS_AT_ONCE] @ unit.T).abs().clamp(max=1)
-        rows = torch.arange(len(cosine))
-        cosine[rows, start + rows] = 1.0  # a state makes no angle with itself, rounding or not
+        cosine.diagonal(start).fill_(1.0)  # a state makes no angle with itself, rounding or not
         sums.append(torch.rad2deg(cosine.arccos()).sum(dim=1) / (len(unit) - 1))
     means = torch.stack([part.mean() for part in sums])
     error = (means.std() / len(means) ** 0.5).item() if n > EXACT_UP_TO else 0.0

@@ -92,20 +92,20 @@ def detect(
         raise ParameterError("hidden states are not finite; load the model with dtype float32 or bfloat16")
     if threshold is not None and threshold <= 0:
         raise ParameterError(f"threshold is {threshold}; give a positive norm, or null for the automatic one")
-    norms = norms.double()
+    norms, automatic = norms.double(), threshold is None
     medians = norms.median(dim=1).values
     if reference is not None:
         medians = torch.minimum(medians, reference.double())
-    peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
     first = torch.zeros(norms.shape[1], dtype=torch.bool) if initial is None else initial
-    automatic, limits = threshold is None, MIN_RATIO * medians
-    if not automatic:
-        limits = torch.full_like(medians, threshold)
-    waves = _Waves(norms, limits, medians)
-    if automatic:
-        threshold = waves.threshold(first)
+    limits = MIN_RATIO * medians if automatic else torch.full_like(medians, threshold)
+    above = norms > limits[:, None]
+    inside, begins, peaks = _waves(norms, above, torch.minimum(END_RATIO * medians, limits))
+    if automatic:  # rule 2
+        kinds = (peaks[1:][begins[1:] & kind] for kind in (first, ~first))
+        deciles = [found.quantile(0.1, interpolation="lower").item() for found in kinds if len(found)]
+        threshold = min(deciles) / 2 if deciles else None
         limits = limits.clamp(min=threshold or torch.inf)
-    steps = _steps(norms, medians, waves)
+    steps = _steps(norms, medians, above, inside, peaks)
     high = norms > limits[:, None]
     which = high[1:].any(dim=0)
     before, after, own = norms[:-1, which], norms[1:, which], steps[:, which]
@@ -117,45 +117,36 @@ def detect(
             "It cannot be told whether states are high-norm: after every layer all of them have nearly the "
             "same norm, and no ordinary token is there to compare with. Give a text of more different tokens."
         )
+    peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
     return Detection(
         peak_ratio, threshold, limits, explosion, decay, climbs, descents, high, steps, undecided
     )
 
 
-class _Waves:
-    """Rule 1: where the waves of every token are, and how high, all (L+1, T)."""
-
-    def __init__(self, norms: Tensor, limits: Tensor, medians: Tensor):
-        self.high = high = norms > limits[:, None]
-        lasting = norms > torch.minimum(END_RATIO * medians, limits)[:, None]
-        self.inside, self.begins = torch.zeros_like(high), torch.zeros_like(high)
-        self.peak = torch.zeros_like(norms)
-        inside = steady = torch.zeros_like(high[0])
-        peak = torch.zeros_like(norms[0])
-        for layer, state in enumerate(norms):
-            before, last = (high[layer - 1], norms[layer - 1]) if layer else (steady, state)
-            begins = high[layer] & (~before | (steady & (state >= REGROWTH * last)))
-            inside = high[layer] | (inside & lasting[layer])
-            peak = torch.where(inside, torch.where(begins, state, torch.maximum(peak, state)), 0.0)
-            self.inside[layer], self.begins[layer], self.peak[layer] = inside, begins, peak
-            steady = before & high[layer] & (state < (1 + MIN_CHANGE) * last)
-        for layer in range(len(norms) - 2, -1, -1):  # the peak so far becomes the peak of the whole wave
-            same = self.inside[layer + 1] & ~self.begins[layer + 1]
-            self.peak[layer] = torch.where(same, self.peak[layer + 1], self.peak[layer])
-
-    def threshold(self, initial: Tensor) -> float | None:
-        """Rule 2's threshold, or None without a wave behind some layer 1..L."""
-        peaks = (self.peak[1:][self.begins[1:] & kind] for kind in (initial, ~initial))
-        deciles = [found.quantile(0.1, interpolation="lower").item() for found in peaks if len(found)]
-        return min(deciles) / 2 if deciles else None
+def _waves(norms: Tensor, above: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 1: which states are inside a wave, which begin one, and its peak, all (L+1, T)."""
+    inside, begins, peaks = torch.zeros_like(above), torch.zeros_like(above), torch.zeros_like(norms)
+    nothing = torch.zeros_like(above[0])
+    before, last, steady, within, peak = nothing, norms[0], nothing, nothing, torch.zeros_like(norms[0])
+    for layer, (state, now) in enumerate(zip(norms, above, strict=True)):
+        starts = now & (~before | (steady & (state >= REGROWTH * last)))
+        within = now | (within & (state > ends[layer]))
+        peak = torch.where(within, torch.where(starts, state, torch.maximum(peak, state)), 0.0)
+        inside[layer], begins[layer], peaks[layer] = within, starts, peak
+        steady = before & now & (state < (1 + MIN_CHANGE) * last)
+        before, last = now, state
+    for layer in range(len(norms) - 2, -1, -1):  # the peak so far becomes the peak of the whole wave
+        same = inside[layer + 1] & ~begins[layer + 1]
+        peaks[layer] = torch.where(same, peaks[layer + 1], peaks[layer])
+    return inside, begins, peaks
 
 
-def _steps(norms: Tensor, medians: Tensor, waves: _Waves) -> Tensor:
+def _steps(norms: Tensor, medians: Tensor, above: Tensor, inside: Tensor, peaks: Tensor) -> Tensor:
     """Rule 3: every token's step at every layer, (L, T)."""
     own, common = norms.diff(dim=0), medians.diff(dim=0)[:, None]
     own = own - torch.minimum(torch.maximum(common, own.clamp(max=0)), own.clamp(min=0))
-    unit = torch.where(waves.inside[1:], waves.peak[1:], waves.peak[:-1]).clamp(min=1e-300)
-    up, down = (own > 0) & waves.high[1:], (own < 0) & waves.inside[:-1]
+    unit = torch.where(inside[1:], peaks[1:], peaks[:-1]).clamp(min=1e-300)
+    up, down = (own > 0) & above[1:], (own < 0) & inside[:-1]
     return torch.where(up | down, own / unit, 0.0)
 
 
