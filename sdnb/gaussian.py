@@ -23,16 +23,14 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def gaussian_moments(activation: Activation, s: Tensor, b: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Return the three Gaussian moments of an activation that the least-squares fit of an FFN needs.
+    """Return the Gaussian moments of an activation that the least-squares fit of an FFN needs.
 
     m0 = E[phi(s z + b)], m1 = E[z phi(s z + b)], m2 = E[(z^2 - 1) phi(s z + b)], z ~ N(0, 1).
 
     phi is a sum of kinks c (g - k)_+ + c' (g - k)_+^2 / 2 at the places where activations have them, whose
-    moments are closed forms of the normal distribution, and of a smooth rest. For the rest the trapezoidal
-    rule converges exponentially: the grid in z is halved until it agrees to 1e-7 with the one halfway between
-    its nodes, so that the mean of both is better than that. A kink elsewhere than at 0, +-0.5, +-1, +-2, +-3,
-    +-6, +-10 or +-20 costs time, and accuracy where s is large. m1 and m2 are taken of phi - phi(b), so that
-    those of a constant are exactly 0.
+    moments are closed forms, and of a smooth rest, for which the trapezoidal rule converges exponentially:
+    the grid in z is halved until it agrees to 1e-7 with the one halfway between its nodes. A kink elsewhere
+    than at 0, +-0.5, +-1, +-2, +-3, +-6, +-10 or +-20 costs time, and accuracy where s is large.
 
     Args:
         activation: elementwise function phi that takes float64.
@@ -43,14 +41,10 @@ def gaussian_moments(activation: Activation, s: Tensor, b: Tensor | None = None)
         m0, m1, m2, each float64 of shape (f,), on the device of s.
 
     Raises:
-        ParameterError: if s is not a vector, or b has another shape, or a value is negative or not finite.
+        ParameterError: if a value is negative or not finite.
     """
     s = s.detach().double()
     b = torch.zeros_like(s) if b is None else b.detach().to(s)
-    if s.dim() != 1 or s.shape != b.shape:
-        raise ParameterError(
-            f"s and b must be vectors of one length, not {tuple(s.shape)} and {tuple(b.shape)}"
-        )
     if not (torch.isfinite(s).all() and torch.isfinite(b).all() and (s >= 0).all()):
         raise ParameterError("s must be finite and not negative, b finite: the weights hold NaN or infinity")
     kinks = _kinks(activation, s)
@@ -73,6 +67,7 @@ def _moments(activation: Activation, kinks: list, s: Tensor, b: Tensor) -> Tenso
     def summed(offset: float) -> Tensor:
         z = torch.arange(offset - nodes, nodes, dtype=s.dtype, device=s.device) * (_RIM / nodes)
         weight = torch.exp(-z * z / 2) * (_RIM / nodes / math.sqrt(2 * math.pi))
+        # of phi - phi(b), so that m1 and m2 of a constant are exactly 0
         rise = smooth(torch.addcmul(b[:, None], s[:, None], z)).sub_(at_mean[:, None])
         return (rise @ torch.stack([weight, weight * z, weight * (z * z - 1)], dim=1)).T
 

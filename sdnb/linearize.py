@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
 _ROWS = 128  # of weights, multiplied at a time on a CPU: what its cache holds
 _SMALLEST = 1e-15  # length of a row whose squares float32 holds, as it does those of 1e15
-_UNITS = (
-    2048,
-    16384,
-)  # inner units at a time where F is formed, on a CPU and on a GPU: B whole is as large as W
+_UNITS = 2048, 16384  # inner units at a time on a CPU and on a GPU: B whole is as large as W
 # Below this share of |b| the slope m1 / s would be a difference of nearly equal numbers; there it is taken at
 # this width instead, which changes it by the order of the width's square.
 _SMALLEST_SPREAD = 1e-5
-_CHECK_SAMPLES = 4096  # fresh samples that measure a sampled fit's residuals
+_SAMPLES_AT_ONCE = 4096  # inputs held in memory, and the fresh ones that measure a sampled fit's residuals
 
 Number = float | Tensor
 
@@ -35,17 +32,14 @@ Number = float | Tensor
 class LinearLayer:
     """The linear model of one decoder layer for one token: attention x -> A x, FFN x -> F x.
 
-    L = (I + F)(I + A), or I + A + F if parallel. Where the residual stream passes norms or has coefficients
-    itself, L = T (S2 + F)(S1 + A), or T (S2 + A + F): in a layer norm2(y + f(y)), y = norm1(x + a(x)), as in
-    BERT, that is diag(g2) (I + F') diag(g1) (I + A), with F = F' diag(g1) the FFN's matrix on the stream
-    before the norm that it reads from.
+    L = (I + F)(I + A), or I + A + F if parallel. Where the residual stream passes norms (BERT) or has
+    coefficients (Doge) itself, L = T (S2 + F)(S1 + A), or T (S2 + A + F).
 
     Args:
         A: attention's matrix, shape (d, d).
-        F: the FFN's matrix, shape (d, d).
+        F: the FFN's matrix on the stream before the norm that it reads from, shape (d, d).
         parallel: whether attention and FFN read the same input.
         method: how the FFN was fitted, "closed_form" or "sampled".
-        input_scale: the inputs it was fitted on, "paper" or "gain" (see `linear_layer`).
         standard_error: of the sampled fit, relative in Frobenius norm; None for the closed form.
         stream: S1, S2 and T, what the stream goes through beside attention, beside the FFN and at the end,
             shape (d, d) each; None where that is I everywhere, as nearly always.
@@ -55,45 +49,37 @@ class LinearLayer:
     F: Tensor
     parallel: bool
     method: str
-    input_scale: str
     standard_error: float | None = None
     stream: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def R(self) -> Tensor:
         """L - I, shape (d, d): A + F + F A if serial, A + F if parallel; formed at each call."""
-        if self.stream is not None:
-            L = self.L
-            L.diagonal().sub_(1)
-            return L
-        return self.A + self.F if self.parallel else add_product_(self.A + self.F, self.F, self.A)
+        if self.stream is None:
+            return self.A + self.F if self.parallel else add_product_(self.A + self.F, self.F, self.A)
+        S1, S2, T = self.stream
+        R = T @ (S2 + self.A + self.F if self.parallel else (S2 + self.F) @ (S1 + self.A))
+        R.diagonal().sub_(1)
+        return R
 
     @property
     def L(self) -> Tensor:
         """The layer's matrix, shape (d, d): (I + F)(I + A), or I + A + F if parallel; formed at each call."""
-        if self.stream is None:
-            L = self.R
-            L.diagonal().add_(1)
-            return L
-        S1, S2, T = self.stream
-        return T @ (S2 + self.A + self.F if self.parallel else (S2 + self.F) @ (S1 + self.A))
+        L = self.R
+        L.diagonal().add_(1)
+        return L
 
     def norm_aware(
         self, rho1: Number, rho2: Number, stream_rho: tuple[Number, Number, Number] = (1.0, 1.0, 1.0)
     ) -> Tensor:
-        """Return L_rho, the layer with the size of its input put back.
+        """Return L_rho = (I + F / rho2)(I + A / rho1), or I + A / rho1 + F / rho2, shape (d, d).
 
-        L_rho = (I + F / rho2)(I + A / rho1), or I + A / rho1 + F / rho2 if parallel. The paper drops the
-        divisors of the norms, which leaves only signs; this one predicts sizes. Where the stream passes norms
-        itself, S1, S2 and T are divided by theirs.
+        The paper drops the divisors of the norms, which leaves only signs; this one predicts sizes.
 
         Args:
             rho1: the divisor in attention's branch for the token in question, from `branch_scales`.
             rho2: that in the FFN's branch.
-            stream_rho: those on the stream, from `stream_scales`; ones where it passes no norm.
-
-        Returns:
-            L_rho, shape (d, d).
+            stream_rho: those of S1, S2 and T, from `stream_scales`; ones where the stream passes no norm.
         """
         stream = self.stream and tuple(S / rho for S, rho in zip(self.stream, stream_rho, strict=True))
         return replace(self, A=self.A / rho1, F=self.F / rho2, stream=stream).L
@@ -123,9 +109,6 @@ def linear_layer(
         samples: number of inputs of the sampled fit.
         seed: its seed.
 
-    Returns:
-        A, F and what they make.
-
     Raises:
         ParameterError: if the method or the input scale is unknown.
 
@@ -136,34 +119,43 @@ def linear_layer(
             "method is 'closed_form' or 'sampled' and input_scale 'paper' or 'gain', "
             f"not {method!r} and {input_scale!r}"
         )
-    F, fit = _ffn_matrix(view, method, input_scale, centre, samples, seed)
-    how, error = ("sampled", fit.standard_error) if fit else ("closed_form", None)
-    A = attention_matrix(view, centre)
-    return LinearLayer(A, F, view.parallel, how, input_scale, error, _stream(view, centre))
+    ffn, formula, error = view.ffn, view.ffn.formula, None
+    inside = ffn.norm if input_scale == "gain" else None  # what the fit's inputs are scaled by
+    if method == "closed_form" and formula is not None:
+        M = _closed_form_ffn(formula, inside, centre)
+    else:
+        method = "sampled"
+        module = view.ffn_module if formula is None else lambda x: formula.inner(x) @ formula.down.T
+
+        def scaled_module(x: Tensor) -> Tensor:
+            return module(x if inside is None else _diagonal_times(inside, x.T, centre).T + inside.bias)
+
+        device = view.attention.matrix.device
+        fit = sampled_fit(scaled_module, view.hidden_size, samples, seed=seed, device=device)
+        M, error = fit.B, fit.standard_error
+    F = _branch_matrix(ffn, None if inside else ffn.norm, M, centre)
+    return LinearLayer(attention_matrix(view, centre), F, view.parallel, method, error, _stream(view, centre))
 
 
 def apply_linear(linear: LinearLayer, view: LayerView, x: Tensor) -> Tensor:
-    """Return what the linear model says of real inputs: L_rho x, each input with its own divisors.
+    """Return what the linear model says of real inputs: L_rho x, shape (n, d), each with its own divisors.
 
     Args:
         linear: the layer's linear model.
-        view: the layer, for the divisors.
+        view: the layer, for the divisors; the result is on its device.
         x: the layer's inputs, shape (n, d), on any device.
-
-    Returns:
-        The predicted outputs, shape (n, d), on the layer's device.
     """
     x = x.to(linear.A)
-    rho1, rho2 = (rho[:, None] for rho in branch_scales(view, x))
-    sides = zip(linear.stream or (None,) * 3, stream_scales(view, x), strict=True)
-    S1, S2, T = (lambda x, S=S, rho=rho: x if S is None else x @ S.T / rho[:, None] for S, rho in sides)
+    rho1, rho2, *stream_rho = (rho[:, None] for rho in _divisors(view, x))
+    sides = zip(linear.stream or (None,) * 3, stream_rho, strict=True)
+    S1, S2, T = (lambda x, S=S, rho=rho: x if S is None else x @ S.T / rho for S, rho in sides)
     attention = x @ linear.A.T / rho1
     y = x if linear.parallel else S1(x) + attention
     return T(S2(y) + y @ linear.F.T / rho2 + (attention if linear.parallel else 0))
 
 
 def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
-    """Return A, what attention's branch adds to a lone token, without the norm's divisor.
+    """Return A, what attention's branch adds to a lone token, without the norm's divisor, shape (d, d).
 
     A = multiplier diag(g_post) W_O rep(W_V) diag(g1), the middle being the real module's answer to one-token
     sequences.
@@ -172,56 +164,29 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
         view: the layer.
         centre: put a LayerNorm's mean subtraction I - 1 1^T / d beside its gain; the paper leaves it out.
 
-    Returns:
-        A, shape (d, d).
-
     Source: paper A (arXiv 2502.07004), the linear model of the attention branch.
     """
-    branch = view.attention
-    return _branch_matrix(branch, branch.norm, branch.matrix.detach(), centre)
+    return _branch_matrix(view.attention, view.attention.norm, view.attention.matrix.detach(), centre)
 
 
 def attention_intercept(view: LayerView, rho: Number = 1.0) -> Tensor:
-    """Return the constant that attention's branch adds beside A x, from its biases and those of its norms.
+    """Return the constant that attention's branch adds beside A x, shape (d,), from all its biases.
 
     multiplier (g_post (M beta + bias) / rho + beta_post), with M the module's matrix and beta the bias of the
     norm before it.
 
     Args:
         view: the layer.
-        rho: the post-norm's divisor, a number or one for each of n inputs, shape (n, 1); dropped as in A if
-            it is 1.
-
-    Returns:
-        the intercept, shape (d,) or (n, d); zero where nothing has a bias.
+        rho: the post-norm's divisor, dropped as in A if it is 1; one for each of n inputs, shape (n, 1),
+            gives n intercepts, shape (n, d).
     """
     branch = view.attention
-    constant, before, after = branch.bias.detach(), branch.norm, branch.post_norm
-    if before is not None:
-        constant = constant + branch.matrix.detach() @ before.bias
-    if after is not None:
-        constant = after.gain * constant / rho + after.bias
+    constant = branch.bias.detach()
+    if branch.norm is not None:
+        constant = constant + branch.matrix.detach() @ branch.norm.bias
+    if branch.post_norm is not None:
+        constant = branch.post_norm.gain * constant / rho + branch.post_norm.bias
     return branch.multiplier * constant
-
-
-def _ffn_matrix(
-    view: LayerView, method: str, input_scale: str, centre: bool, samples: int, seed: int
-) -> tuple[Tensor, SampledFit | None]:
-    """Return F as `linear_layer` defines it, and the fit if it is sampled."""
-    branch, formula = view.ffn, view.ffn.formula
-    inside = branch.norm if input_scale == "gain" else None  # what the fit's inputs are scaled by
-    if method == "closed_form" and formula is not None:
-        fit, M = None, _closed_form_ffn(formula, inside, centre)
-    else:
-        module = view.ffn_module if formula is None else lambda x: formula.inner(x) @ formula.down.T
-
-        def scaled_module(x: Tensor) -> Tensor:
-            return module(x if inside is None else _diagonal_times(inside, x.T, centre).T + inside.bias)
-
-        device = view.attention.matrix.device
-        fit = sampled_fit(scaled_module, view.hidden_size, samples, seed=seed, device=device)
-        M = fit.B
-    return _branch_matrix(branch, None if inside else branch.norm, M, centre), fit
 
 
 def _closed_form_ffn(formula: object, norm: Norm | None, centre: bool) -> Tensor:
@@ -278,75 +243,61 @@ def _stream(view: LayerView, centre: bool) -> tuple[Tensor, Tensor, Tensor] | No
         return None
     eye = torch.eye(view.hidden_size, device=view.attention.matrix.device)
     sides = [(b.norm if b.norm_on_residual else None, b.residual_scale) for b in (view.attention, view.ffn)]
-    sides.append((view.output_norm, 1.0))
     return tuple(
-        _scaled_rows(c, eye if norm is None else _diagonal_times(norm, eye, centre)) for norm, c in sides
+        _scaled_rows(c, eye if norm is None else _diagonal_times(norm, eye, centre))
+        for norm, c in (*sides, (view.output_norm, 1.0))
     )
 
 
 def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the norms of each branch divide real inputs by.
+    """Return rho1 and rho2, what the norms of each branch divide real inputs by, shape (n,) each.
 
-    rho1 and rho2: the root mean square (the standard deviation if the norm is centred) that the branch's norm
-    meets, times that which its post-norm meets, and for rho1 times that of a norm inside the value path
-    (latent attention).
+    The root mean square (the standard deviation if the norm is centred) that the branch's norm meets, times
+    that which its post-norm meets, and for rho1 times that of a norm inside the value path (latent
+    attention); 1 where there is no norm.
 
     Args:
-        view: the layer.
+        view: the layer; the result is on its device.
         x: the layer's inputs, shape (n, d), on any device.
-
-    Returns:
-        rho1 for the attention branch and rho2 for the FFN branch, shape (n,) each, on the layer's device; 1
-        where there is no norm.
     """
-    attention, ffn = view.attention, view.ffn
-    x = x.to(attention.matrix)
-    with torch.no_grad():
-        inner = _normed(attention.norm, x)
-        rho1 = _divisor(attention.norm, x) * view.attention_inner_scale(inner)[:, 0]
-        if attention.post_norm is not None:
-            rho1 = rho1 * _divisor(attention.post_norm, view.attention_module(inner))
-        y = x if view.parallel else view.attention_residual(x) + view.attention_branch(x)
-        rho2 = _divisor(ffn.norm, y)
-        if ffn.post_norm is not None:
-            rho2 = rho2 * _divisor(ffn.post_norm, view.ffn_module(_normed(ffn.norm, y)))
-    return rho1, rho2
+    return _divisors(view, x)[:2]
 
 
 def stream_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the norms that the residual stream itself passes divide real inputs by.
+    """Return the divisors of the norms on the stream itself, those of S1, S2 and T, shape (n,) each.
 
     Args:
-        view: the layer.
+        view: the layer; the result is on its device.
         x: the layer's inputs, shape (n, d), on any device.
-
-    Returns:
-        The divisors of the norm on the stream beside attention, of that beside the FFN and of that at the end
-        of the layer, shape (n,) each, on the layer's device; ones where there is none, as nearly always.
     """
-    x = x.to(view.attention.matrix)
-    one = x.new_ones(len(x))
-    if view.plain_residual:
-        return one, one, one
-    with torch.no_grad():
-        a = view.attention_branch(x)
-        y = x if view.parallel else view.attention_residual(x) + a
-        end = view.ffn_residual(y) + view.ffn_branch(y) + (a if view.parallel else 0)
-    sides = ((view.attention, x), (view.ffn, y))
-    first, second = (
-        _divisor(branch.norm, rows) if branch.norm_on_residual else one for branch, rows in sides
+    return _divisors(view, x)[2:]
+
+
+@torch.no_grad()
+def _divisors(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `branch_scales` and `stream_scales` do, from one pass through the branches."""
+
+    def divisor(norm: Norm | None, x: Tensor) -> Tensor:
+        return x.new_ones(len(x)) if norm is None else norm.scale(x)[:, 0]
+
+    attention, ffn, end = view.attention, view.ffn, None
+    x = x.to(attention.matrix)
+    u = attention.normed(x)
+    answers = view.attention_module(u)
+    rho1 = divisor(attention.norm, x) * attention.inner_scale(u, answers)[:, 0]
+    rho1 = rho1 * divisor(attention.post_norm, answers)
+    a = attention.added(answers)
+    y = x if view.parallel else view.attention_residual(x) + a
+    rho2 = divisor(ffn.norm, y)
+    if ffn.post_norm is not None or view.output_norm is not None:
+        answers = view.ffn_module(ffn.normed(y))
+        rho2 = rho2 * divisor(ffn.post_norm, answers)
+        end = view.ffn_residual(y) + ffn.added(answers) + (a if view.parallel else 0)
+    on_stream = (
+        divisor(branch.norm if branch.norm_on_residual else None, rows)
+        for branch, rows in ((attention, x), (ffn, y))
     )
-    return first, second, _divisor(view.output_norm, end)
-
-
-def _divisor(norm: Norm | None, x: Tensor) -> Tensor:
-    """Return what a norm divides rows by, shape (n,); ones without a norm."""
-    return x.new_ones(len(x)) if norm is None else norm.scale(x)[:, 0]
-
-
-def _normed(norm: Norm | None, x: Tensor) -> Tensor:
-    """Return normed rows, shape (n, d); the rows themselves without a norm."""
-    return x if norm is None else norm(x)
+    return rho1, rho2, *on_stream, divisor(view.output_norm, x if end is None else end)
 
 
 def closed_form_fit(
@@ -359,8 +310,7 @@ def closed_form_fit(
     """Return B, the matrix that fits the inner units of an FFN best over Gaussian inputs.
 
     B = argmin E|y(x) - B x|^2 = E[y x^T] for x ~ N(0, I_d), with y_i = phi(w_i.x + b_i) or, gated,
-    y_i = phi(w_i.x + b_i) (v_i.x + c_i). This is the matrix that the paper estimates from 100,000 samples.
-    With s = |w_i| and the moments m0, m1, m2 of `gaussian_moments`, its row i is
+    y_i = phi(w_i.x + b_i) (v_i.x + c_i). With s = |w_i| and the m0, m1, m2 of `gaussian_moments`, row i is
 
         plain: (m1 / s) w_i
         gated: ((w_i.v_i / s^2) m2 + (c_i / s) m1) w_i + m0 v_i
@@ -382,11 +332,10 @@ def closed_form_fit(
 
     Source: paper A (arXiv 2502.07004), the FFN's linear model; closed form by Stein's lemma.
     """
-    shapes = [None if t is None else tuple(t.shape) for t in (w, b, v, c)]
-    if w.dim() != 2 or shapes[1] not in (None, shapes[0][:1]) or shapes[2] not in (None, shapes[0]):
-        raise ParameterError(f"w and v must be of one shape (f, d), b of shape (f,); w, b, v, c are {shapes}")
-    if c is not None and (v is None or shapes[3] != shapes[0][:1]):
-        raise ParameterError(f"c must have shape (f,) and belongs to v; w, b, v, c are {shapes}")
+    expected = ((b, w.shape[:1]), (v, w.shape), (c, v is not None and w.shape[:1]))
+    if w.dim() != 2 or any(t is not None and t.shape != shape for t, shape in expected):
+        shapes = [None if t is None else tuple(t.shape) for t in (w, b, v, c)]
+        raise ParameterError(f"w and v have one shape (f, d), b and, beside v, c (f,); w, b, v, c: {shapes}")
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
     s = _row_products(w, w).sqrt()
     if not ((s > _SMALLEST) & (s < 1 / _SMALLEST)).all():
@@ -417,14 +366,10 @@ class SampledFit:
     Args:
         B: the fitted matrix, shape (m, d), float32.
         standard_error: expected |B - B_limit| / |B| in Frobenius norm.
-        samples: how many inputs were drawn for the fit.
-        seed: of the generator that drew them.
     """
 
     B: Tensor
     standard_error: float
-    samples: int
-    seed: int
 
 
 def sampled_fit(
@@ -433,49 +378,39 @@ def sampled_fit(
     samples: int = 100_000,
     *,
     seed: int = 0,
-    chunk: int = 4096,
     device: str | torch.device = "cpu",
 ) -> SampledFit:
     """Fit a matrix to a function of Gaussian inputs by least squares without intercept: the paper's way.
 
-    B^T = (sum x x^T)^-1 sum x y^T over x ~ N(0, I_d), y = function(x), streamed through the normal equations:
-    chunks are multiplied in float32 and added up in float64, so memory does not grow with the number of
-    samples. Inputs are drawn on the CPU, so that one seed means the same samples on every device.
-
-    The standard error follows from the spread of the residuals r = y - B x over 4,096 fresh samples. Each
-    sample moves B by about r x^T / n, independently of the others, hence E|B - B_limit|^2 = E[|x|^2 |r|^2] /
-    (n - 1): the inverse of a random matrix of moments makes n into n - d - 1, and the residuals' own excess
-    over those of the limit undoes it.
+    B^T = (sum x x^T)^-1 sum x y^T over n inputs x ~ N(0, I_d), y = function(x), summed in float64, with
+    E|B - B_limit|^2 = E[|x|^2 |y - B x|^2] / (n - 1) from 4,096 fresh ones: each sample moves B by about its
+    residual times x^T / n, independently of the others.
 
     Args:
         function: maps float32 inputs, shape (n, d), to outputs, shape (n, m).
         d: size of the inputs.
-        samples: number of inputs, more than d + 1.
-        seed: seed of the inputs.
-        chunk: inputs held in memory at a time.
+        samples: number of inputs n, more than d + 1; memory does not grow with it.
+        seed: of the inputs, which are drawn on the CPU: the same on every device.
         device: where the function runs.
 
     Returns:
         the fit.
 
     Raises:
-        ParameterError: if there are too few samples, the chunk is not positive, or the function answers NaN
-            or infinity.
+        ParameterError: if there are too few samples, or the function answers NaN or infinity.
 
     Source: paper A (arXiv 2502.07004), the estimate of the FFN's linear model from 100,000 samples.
     """
-    if samples <= d + 1 or chunk < 1:
-        raise ParameterError(
-            f"a fit in {d} dimensions needs more than {d + 1} samples and a positive chunk, "
-            f"not samples={samples}, chunk={chunk}"
-        )
+    if samples <= d + 1:
+        raise ParameterError(f"a fit in {d} dimensions needs more than {d + 1} samples, not {samples}")
     generator = torch.Generator().manual_seed(seed)
 
+    @torch.no_grad()
     def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, count, chunk):
-            X = torch.randn(min(chunk, count - start), d, generator=generator).to(device)
-            with torch.no_grad():
-                yield X, function(X).float()
+        for start in range(0, count, _SAMPLES_AT_ONCE):
+            rows = min(_SAMPLES_AT_ONCE, count - start)
+            X = torch.randn(rows, d, generator=generator).to(device)
+            yield X, function(X).float()
 
     XX, XY = torch.zeros(d, d, dtype=torch.float64, device=device), 0.0
     for X, Y in batches(samples):
@@ -486,8 +421,7 @@ def sampled_fit(
             "the function answered NaN or infinity to Gaussian inputs: are the weights sound?"
         )
     B = torch.cholesky_solve(XY, torch.linalg.cholesky(XX)).T.float().contiguous()
-    size, spread = B.norm().item(), 0.0
-    for X, Y in batches(_CHECK_SAMPLES):
-        spread += (X.square().sum(1) * (Y - X @ B.T).square().sum(1)).double().sum().item() / _CHECK_SAMPLES
+    size, [(X, Y)] = B.norm().item(), batches(_SAMPLES_AT_ONCE)
+    spread = (X.square().sum(1) * (Y - X @ B.T).square().sum(1)).double().mean().item()
     error = math.sqrt(spread / (samples - 1)) / size if size > 0 else 0.0
-    return SampledFit(B, error, samples, seed)
+    return SampledFit(B, error)

@@ -1,15 +1,16 @@
 """Products of large float32 matrices, on the tensor cores of a GPU where these are many times faster.
 
 Tensor cores multiply bfloat16 numbers and add up in float32. A float32 number is the sum of three bfloat16
-numbers (of one, where the weights were stored so), and a product of such sums is a few products.
+numbers (of one, where the weights were stored so), and a product of such sums is a few products: Henry, Tang
+and Heinecke (arXiv 1904.06376).
 """
 
 import torch
 from torch import Tensor
 
 _PIECES = 3  # times 8 bits: all 24 of float32
-# Terms that are added up inside: tensor cores cut off where others round, a bias that grows with the number.
-# tests/test_products.py holds what is left on a GPU to the size of float32's own rounding.
+# Terms that are added up inside: tensor cores cut off where others round, a bias that grows with the number
+# (Ootomo and Yokota, arXiv 2203.03341). tests/test_products.py holds what is left to float32's own rounding.
 _INNER = 512
 _LEAST = 1024  # rows and columns below which there is nothing to win
 # A100, H100 and B200, whose tensor cores are many times as fast as float32; elsewhere it was not measured
@@ -17,27 +18,11 @@ _FAST = ((8, 0), (9, 0), (10, 0))
 
 
 def add_product_(M: Tensor, X: Tensor, Y: Tensor, weights: bool = False) -> Tensor:
-    """Add X Y to M in place, with errors of the size that float32 products have.
-
-    On tensor cores X Y = sum of X_i Y_j over i + j < 3, where X = X_0 + X_1 + X_2 and X_i is the bfloat16
-    number nearest to what X_0 .. X_(i-1) leave; what is left out is at most 2^-24 of |X| |Y|.
-
-    Args:
-        M: what is added to, shape (m, n).
-        X: shape (m, k).
-        Y: shape (k, n); finite as X is, and not above bfloat16's largest number.
-        weights: X holds weights, probably as they were stored. If they fit bfloat16 one piece will do, to
-            know which a GPU must be waited for.
-
-    Returns:
-        M.
-
-    Source: the splitting into bfloat16 pieces is Henry, Tang and Heinecke's (arXiv 1904.06376); that sums
-    on tensor cores must be cut is told by Ootomo and Yokota (arXiv 2203.03341).
-    """
+    """Add X Y to M in place; `weights`: X may have been stored in bfloat16, for which a GPU is waited for."""
     if not _pays(X, Y):
         return M.addmm_(X, Y)
     left, right = _pieces(X, weights), _pieces(Y)
+    # what is left out, i + j > 2, is at most 2^-24 of |X| |Y|
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < _PIECES]
     for i, j in sorted(pairs, key=sum, reverse=True):  # small numbers first
         at_once = X.shape[1] if i + j else _INNER  # the bias of small products is small

@@ -29,12 +29,11 @@ and their like run the real modules. A view comes about in four steps:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.errors import ParameterError
 from sdnb.layers.isolated import IsolatedLayer
 from sdnb.layers.norms import Norm
 
@@ -179,7 +178,6 @@ class LayerView:
         error: norms, multipliers and sum around the real modules against the layer, relative to a branch.
         status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
             FFN's formula is not recognised.
-        one_expert: what takes the FFN's place in a view made by `expert`.
     """
 
     isolated: IsolatedLayer
@@ -189,7 +187,6 @@ class LayerView:
     output_norm: Norm | None
     error: float | None = None
     status: str | None = None
-    one_expert: Callable[[Tensor], Tensor] | None = None
 
     @property
     def number(self) -> int:
@@ -209,26 +206,16 @@ class LayerView:
     @property
     def plain_residual(self) -> bool:
         """Whether the residual stream passes untouched, so that the layer adds its branches to its input."""
-        sides = (self.attention, self.ffn)
-        return self.output_norm is None and all(
-            is_one(b.residual_scale) and not b.norm_on_residual for b in sides
-        )
+        touched = (b.norm_on_residual or not is_one(b.residual_scale) for b in (self.attention, self.ffn))
+        return self.output_norm is None and not any(touched)
 
     def attention_module(self, u: Tensor) -> Tensor:
         """The real attention on normed one-token rows, before post-norm and multiplier; (n, d) in and out."""
         where = self.structure.attention
         return self.isolated.feed(u, where.inputs, where.output, behind=where.norm if where.gated else None)
 
-    def attention_inner_scale(self, u: Tensor) -> Tensor:
-        """The divisor s of inner norms, attention_module(u) = matrix u / s + bias, (n, 1); as a rule 1."""
-        return self.attention.inner_scale(u, self.attention_module(u))
-
     def ffn_module(self, u: Tensor) -> Tensor:
-        """The real FFN on normed rows, before post-norm and multiplier; (n, d) in and out."""
-        return self._ffn(u) if self.one_expert is None else self.one_expert(u)
-
-    def _ffn(self, u: Tensor) -> Tensor:
-        """The FFN with all its experts; zeros where the layer has none."""
+        """The real FFN on normed rows, before post-norm and multiplier (zeros if there is none); (n, d)."""
         where = self.structure.ffn
         if not where.module:
             return torch.zeros_like(u)
@@ -237,26 +224,12 @@ class LayerView:
         return self.isolated.feed(u, where.inputs, where.output, behind=behind, stub=stub)
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """What attention adds to one-token sequences, its module the real one; differentiable.
-
-        Args:
-            x: hidden states, shape (n, d).
-
-        Returns:
-            multiplier * post_norm(attention(norm(x))), shape (n, d).
-        """
+        """What the real attention adds to one-token sequences, multiplier * post_norm(attention(norm(x)))."""
         return self.attention.added(self.attention_module(self.attention.normed(x)))
 
     def ffn_branch(self, x: Tensor) -> Tensor:
-        """What the FFN adds to the residual stream that it reads, its module the real one; differentiable.
-
-        Args:
-            x: hidden states (after attention, in a serial layer), shape (n, d).
-
-        Returns:
-            multiplier * post_norm(FFN(norm(x))), shape (n, d).
-        """
-        return self.ffn.added(self._ffn(self.ffn.normed(x)))
+        """What the real FFN adds to the stream x that it reads, multiplier * post_norm(FFN(norm(x)))."""
+        return self.ffn.added(self.ffn_module(self.ffn.normed(x)))
 
     def attention_residual(self, x: Tensor) -> Tensor:
         """The residual stream that attention is added to: x, its norm or a multiple; (n, d) in and out."""
@@ -267,40 +240,13 @@ class LayerView:
         return self._residual(self.ffn, y)
 
     def _residual(self, branch: Branch, x: Tensor) -> Tensor:
-        """The residual path by the norm's module, not its formula: a branch of zeros leaves no rounding."""
+        # by the norm's module, not its formula: a branch of zeros leaves no rounding
         x = self.isolated.module(branch.norm.name)(x) if branch.norm_on_residual else x
         return branch.residual_scale * x
 
     def layer(self, x: Tensor) -> Tensor:
         """The real layer on one-token sequences; (n, d) in and out; differentiable."""
         return self.isolated.rows(x)
-
-    @torch.no_grad()
-    def expert(self, number: int) -> LayerView:
-        """The same layer with one expert of its mixture, with weight 1, in the place of `ffn_module`.
-
-        Args:
-            number: the expert, from 0 as the router counts.
-
-        Returns:
-            The view; its F, from samples, is that of the expert: no router, no shared experts. `layer` and
-            `ffn_branch` remain those of the real layer.
-
-        Raises:
-            ParameterError: the layer has no such expert.
-        """
-        modules = self.isolated.layer.modules()
-        held = ((m, p) for m in modules for p in m.parameters(recurse=False) if p.ndim == 3)
-        experts, parameter = next(held, (None, ()))
-        if not 0 <= number < len(parameter):
-            have = f"{len(parameter)} experts, counted from 0" if experts else "no mixture of experts"
-            raise ParameterError(f"expert {number} does not exist: layer {self.number} has {have}")
-
-        def one_expert(u: Tensor) -> Tensor:
-            numbers = torch.full((len(u), 1), number, device=u.device)
-            return experts(u, numbers, torch.ones_like(u[:, :1]))
-
-        return replace(self, one_expert=one_expert)
 
 
 def is_one(coefficient: float | Tensor) -> bool:

@@ -10,7 +10,7 @@ from sdnb.errors import LayerUnsupported, ModelError, ParameterError
 from sdnb.layers import decoder_layers, each_layer, layer_view
 from sdnb.layers.reading import measured, verdict
 from sdnb.layers.watching import coefficients, relative
-from sdnb.linearize import attention_matrix, closed_form_fit, linear_layer
+from sdnb.linearize import attention_matrix, linear_layer
 from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, MPT_LIKE, build, random_model
 
 
@@ -37,22 +37,6 @@ class TestApproximate:
         real = decoder_layers(model)[1].mlp(u[:, None])
         real = real[0] if isinstance(real, tuple) else real
         assert close(view.ffn_module(u), real[:, 0])
-
-    def test_one_expert_on_request(self):
-        model = random_model("mixtral", **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2)
-        view, experts = layer_view(model, 2), decoder_layers(model)[1].mlp.experts
-        gate, up = experts.gate_up_proj[3].chunk(2)
-        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
-        expected = (torch.nn.functional.silu(u @ gate.T) * (u @ up.T)) @ experts.down_proj[3].T
-        assert close(view.expert(3).ffn_module(u), expected)
-        B = closed_form_fit(gate, torch.nn.functional.silu, None, up, None)
-        F = experts.down_proj[3] @ B * view.ffn.norm.gain
-        layer = linear_layer(view.expert(3), samples=20_000)
-        assert (layer.F - F).norm() / F.norm() < 2 * layer.standard_error < 0.2
-        with pytest.raises(ParameterError, match="layer 2 has 4 experts"):
-            view.expert(4)
-        with pytest.raises(ParameterError, match="no mixture"):
-            layer_view(build("llama"), 1).expert(0)
 
     def test_an_attention_that_is_no_matrix_is_fitted(self):
         """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""

@@ -165,7 +165,7 @@ class TestNormsInside:
         attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
         u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
         latent = u @ attention.kv_a_proj_with_mqa.weight[:16].T
-        scale = view.attention_inner_scale(u)
+        scale = view.attention.inner_scale(u, view.attention_module(u))
         assert close(scale, latent.square().mean(1, keepdim=True).sqrt())
         assert close(u @ view.attention.matrix.T / scale + view.attention.bias, view.attention_module(u))
 
@@ -179,7 +179,6 @@ class TestNormsInside:
     def test_there_is_none_elsewhere(self):
         view = layer_view(build("qwen3"), 2)  # its norms of queries and keys do not touch the values
         assert view.attention.inner_norms == ()
-        assert torch.equal(view.attention_inner_scale(torch.ones(3, HIDDEN)), torch.ones(3, 1))
 
 
 def test_a_projection_outside_the_mixing_module_belongs_to_attention():
