@@ -1,73 +1,52 @@
 """Loading a causal decoder: by hub id, folder, GGUF file or `zoo/<name>`, quietly, completely, or not at all.
 
-What can be refused is refused before a weight is read (`sdnb.refusal`); what loads is checked: no weight
-missing, none left over, none NaN. A model is never trained here, so it comes in evaluation mode without
-gradients.
+What can be refused is refused before a weight is read (`sdnb.checkpoint`); what loads is checked: no weight
+missing, none left over, none NaN.
 """
 
 import functools
-import gc
 import hashlib
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sdnb import checkpoint as files
 from sdnb import gguf
-from sdnb.checkpoint import Checkpoint
+from sdnb.checkpoint import Checkpoint, first_line
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
-from sdnb.memory import check_memory, free_memory, offload_budget
-from sdnb.refusal import allowed, has_tokenizer, is_encoder, refuse, refuse_codes, refuse_remote_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOADING_ERRORS = (
-    ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError, EOFError,
-    SafetensorError, UnpicklingError,
-)  # fmt: skip
 _BLOCK, _SAMPLE = 1 << 20, 64  # words, for the fingerprint
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to be looked at.
+    """A model that is ready to be looked at."""
 
-    Args:
-        model: the causal language model, in evaluation mode, no parameter asking for gradients.
-        tokenizer: its tokenizer, None where the checkpoint has none (then only `token_ids` can be used).
-        name: the name as it was asked for.
-        slug: the name of its results folder.
-        revision: the resolved commit on the hub, None for what is local.
-        dtype: the weights' dtype in memory, such as "bfloat16".
-        device: "cpu", "cuda:0", or "offload".
-        format: how the weights are stored, such as "safetensors bfloat16" or "gguf Q4_1".
-        file_hash: SHA-256 of the GGUF file, None for other formats.
-        rounding_noise: by parameter name, the root mean square of the error that the stored format makes, see
-            `sdnb.gguf.rounding_noise`; empty where the weights are stored as floats.
-        started: `time.perf_counter()` when loading began, for a record's wall time.
-    """
-
-    model: nn.Module
-    tokenizer: object | None
-    name: str
-    slug: str
-    revision: str | None
-    dtype: str
-    device: str
-    format: str = ""
-    file_hash: str | None = None
+    model: nn.Module  #: the causal language model, in evaluation mode, no parameter asking for gradients
+    tokenizer: object | None  #: None where the checkpoint has none (then only `token_ids` can be used)
+    name: str  #: as it was asked for
+    slug: str  #: the name of its results folder
+    revision: str | None  #: the resolved commit on the hub, None for what is local
+    dtype: str  #: of the weights in memory, such as "bfloat16"
+    device: str  #: "cpu", "cuda:0", or "offload"
+    format: str = ""  #: how the weights are stored, such as "safetensors bfloat16" or "gguf Q4_1"
+    file_hash: str | None = None  #: SHA-256 of the GGUF file, None for other formats
+    #: root mean square of the error that a GGUF file's format makes, by parameter name; NaN where it is not
+    #: known, no entry where weights are stored as floats
     rounding_noise: dict[str, float] = field(default_factory=dict, repr=False)
+    #: `time.perf_counter()` when loading began, for a record's wall time
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     @property
@@ -87,7 +66,7 @@ class Loaded:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the weights in memory, see `weights_fingerprint`; computed once."""
+        """The fingerprint of the weights in memory, computed once."""
         return weights_fingerprint(self.model)
 
 
@@ -106,8 +85,7 @@ def load(
 
     dtype "auto" keeps the checkpoint's own on a GPU and under offload, where matrices are upcast layer by
     layer. On a CPU, where 16-bit products are slow and float16 is near its ceiling at high-norm tokens, it
-    means float32 as long as float32 weights take at most half of the free memory, and the checkpoint's own
-    otherwise.
+    means float32 as long as float32 weights take at most half of the free memory.
 
     Args:
         model: hub id, folder, GGUF file, `zoo/<name>`, `org/repo:FILE.gguf` or `org/repo:Q4_K_M`.
@@ -130,8 +108,8 @@ def load(
         ModelError: it cannot be found, is of the wrong kind, damaged or incomplete.
         ParameterError: dtype or device is unknown.
     """
-    trust_remote_code = trust_remote_code or allowed("trust_remote_code")
-    allow_pickle = allow_pickle or allowed("allow_pickle")
+    trust = trust_remote_code or os.environ.get("SDNB_TRUST_REMOTE_CODE") == "1"
+    allow_pickle = allow_pickle or os.environ.get("SDNB_ALLOW_PICKLE") == "1"
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ParameterError(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}.")
@@ -141,63 +119,51 @@ def load(
         base = base or (os.environ.get("SDNB_BASE") if found.is_gguf else None)
         basis = files.fetch(files.locate(base), weights=False) if base else None
         if basis:
-            refuse_remote_code(basis, trust_remote_code)
+            files.refuse_remote_code(basis, trust)
         if found.is_gguf:
             found, *stored = gguf.converted(files.fetch(found), basis)
         elif basis:
             found = replace(found, config=basis.config)
-        refuse(found, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, encoders=encoders)
+        files.refuse(found, trust, allow_pickle, encoders)
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
-        entries = {k: v for path in files.shards(found) for k, v in files.header(path).items()}
-        refuse_codes(model, entries)
-        kept = _dtype(dtype, entries, place)
-        check_memory(model, entries, kept, place)
-        network = _network(found, kept, place, trust_remote_code, pickled, (basis or found).target)
-        tokenizer = _tokenizer(basis if basis and has_tokenizer(basis) else found, trust_remote_code)
+        entries = files.headers(found)
+        files.refuse_codes(model, entries)
+        if (
+            dtype == "auto"
+            and place == "cpu"
+            and 2 * files.weight_bytes(entries, 4) <= files.free_memory("cpu")
+        ):
+            dtype = "float32"
+        files.refuse_too_large(model, entries, DTYPES[dtype].itemsize if dtype in DTYPES else None, place)
+        network = _network(found, dtype, place, trust, pickled, (basis or found).target)
+        tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)
-    bad = first_not_finite(network)
-    if bad:
+    if bad := first_not_finite(network):
         raise ModelError(
             f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
         )
     kept = str(next(network.parameters()).dtype).removeprefix("torch.")
-    form, digest, noise = stored or (_format(entries), None, {})
-    return Loaded(
-        network, tokenizer, model, files.slug_of(model, revision), found.revision, kept, place, form, digest,
-        noise, started,
-    )  # fmt: skip
+    slug, stored = files.slug_of(model, revision), stored or (_format(entries), None, {})
+    return Loaded(network, tokenizer, model, slug, found.revision, kept, place, *stored, started)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress bars, logs and warnings of the loading libraries for a while."""
-    collecting = gc.isenabled()
-    gc.disable()  # with all that transformers imports, looking for garbage takes a seventh of the time
-    from huggingface_hub import utils as hub
     from transformers.utils import logging as talk
 
-    talk.get_verbosity()  # sets its logger up
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    bar, hub_bar = talk.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    talk.disable_progress_bar()
-    hub.disable_progress_bars()
+    bars, disabled = talk.is_progress_bar_enabled(), logging.root.manager.disable
+    talk.disable_progress_bar()  # the hub's, too
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if collecting:
-            gc.enable()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bar:
+        logging.disable(disabled)
+        if bars:
             talk.enable_progress_bar()
-        if hub_bar:
-            hub.enable_progress_bars()
 
 
 def _device(device: str) -> str:
@@ -207,19 +173,13 @@ def _device(device: str) -> str:
         return "cuda:0" if count else "cpu"
     if device in ("cpu", "offload"):
         return device
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
-        raise ParameterError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:1, ... or offload.")
-    if int(number or 0) >= count:
-        raise ParameterError(f"device={device!r} is not there (torch sees {count} GPUs): use auto or cpu.")
-    return f"cuda:{int(number or 0)}"
-
-
-def _dtype(dtype: str, entries: dict, place: str) -> str:
-    """The dtype to ask transformers for; the rule for "auto" stands in `load`."""
-    if dtype == "auto" and place == "cpu" and 2 * files.weight_bytes(entries, item=4) <= free_memory("cpu"):
-        return "float32"
-    return dtype
+    number = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not number or int(number[1] or 0) >= count:
+        raise ParameterError(
+            f"device={device!r} is unknown or not there (torch sees {count} GPUs): use auto, cpu, cuda, "
+            "cuda:1, ... or offload."
+        )
+    return f"cuda:{int(number[1] or 0)}"
 
 
 def _format(entries: dict) -> str:
@@ -237,11 +197,13 @@ def _network(
     """The model with all its weights, configured by the folder `settings`, or a `ModelError`."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    encoder = is_encoder(found)
+    encoder = files.is_encoder(found)
     auto = AutoModel if encoder else AutoModelForCausalLM
     options = {"dtype": DTYPES.get(dtype, dtype), "trust_remote_code": trust, "use_safetensors": not pickled}
-    if place == "offload":
-        options |= {"device_map": "auto", "max_memory": offload_budget()}
+    if place == "offload":  # most of each GPU, nothing of the CPU's memory
+        gpus = range(torch.cuda.device_count())
+        budget = {number: int(0.8 * files.free_memory(f"cuda:{number}")) for number in gpus}
+        options |= {"device_map": "auto", "max_memory": {**budget, "cpu": 0}}
     elif place != "cpu":
         options |= {"device_map": {"": place}}
     try:
@@ -252,9 +214,9 @@ def _network(
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise MemoryShortage(f'{found.name} does not fit on {place}: use device="offload".') from error
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # each architecture fails in its own way
         raise ModelError(
-            f"{found.name} could not be loaded: {gguf.first_line(error)} Either its files are damaged or do "
+            f"{found.name} could not be loaded: {first_line(error)} Either its files are damaged or do "
             "not fit its config.json (fetch or save it again), or this transformers does not support it."
         ) from error
     if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
@@ -266,24 +228,22 @@ def _network(
 
 def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
     """Refuse a model of which some weights were drawn at random or some stored weights were not used."""
-    wrong = sorted(report.get("mismatched_keys", ()))
-    if wrong:
+    if wrong := sorted(report["mismatched_keys"]):
         (key, stored, asked), more = wrong[0], f", and {len(wrong) - 1} more" if wrong[1:] else ""
         raise ModelError(
             f"{name}: the weight {key} is stored with the shape {tuple(stored)}, and config.json asks for "
             f"{tuple(asked)}{more}. Correct config.json, or fetch or save the model again."
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{name} lacks {len(missing)} of the weights that its config.json asks for "
             f"({', '.join(missing[:3])}); they would be random numbers. Fetch or save the model again, or "
             "correct its config.json."
         )
-    extra = sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS))
     # a text-and-image checkpoint whose text part was loaded leaves its other senses over
-    extra = [key for key in extra if not any(part in key for part in ("visual", "vision", "audio", "image"))]
-    if extra:
+    senses = ("visual", "vision", "audio", "image")
+    left_over = [key for key in report["unexpected_keys"] if not any(sense in key for sense in senses)]
+    if extra := sorted(key for key in left_over if not key.endswith(_HARMLESS)):
         raise ModelError(
             f"{name} holds {len(extra)} weights that {type(network).__name__} does not use "
             f"({', '.join(extra[:3])}): its config.json describes another model than its weights. Correct "
@@ -296,61 +256,18 @@ def _tokenizer(found: Checkpoint, trust: bool):
     """The tokenizer, or None where the checkpoint has no tokenizer's files."""
     from transformers import AutoTokenizer
 
-    if not has_tokenizer(found):
+    if not found.has_tokenizer:
         return None
     try:
         return AutoTokenizer.from_pretrained(found.target, local_files_only=True, trust_remote_code=trust)
     except Exception as error:  # every tokenizer library fails in its own way
         raise ModelError(
-            f"The tokenizer of {found.name} could not be loaded ({gguf.first_line(error)}): fetch or save it "
+            f"The tokenizer of {found.name} could not be loaded ({first_line(error)}): fetch or save it "
             "again, or remove its files and pass token_ids."
         ) from error
 
 
 # --- the weights in memory
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's parameters and saved buffers by name, shared ones once, offloaded ones from disk."""
-    from accelerate.utils import align_module_device
-
-    seen = set()
-    for prefix, module in model.named_modules():
-        own = {**module._parameters, **{k: b for k, b in module._buffers.items()
-                                        if k not in module._non_persistent_buffers_set}}  # fmt: skip
-        names = [name for name, tensor in own.items() if tensor is not None and id(tensor) not in seen]
-        seen.update(id(own[name]) for name in names)
-        if not names:
-            continue
-        with align_module_device(module):
-            for name in names:
-                tensor = getattr(module, name).detach()
-                full = f"{prefix}.{name}" if prefix else name
-                if tensor.is_meta:
-                    raise ModelError(f"The weight {full} has no data: the model was loaded only in part.")
-                yield full, tensor
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Fingerprint a model's weights, whatever the device, the order of sums and the layout of the files.
-
-    For every parameter and every saved buffer, in the order of their names, a line goes into one SHA-256:
-
-        name | dtype | shape | sum_i w_i | sum_i (2 c + 1)(i + 1) w_i | 64 words at even strides
-
-    where the tensor's bytes are read as signed 64-bit words (the last one filled up with zeros) in blocks of
-    2^20, w_i is word i of block c, and sums are taken modulo 2^64: exact in any order, so a GPU and a CPU
-    agree. The weighted sum sees words that changed places. A tensor that several names share counts once,
-    under the first of them. The same model loaded in another dtype has another fingerprint.
-
-    Args:
-        model: the loaded model.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in _weights(model))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def first_not_finite(model: nn.Module) -> str | None:
@@ -364,18 +281,40 @@ def first_not_finite(model: nn.Module) -> str | None:
     return None
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes as int64 words, filled up with zeros."""
+def weights_fingerprint(model: nn.Module) -> str:
+    """Fingerprint a model's weights, whatever the device, the order of sums and the layout of the files."""
+    # For every parameter and every saved buffer, in the order of their names, a line goes into one SHA-256:
+    #     name | dtype | shape | sum_i w_i | sum_i (2 c + 1)(i + 1) w_i | 64 words at even strides
+    # where the tensor's bytes are signed 64-bit words, filled up with zeros, in blocks of 2^20, w_i is word i
+    # of block c, and sums are taken modulo 2^64: exact in any order, so a GPU and a CPU agree. The weighted
+    # sum sees words that changed places. A tensor that several names share counts once, under the first.
+    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in _weights(model))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters and saved buffers by name, shared ones once, offloaded ones from disk."""
+    from accelerate.utils import align_module_device
+
+    seen = set()
+    for prefix, module in model.named_modules():
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        own = {k: v for k, v in {**module._parameters, **buffers}.items() if v is not None}
+        names = [name for name, tensor in own.items() if id(tensor) not in seen]
+        seen.update(map(id, own.values()))
+        if names:
+            with align_module_device(module):
+                for name in names:
+                    yield f"{prefix}.{name}" if prefix else name, getattr(module, name).detach()
+
+
+def _line(tensor: torch.Tensor) -> str:
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
     if len(raw) % 8:
         raw = torch.cat([raw, raw.new_zeros(-len(raw) % 8)])
     if raw.data_ptr() % 8 or raw.storage_offset() % 8:
         raw = raw.clone()  # a view into a file may start anywhere
-    return raw.view(torch.int64)
-
-
-def _line(tensor: torch.Tensor) -> str:
-    words = _words(tensor)
+    words = raw.view(torch.int64)
     place = torch.arange(1, min(_BLOCK, len(words)) + 1, device=words.device)
     plain = weighted = 0
     for block, start in enumerate(range(0, len(words), _BLOCK)):

@@ -10,12 +10,7 @@ from tests.tiny import redraw, tiny_tokenizer
 
 VOCABULARY = 384
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 256}
 # GGUF architecture: model type, what its configuration needs, settings that the writer cannot derive
 ARCHITECTURES = {
     "llama": ("llama", {}, {}),
@@ -45,7 +40,7 @@ ARCHITECTURES = {
     ),
     "qwen35": (
         "qwen3_5_text",
-        {**LINEAR, "num_hidden_layers": 4, "head_dim": 256},
+        {**HEADS, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_hidden_layers": 4},
         {"qwen35.rope.dimension_sections": [11, 11, 10, 0], "qwen35.full_attention_interval": 4},
     ),
 }
@@ -177,13 +172,7 @@ def write(path, kind: str, settings: dict, tensors: dict, formats=lambda name: "
     """Write a file, each matrix in the format that `formats` says of its name, vectors in F32."""
     writer = gguf.GGUFWriter(path, kind)
     for key, value in settings.items():
-        add = {
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-        }
-        add.get(type(value), writer.add_array)(key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, weight in tensors.items():
         form = gguf.GGMLQuantizationType[formats(name) if weight.ndim > 1 else "F32"]
         data = gguf.quantize(np.ascontiguousarray(weight, dtype=np.float32), form)

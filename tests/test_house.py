@@ -14,8 +14,8 @@ TEMPLATES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A part of the package may import what stands on a lower step, or its own part.
 STEPS = {
     "errors": 0,
-    **dict.fromkeys(("bar", "checkpoint", "files", "gguf", "loading", "memory"), 1),
-    "products": 1, "refusal": 1, "text": 1,
+    **dict.fromkeys(("bar", "checkpoint", "files", "gguf", "loading"), 1),
+    "products": 1, "text": 1,
     "layers": 2, "gaussian": 2,
     "linearize": 3, "activations": 3, "spectra": 3,
     "decompose": 4,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,25 +50,14 @@ class Hub(BaseHTTPRequestHandler):
             self.file(self.folder / file)
         else:
             files = [path for path in self.folder.rglob("*") if path.is_file()]
+            names = [path.relative_to(self.folder).as_posix() for path in files]
             tree = [
-                {
-                    "type": "file",
-                    "path": p.relative_to(self.folder).as_posix(),
-                    "size": p.stat().st_size,
-                    "oid": "0" * 40,
-                }
-                for p in files
+                {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
+                for name, path in zip(names, files, strict=True)
             ]
-            info = {
-                "id": name,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": p.relative_to(self.folder).as_posix()} for p in files],
-            }
-            self.send(
-                200,
-                json.dumps(tree if kind == "tree" else info).encode(),
-                {"Content-Type": "application/json"},
-            )
+            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            data = json.dumps(tree if kind == "tree" else info).encode()
+            self.send(200, data, {"Content-Type": "application/json"})
 
     def file(self, path):
         if not path.is_file():
@@ -90,18 +78,21 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+def serve(monkeypatch, endpoint):
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     Hub.folder, Hub.asked = tiny_model(tmp_path / "served", layers=1), []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    serve(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "converted")
     yield Hub
     server.shutdown()
     server.server_close()
@@ -113,50 +104,42 @@ def go_offline(monkeypatch):
 
 def lose_the_network(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    serve(monkeypatch, "http://127.0.0.1:9")
+
+
+def refused(name, words, **options):
+    with pytest.raises(ModelError, match=words):
+        load(name, device="cpu", **options)
 
 
 @pytest.mark.parametrize(
     ("name", "revision", "words"),
     [
-        ("org/gated", None, "gated: accept its terms.*HF_TOKEN"),
-        ("org/none", None, "no model org/none on the hub"),
-        ("org/model", "v9", "no revision 'v9'"),
+        ("org/gated", None, "gated repo.*HF_TOKEN.*terms"),
+        ("org/none", None, "org/none could not be fetched .*Not Found.*spelling"),
+        ("org/model", "v9", "Revision Not Found"),
     ],
 )
 def test_what_the_hub_refuses_is_told(hub, name, revision, words):
-    with pytest.raises(ModelError, match=words):
-        load(name, revision=revision, device="cpu")
+    refused(name, words, revision=revision)
 
 
 def test_offline_and_not_cached(hub, monkeypatch):
     go_offline(monkeypatch)
-    with pytest.raises(ModelError, match=r"not in the local cache.*HF_HUB_OFFLINE"):
-        load("org/model", device="cpu")
+    refused("org/model", "could not be fetched.*HF_HUB_OFFLINE")
     assert not hub.asked
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     lose_the_network(monkeypatch)
-    with pytest.raises(ModelError, match=r"cannot be reached|could not be fetched"):
-        load("org/model", device="cpu")
+    refused("org/model", "could not be fetched.*[Nn]etwork")
 
 
-def test_without_a_network_the_cache_answers_and_nothing_is_logged(hub, monkeypatch, caplog):
+def test_without_a_network_the_cache_answers(hub, monkeypatch):
     seen = load("org/model", device="cpu").fingerprint
-    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # to where pytest listens
     lose_the_network(monkeypatch)
     assert "model.safetensors" in locate("org/model").files
-    assert not caplog.records
     assert load("org/model", device="cpu").fingerprint == seen
-
-
-@pytest.mark.parametrize("name", ["foo--bar/x", "a..b", "mod\u00e8le/x", "a" * 97])
-def test_what_the_hub_takes_for_no_name_is_told(hub, name):
-    with pytest.raises(ModelError, match="no hub id"):
-        locate(name)
 
 
 def test_a_model_is_fetched_quietly_and_its_commit_known(hub, monkeypatch, capfd):
@@ -171,41 +154,32 @@ def test_a_model_is_fetched_quietly_and_its_commit_known(hub, monkeypatch, capfd
 
 def test_what_is_refused_is_refused_before_weights_are_fetched(hub):
     path = hub.folder / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
-    )
-    with pytest.raises(ModelError, match="quantized"):
-        load("org/model", device="cpu")
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    path.write_text(json.dumps(config))
+    refused("org/model", "quantized")
     assert not any(name.endswith(".safetensors") for name in hub.asked)
 
 
-def test_an_adapter_on_the_hub_is_known_as_one(hub):
+def test_an_adapter_on_the_hub_is_known_as_one_and_no_model_as_none(hub):
     (hub.folder / "config.json").unlink()
     (hub.folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ModelError, match=r"adapter.*org/base"):
-        load("org/model", device="cpu")
-
-
-def test_a_repository_without_a_model(hub):
-    (hub.folder / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"no config.json"):
-        load("org/model", device="cpu")
+    refused("org/model", "adapter.*org/base")
+    (hub.folder / "adapter_config.json").unlink()
+    refused("org/model", "no config.json")
 
 
 def test_a_cached_configuration_without_weights_offline(hub, monkeypatch):
     locate("org/model")
     go_offline(monkeypatch)
-    with pytest.raises(ModelError, match="no weights"):
-        load("org/model", device="cpu")
+    refused("org/model", "no weights")
 
 
 # --- GGUF repositories
 
 
 @pytest.fixture
-def files(hub, tmp_path, monkeypatch):
+def files(hub, tmp_path):
     """A repository of GGUF files in place of the model."""
-    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "converted")
     hub.folder = tmp_path / "quantized"
     (hub.folder / "Q8_0").mkdir(parents=True)
     model = small("llama")
@@ -234,12 +208,10 @@ def test_one_file_of_a_repository_is_named_by_file_or_quantization(files, monkey
 
 def test_a_repository_of_several_files_lists_them(files):
     for name in ("org/model", "org/model:Q6_K", "org/model:none.gguf"):
-        with pytest.raises(ModelError, match=r"Q8_0/tiny.gguf.*org/repo:Q4_K_M"):
-            load(name, device="cpu")
+        refused(name, "Q8_0/tiny.gguf.*org/repo:Q4_K_M")
 
 
-def test_a_base_on_the_hub_is_fetched_without_its_weights(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "converted")
+def test_a_base_on_the_hub_is_fetched_without_its_weights(hub, tmp_path):
     small("llama").config.save_pretrained(hub.folder)
     path = write_model(tmp_path / "model.gguf", small("llama"), "llama")
     loaded = load(str(path), base="org/model", device="cpu")

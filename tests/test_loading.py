@@ -1,4 +1,4 @@
-"""Loading from folders: names, slugs, dtypes, devices, and what comes back."""
+"""Loading from folders: names, slugs, dtypes, devices, what comes back, and its fingerprint."""
 
 import re
 import shutil
@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdnb import checkpoint, load, loading, memory
+from sdnb import checkpoint, load
 from sdnb.checkpoint import slug_of
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
+from sdnb.loading import weights_fingerprint
 from sdnb.text import encode
 from tests.tiny import tiny_model
 
@@ -31,9 +32,10 @@ def test_a_folder_is_loaded_ready_to_look_at(good, capfd):
     assert (loaded.name, loaded.revision, loaded.device, loaded.dtype) == (str(good), None, "cpu", "float32")
     assert re.fullmatch(f"{good.parent.name}__good-model-[0-9a-f]{{6}}".lower(), loaded.slug)
     assert encode(loaded, ["Hello"]).lines[0][0] == 0
-    stored = load_file(good / "model.safetensors")
     state = loaded.model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert all(
+        torch.equal(state[key], weight) for key, weight in load_file(good / "model.safetensors").items()
+    )
     assert capfd.readouterr() == ("", "")
 
 
@@ -42,20 +44,14 @@ def test_auto_keeps_half_precision_where_float32_does_not_fit(tmp_path, monkeypa
     assert load(str(half), device="cpu").dtype == "float32"
     assert load(str(half), device="cpu", dtype="bfloat16").dtype == "bfloat16"
     size = sum(t.numel() for t in load_file(half / "model.safetensors").values())
-    for where in (loading, memory):
-        monkeypatch.setattr(where, "free_memory", lambda place: 7 * size)  # less than twice 4 bytes a number
+    monkeypatch.setattr(checkpoint, "free_memory", lambda place: 7 * size)  # less than twice 4 bytes a number
     assert load(str(half), device="cpu").dtype == "bfloat16"
 
 
 def test_too_little_memory_says_how_much_and_what_lowers_it(good, monkeypatch):
-    bytes_needed = 1.1 * sum(4 * t.numel() for t in load_file(good / "model.safetensors").values())
-    for where in (loading, memory):
-        monkeypatch.setattr(where, "free_memory", lambda place: 1000)
-    refused(
-        good,
-        f"needs {bytes_needed / 2**30:.3g} GiB.*bfloat16.*{bytes_needed / 2**31:.3g}.*offload",
-        MemoryShortage,
-    )
+    need = 1.1 * sum(4 * t.numel() for t in load_file(good / "model.safetensors").values()) / 2**30
+    monkeypatch.setattr(checkpoint, "free_memory", lambda place: 1000)
+    refused(good, f"needs {need:.3g} GiB.*bfloat16.*{need / 2:.3g}.*offload", MemoryShortage)
 
 
 def test_offload_computes_the_same(good):
@@ -80,47 +76,39 @@ def test_unknown_dtypes_and_devices_are_refused(good, options, words):
 
 def test_the_zoo_is_found_from_anywhere(good, tmp_path, monkeypatch):
     shutil.copytree(good, tmp_path / "zoo" / "small")
+    (tmp_path / "elsewhere" / "zoo" / "small").mkdir(parents=True)  # no model
     monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "zoo")
-    (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     loaded = load("zoo/small", device="cpu")
-    assert (loaded.name, loaded.slug) == ("zoo/small", "zoo__small")
+    assert (loaded.name, loaded.slug, loaded.title) == ("zoo/small", "zoo__small", "zoo/small")
+    assert slug_of(str(tmp_path / "zoo" / "small")) == "zoo__small"
     refused("zoo/none", "no model zoo/none; there are: zoo/small")
-
-
-def test_the_zoo_lies_beside_the_package():
-    assert checkpoint.zoo_folder() == checkpoint.Path(checkpoint.__file__).parent.parent / "zoo"
-
-
-def test_outside_a_checkout_the_zoo_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the working directory must not be a checkout either
-    monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "site-packages" / "zoo")
-    refused("zoo/llama", "outside a checkout.*Clone the repository")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["./none", "/no/such/folder", "~/none", "~nosuch/model", "a/b/c", "what is this", "a" * 400, "a\0b"],
-)
-def test_names_that_are_no_hub_id_are_refused(name):
-    refused(name, "no folder")
-    assert slug_of(name)
-
-
-@pytest.mark.parametrize("name", ["", " "])
-def test_an_empty_name_is_told(name):
-    refused(name, "MODEL is empty")
-
-
-def test_a_name_too_long_for_the_zoo_is_refused():
     refused("zoo/" + "a" * 400, "There is no model zoo/aaa")
 
 
-def test_a_file_is_no_folder(good):
+def test_the_zoo_lies_beside_the_package_or_is_told_to_be_cloned(tmp_path, monkeypatch):
+    assert checkpoint.zoo_folder() == checkpoint.Path(checkpoint.__file__).parent.parent / "zoo"
+    monkeypatch.chdir(tmp_path)  # the working directory must not be a checkout either
+    monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "site-packages" / "zoo")
+    refused("zoo/llama", "outside a checkout, clone it")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "no folder") for name in ("./none", "/no/such/folder", "~/none", "~nosuch/model", "a/b/c")),
+        *((name, "no folder") for name in ("what is this", "a" * 400, "a\0b", "foo--bar/x", "modèle/x")),
+        ("", "MODEL is empty"),
+        (" ", "MODEL is empty"),
+    ],
+)
+def test_names_that_are_no_hub_id_are_refused(name, words):
+    refused(name, words)
+    assert slug_of(name)
+
+
+def test_a_folder_is_no_file_and_has_no_revisions(good):
     refused(good / "config.json", "is a file")
-
-
-def test_a_folder_has_no_revisions(good):
     refused(good, "no revisions", revision="main")
 
 
@@ -150,9 +138,38 @@ def test_local_models_of_the_same_name_have_slugs_of_their_own(tmp_path, monkeyp
     assert slug_of("My Model").startswith("org__my-model-")
 
 
-def test_the_zoos_slugs_are_the_same_from_everywhere(tmp_path, monkeypatch):
-    full = str(checkpoint.zoo_folder() / "llama")
-    monkeypatch.chdir(tmp_path)
-    assert slug_of("zoo/llama") == slug_of(full) == "zoo__llama"
-    (tmp_path / "zoo" / "llama").mkdir(parents=True)  # no model
-    assert slug_of("zoo/llama") == "zoo__llama"
+# --- the fingerprint of the weights
+
+
+def test_the_fingerprint_sees_every_bit_and_every_place(good):
+    model = load(str(good), device="cpu").model
+    first = weights_fingerprint(model)
+    assert first == weights_fingerprint(load(str(good), device="cpu").model)
+    weight, seen = model.model.layers[1].mlp.down_proj.weight, {first}
+    weight.view(torch.int32)[3, 17] ^= 1
+    seen.add(weights_fingerprint(model))
+    for moved in (weight.flip(0), weight.roll(2, 1)):  # the same numbers in other places
+        weight.copy_(moved)
+        seen.add(weights_fingerprint(model))
+    assert len(seen) == 4
+
+
+def test_the_fingerprint_sees_names_dtypes_shapes_and_tied_weights(tmp_path):
+    model = load(str(tiny_model(tmp_path / "tied", layers=2, tie_word_embeddings=True)), device="cpu").model
+    seen = {weights_fingerprint(model)}
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    seen.add(weights_fingerprint(model))
+    first, second = model.model.layers
+    model.model.layers[0], model.model.layers[1] = second, first
+    seen.add(weights_fingerprint(model))
+    query = model.model.layers[0].self_attn.q_proj
+    query.weight = torch.nn.Parameter(query.weight.reshape(16, -1), requires_grad=False)
+    seen.add(weights_fingerprint(model))
+    seen.add(weights_fingerprint(model.bfloat16()))
+    assert len(seen) == 5
+
+
+def test_the_fingerprint_is_the_one_that_records_hold():
+    stored = checkpoint.zoo_folder().parent / "book/stored/zoo__llama/17_fine_tuned_spectra.json"
+    loaded = load("zoo/llama", device="cpu", dtype="float32")
+    assert loaded.fingerprint in stored.read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from sdnb.activations.interventions import Ablation
 from sdnb.activations.states import as_module, hidden_norms, input_device, visit_states
 from sdnb.bar import progress
+from sdnb.checkpoint import free_memory
 from sdnb.errors import LayerUnsupported, ParameterError
 from sdnb.layers import LayerView, Norm, decoder_layers, layer_view, residual_branches
 from sdnb.layers.calls import Call, StopForward
-from sdnb.memory import free_memory
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
