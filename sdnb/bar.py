@@ -22,8 +22,7 @@ def progress(iterable: Iterable[Item], desc: str | None = None, total: int | Non
     """
     from tqdm.auto import tqdm
 
-    in_notebook = "ipykernel" in sys.modules
-    # None asks whether the output is a terminal, which a notebook's is not.
-    # What is done within two seconds shows no bar: an inner loop would add hundreds of them.
-    quiet = {} if in_notebook else {"disable": None}
+    # None asks whether the output is a terminal, which a notebook's is not. What is done within two seconds
+    # shows no bar: an inner loop would add hundreds of them.
+    quiet = {} if "ipykernel" in sys.modules else {"disable": None}
     return tqdm(iterable, desc=desc, total=total, leave=False, delay=2, **quiet)

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sdnb.errors import RecordError
@@ -15,15 +14,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part, also after a kill.
-
-    Args:
-        path: the file; its folder is made if need be.
-        content: what it shall hold.
-
-    Raises:
-        RecordError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
+    """Write a file so that a reader sees the old content or the new one, never a part, also after a kill."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,25 +28,15 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise RecordError(_refusal(path, error)) from error
+        raise _refusal(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; other processes that ask for it wait, and a killed holder loses it.
-
-    Args:
-        path: the lock file.
-
-    Yields:
-        None.
-
-    Raises:
-        RecordError: the folder cannot be written.
-    """
+    """Hold a lock file; other processes that ask for it wait, and a killed holder loses it."""
     from filelock import FileLock
 
     try:
@@ -63,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
         lock = FileLock(path)
         lock.acquire()
     except OSError as error:
-        raise RecordError(_refusal(path, error)) from error
+        raise _refusal(path, error) from error
     try:
         yield
     finally:
@@ -71,33 +52,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of a file left behind; only for one who holds the lock of its writers.
-
-    Args:
-        path: the file that was being written.
-    """
+    """Remove what killed writers of a file left behind; only for one who holds the lock of its writers."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError):
             left.unlink()
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's content.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refusal(path: Path, error: OSError) -> str:
-    if error.errno in _FULL:
-        return (
-            f"{path} could not be written, the disk is full ({error.strerror}): free some space, or choose "
-            "another results_dir. What was there before is unharmed."
-        )
-    return f"{path} could not be written ({error.strerror}): choose another results_dir."
+def _refusal(path: Path, error: OSError) -> RecordError:
+    why = "the disk is full: free some space" if error.errno in _FULL else error.strerror
+    return RecordError(
+        f"{path} could not be written ({why}): what was there before is unharmed, choose another results_dir."
+    )

@@ -18,25 +18,19 @@ from sdnb.errors import ParameterError, TextError
 
 HELD_OUT = "heldout"
 SPACE = "␣"
+MIN_CHARS, MAX_CHARS = 10, 1000  # paper A's, neither included
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
 class Text:
-    """An encoded text: what a model read, for the record.
+    """An encoded text: what a model read, for the record."""
 
-    Args:
-        lines: token ids of each line, shape (T_i,), int64, on the CPU.
-        hash: SHA-256 of the lines' characters, joined by newlines.
-        begin_token: whether every line starts with the tokenizer's begin token.
-        add_special_tokens: whether the tokenizer added what it adds by itself.
-        unusual: a sentence where this is not what the tokenizer does by itself, else None.
-    """
-
-    lines: list[torch.Tensor] = field(repr=False)
-    hash: str
-    begin_token: bool
-    add_special_tokens: bool
-    unusual: str | None = None
+    lines: list[torch.Tensor] = field(repr=False)  #: token ids of each line, shape (T_i,), int64, on the CPU
+    hash: str  #: SHA-256 of the lines' characters, joined by newlines
+    begin_token: bool  #: whether every line starts with the tokenizer's begin token
+    add_special_tokens: bool  #: whether the tokenizer added what it adds by itself
+    unusual: str | None = None  #: a sentence where this is not what the tokenizer does by itself, else None
 
     @property
     def tokens(self) -> int:
@@ -72,27 +66,24 @@ def encode(
     Raises:
         TextError: there is no text or tokenizer, or a line does not fit the model.
     """
-    tokenizer, vocabulary = loaded.tokenizer, loaded.model.get_input_embeddings().weight.shape[0]
+    tokenizer, rows = loaded.tokenizer, loaded.model.get_input_embeddings().weight.shape[0]
     limit = None if max_tokens else position_limit(loaded.model.config)
     if not isinstance(text, str) and text and all(isinstance(i, int) for i in text):
-        ids = check_ids(text, max_tokens=limit, vocabulary=vocabulary)
+        ids = _checked(text, "token_ids", limit, rows)
         starts = int(ids[0]) == getattr(tokenizer, "bos_token_id", None)
-        return Text([ids[:max_tokens]], text_hash([repr(list(text))]), starts, False, None)
+        return Text([ids[:max_tokens]], text_hash([repr(list(text))]), starts, False)
     if tokenizer is None:
         raise TextError("The model has no tokenizer, so it cannot read text: pass token_ids instead.")
     strings = [whole_text(text)] if whole else lines_of(text, max_lines)
-    add = True if add_special_tokens is None else bool(add_special_tokens)
-    encoded = [
-        tokenizer(line, add_special_tokens=add, verbose=False).input_ids[:max_tokens] for line in strings
-    ]
-    lines = [
-        check_ids(ids, what=f"The text {_short(line)}", max_tokens=limit, vocabulary=vocabulary)
-        for ids, line in zip(encoded, strings, strict=True)
-    ]
+    add, lines = add_special_tokens is None or bool(add_special_tokens), []
+    for line in strings:
+        ids = tokenizer(line, add_special_tokens=add, verbose=False).input_ids[:max_tokens]
+        shown = line if len(line) <= 40 else line[:37] + "..."
+        lines.append(_checked(ids, f"The text {shown!r}", limit, rows))
     begin = tokenizer.bos_token_id
     starts = begin is not None and all(int(ids[0]) == begin for ids in lines)
     unusual = None
-    if not add and adds_begin_token(tokenizer):
+    if not add and begin is not None and tokenizer("a", verbose=False).input_ids[:1] == [begin]:
         unusual = (
             f"The tokenizer starts a text with {tokenizer.bos_token} by itself, and here it was left out "
             "(add_special_tokens=False)."
@@ -105,41 +96,33 @@ def encode(
     return Text(lines, text_hash(strings), starts, add, unusual)
 
 
-def adds_begin_token(tokenizer) -> bool:
-    """Whether a tokenizer starts a text with its begin token by itself."""
-    begin = tokenizer.bos_token_id
-    return begin is not None and tokenizer("a", verbose=False).input_ids[:1] == [begin]
+def _checked(ids: Sequence[int], what: str, limit: int | None, rows: int) -> torch.Tensor:
+    """Token ids as a tensor, or a `TextError` where a model with these limits cannot read them."""
+    if not len(ids):
+        raise TextError(f"{what} gives no token: give at least one.")
+    if limit is not None and len(ids) > limit:
+        raise TextError(
+            f"{what} gives {len(ids)} tokens, and the model has {limit} positions: shorten it, or split it "
+            "into lines."
+        )
+    if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < rows]:
+        raise TextError(
+            f"{what} gives the token {wrong[0]}, which the model's embedding of {rows} rows does not have: "
+            "check the ids, or that the tokenizer belongs to the model."
+        )
+    return torch.tensor([int(i) for i in ids], dtype=torch.long)
 
 
-def lines_of(
-    text: str | Sequence[str], max_lines: int | None = None, min_chars: int = 10, max_chars: int = 1000
-) -> list[str]:
-    """Take the lines of a text that are worth a forward pass: `min_chars < len(line) < max_chars`.
-
-    Lines given literally are taken as they are, whatever their length, since someone chose them.
-
-    Args:
-        text: "heldout", the path of a UTF-8 text file, or a list of lines.
-        max_lines: how many lines to take from the start; None takes all.
-        min_chars: a line must be longer than this, in characters after stripping its ends.
-        max_chars: a line must be shorter than this.
-
-    Returns:
-        The lines, stripped, at least one.
-
-    Raises:
-        TextError: there is no such text, it is not text, or no line is left.
-        ParameterError: `max_lines` is below 1.
-    """
-    if max_lines is not None and (isinstance(max_lines, bool) or max_lines < 1):
+def lines_of(text: str | Sequence[str], max_lines: int | None = None) -> list[str]:
+    """The first lines of a text, stripped, with paper A's lengths; literal lines are taken as they are."""
+    if max_lines is not None and max_lines < 1:
         raise ParameterError(f"max_lines={max_lines!r} must be at least 1 (or null for all lines).")
     if not isinstance(text, str):
         return _literal(text)[:max_lines]
-    stripped = (line.strip() for line in _read(text).splitlines())
-    lines = [line for line in stripped if min_chars < len(line) < max_chars]
+    lines = [line for line in map(str.strip, _read(text).splitlines()) if MIN_CHARS < len(line) < MAX_CHARS]
     if not lines:
         raise TextError(
-            f"The text {text!r} has no line with more than {min_chars} and fewer than {max_chars} "
+            f"The text {text!r} has no line with more than {MIN_CHARS} and fewer than {MAX_CHARS} "
             "characters: give a longer text, a list of lines, which are taken as they are, or whole=True."
         )
     return lines[:max_lines]
@@ -155,56 +138,9 @@ def text_hash(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def check_ids(
-    ids: Sequence[int],
-    *,
-    what: str = "token_ids",
-    max_tokens: int | None = None,
-    vocabulary: int | None = None,
-) -> torch.Tensor:
-    """Check token ids against a model's limits.
-
-    Args:
-        ids: the ids.
-        what: what they come from, for the message.
-        max_tokens: the largest number of tokens; None for no limit.
-        vocabulary: the number of rows of the embedding; None for no check.
-
-    Returns:
-        The ids, shape (T,), int64, on the CPU.
-
-    Raises:
-        TextError: none, too many, not whole numbers, or out of range.
-    """
-    if not len(ids):
-        raise TextError(f"{what} gives no token: give at least one.")
-    if any(isinstance(i, (bool, float, str)) for i in ids):
-        raise TextError(f"{what} must be whole numbers, such as [1, 15, 7].")
-    if max_tokens is not None and len(ids) > max_tokens:
-        raise TextError(
-            f"{what} gives {len(ids)} tokens, and the model has {max_tokens} positions: shorten it, or "
-            "split it into lines."
-        )
-    low, high = min(ids), max(ids)
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise TextError(
-            f"{what} gives the token {low if low < 0 else high}, which the model's embedding of "
-            f"{vocabulary} rows does not have: check the ids, or that the tokenizer belongs to the model."
-        )
-    return torch.tensor([int(i) for i in ids], dtype=torch.long)
-
-
 def position_limit(config) -> int | None:
-    """The number of positions a model has, by its configuration: the text part of it, then the whole.
-
-    Args:
-        config: the model's `transformers` configuration.
-
-    Returns:
-        The largest sequence length, or None where the configuration names none.
-    """
-    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-    values = (getattr(part, key, None) for part in (config.get_text_config(), config) for key in keys)
+    """The number of positions of a model, by the text part of its configuration, then the whole; or None."""
+    values = (getattr(part, key, None) for part in (config.get_text_config(), config) for key in _POSITIONS)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
@@ -223,26 +159,18 @@ def _read(text: str) -> str:
 
         return "\n".join(topics[name] for name in sorted(topics))
     path = path_of(text)
-    if not text.strip() or path is None or not path.exists():
+    if path is None or not path.is_file():
         raise TextError(
-            f'There is no text {text!r}: give "{HELD_OUT}", the path of a text file, or a list of lines '
+            f'There is no text file {text!r}: give "{HELD_OUT}", the path of a text file, or a list of lines '
             'such as ["The quick brown fox."].'
         )
-    if not path.is_file():
-        raise TextError(f"{text} is no file: give the path of a text file.")
     try:
         content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{text} is not UTF-8 text ({error.reason}): convert it first.") from error
-    except OSError as error:
-        raise TextError(f"{text} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise TextError(f"{text} cannot be read as UTF-8 text ({error}): convert it first.") from error
     if not content.strip():
         raise TextError(f"The text {text} is empty.")
     return content
-
-
-def _short(line: str) -> str:
-    return repr(line if len(line) <= 40 else line[:37] + "...")
 
 
 # --- names of tokens
@@ -297,7 +225,6 @@ def _visible(text: str) -> str:
 @functools.cache
 def _byte_of() -> dict[str, int]:
     """The byte that each character stands for in a byte-level vocabulary."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in printable)
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -2,15 +2,16 @@
 
 import dataclasses
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoConfig, PretrainedConfig
 
-from sdnb import encode, load, token_labels
+from sdnb import encode, load, progress, token_labels
 from sdnb.errors import ParameterError, TextError
-from sdnb.text import _byte_of, check_ids, lines_of, position_limit, text_hash, whole_text
+from sdnb.text import _byte_of, lines_of, position_limit, text_hash, whole_text
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -19,35 +20,19 @@ def loaded(tmp_path_factory):
     return load(str(tiny_model(tmp_path_factory.mktemp("org") / "model", layers=1)), device="cpu")
 
 
-def without_begin(loaded):
-    """The model with a tokenizer that adds no begin token by itself, though it has one."""
-    from tokenizers import processors
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
-    return dataclasses.replace(loaded, tokenizer=tokenizer)
-
-
 def test_lines_keep_to_the_papers_lengths(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(["a" * 10, "  " + "b" * 11 + "  ", "", "c" * 999, "d" * 1000, "e" * 50]))
     assert lines_of(str(path)) == ["b" * 11, "c" * 999, "e" * 50]
     assert lines_of(str(path), max_lines=2) == ["b" * 11, "c" * 999]
-    assert lines_of(str(path), min_chars=0, max_chars=11) == ["a" * 10]
+    assert lines_of(["Hi.", "x" * 2000, "three"], max_lines=2) == ["Hi.", "x" * 2000], "as they are"
 
 
 def test_held_out_text_is_pythons_help_topics():
     lines = lines_of("heldout")
-    whole = {line.strip() for topic in topics.values() for line in topic.splitlines()}
     assert len(lines) > 1000
-    assert set(lines) <= whole
-    assert all(10 < len(line) < 1000 for line in lines)
+    assert set(lines) <= {line.strip() for topic in topics.values() for line in topic.splitlines()}
     assert lines_of("heldout", 3) == lines[:3]
-
-
-def test_literal_lines_are_taken_as_they_are():
-    assert lines_of(["Hi.", "x" * 2000]) == ["Hi.", "x" * 2000]
-    assert lines_of(["one", "two", "three"], max_lines=2) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -59,36 +44,28 @@ def test_literal_lines_are_taken_as_they_are():
         ("", "no text"),
         ([], "empty"),
         (["  "], "empty"),
-        ([1, 2], "list of lines"),
+        ([1.0, 2], "list of lines"),
     ],
 )
 def test_what_is_no_text_is_refused(text, words):
-    with pytest.raises(TextError, match=words):
-        lines_of(text)
+    for read in (lines_of, whole_text):
+        with pytest.raises(TextError, match=words):
+            read(text)
 
 
 def test_files_that_hold_no_usable_text_are_refused(tmp_path):
     (tmp_path / "short.txt").write_text("too short\nshort, too")
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00 no text at all")
-    for name, words in (
-        ("short.txt", "no line"),
-        ("empty.txt", "empty"),
-        ("bytes.txt", "UTF-8"),
-        (".", "no file"),
-    ):
+    files = {"short.txt": "no line", "empty.txt": "empty", "bytes.txt": "UTF-8", ".": "no text file"}
+    for name, words in files.items():
         with pytest.raises(TextError, match=words):
             lines_of(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("count", [0, -1, True])
-def test_a_number_of_lines_is_at_least_one(count):
     with pytest.raises(ParameterError, match="max_lines"):
-        lines_of("heldout", count)
+        lines_of("heldout", 0)
 
 
 def test_the_hash_sees_every_line_and_where_it_ends():
-    assert text_hash(["ab", "c"]) == text_hash(["ab", "c"])
     assert len({text_hash(lines) for lines in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
 
 
@@ -106,7 +83,9 @@ def test_lines_are_encoded_as_the_tokenizer_does_it_by_itself(loaded):
 
 
 def test_a_tokenizer_that_adds_nothing_is_left_alone(loaded):
-    loaded = without_begin(loaded)
+    tokenizer = tiny_tokenizer()  # it has a begin token
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
     for add in (None, True, False):
         text = encode(loaded, ["Hello world."], add_special_tokens=add)
         assert (text.begin_token, text.unusual) == (False, None)
@@ -119,77 +98,54 @@ def test_a_begin_token_that_comes_twice_is_told(loaded):
     assert encode(loaded, ["<s>Hello"], add_special_tokens=False).unusual
 
 
-def test_a_whole_text_is_one_sequence(loaded, tmp_path):
+def test_a_whole_text_is_one_sequence_unchanged(loaded, tmp_path):
     prompt = "user\n\n  hi \n" + "long line " * 20
     (tmp_path / "prompt.txt").write_text(prompt)
     text = encode(loaded, str(tmp_path / "prompt.txt"), whole=True)
     assert len(text.lines) == 1 and text.hash == text_hash([prompt])
     assert loaded.tokenizer.decode(text.lines[0], skip_special_tokens=True) == prompt
-
-
-def test_text_that_does_not_fit_the_model_is_refused(loaded):
-    with pytest.raises(TextError, match=r"no tokenizer"):
-        encode(dataclasses.replace(loaded, tokenizer=None), ["Hello"])
-    with pytest.raises(TextError, match="model has 256 positions"):
-        encode(loaded, ["far too many words " * 100])
-    with pytest.raises(TextError, match="embedding of 384 rows"):
-        encode(dataclasses.replace(loaded, tokenizer=tiny_tokenizer(500)), ["the module statement"])
-
-
-@pytest.mark.parametrize(
-    ("ids", "words"),
-    [([], "no token"), ([1, -1], "-1"), ([1, 9], "9"), ([1.0], "whole"), (["a"], "whole"), ([True], "whole")],
-)
-def test_ids_that_do_not_fit_the_model_are_refused(ids, words):
-    with pytest.raises(TextError, match=words):
-        check_ids(ids, vocabulary=9)
-
-
-def test_ids_come_back_as_a_tensor():
-    assert check_ids([0, 8], vocabulary=9, max_tokens=2).tolist() == [0, 8]
-
-
-@pytest.mark.parametrize(
-    ("family", "key"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("mpt", "max_seq_len")]
-)
-def test_the_number_of_positions_is_found_under_each_familys_name(family, key):
-    assert position_limit(AutoConfig.for_model(family, **{key: 77})) == 77
-
-
-def test_the_number_of_positions_may_stand_in_the_text_part_or_beside_it():
-    nested = AutoConfig.for_model("llava", text_config={"model_type": "llama", "max_position_embeddings": 77})
-    assert position_limit(nested) == 77
-    beside = AutoConfig.for_model("llava", text_config={"model_type": "bloom"})
-    assert position_limit(beside) is None
-    beside.n_positions = 78
-    assert position_limit(beside) == 78
-
-
-def test_an_older_name_of_the_positions_is_known():
-    assert position_limit(PretrainedConfig(n_ctx=77)) == 77
-
-
-def test_a_model_without_a_position_limit_has_none():
-    assert position_limit(PretrainedConfig(max_position_embeddings=-1)) is None
-
-
-def test_a_whole_text_is_taken_unchanged(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" = Title = \n\n a line \n", encoding="utf-8")
-    assert whole_text(str(path)) == " = Title = \n\n a line \n"
     assert whole_text(["one", "two"]) == "one\n\ntwo"
-    with pytest.raises(TextError):
-        whole_text([" "])
+    cut = encode(loaded, ["far too many words " * 100], max_tokens=300)
+    assert cut.tokens == 300, "more than the model has positions"
+
+
+def test_text_and_ids_that_do_not_fit_the_model_are_refused(loaded):
+    large = dataclasses.replace(loaded, tokenizer=tiny_tokenizer(500))
+    for model, text, words in (
+        (dataclasses.replace(loaded, tokenizer=None), ["Hello"], "no tokenizer"),
+        (loaded, ["far too many words " * 100], "model has 256 positions"),
+        (large, ["the module statement"], "embedding of 384 rows"),
+        (loaded, [1, -1], "the token -1"),
+        (loaded, [1, 384], "the token 384"),
+        (loaded, [5] * 257, "token_ids gives 257 tokens"),
+    ):
+        with pytest.raises(TextError, match=words):
+            encode(model, text)
+    text = encode(loaded, [0, 383])
+    assert text.lines[0].tolist() == [0, 383] and text.begin_token and not text.add_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (AutoConfig.for_model("llama", max_position_embeddings=77), 77),
+        (AutoConfig.for_model("gpt2", n_positions=77), 77),
+        (AutoConfig.for_model("mpt", max_seq_len=77), 77),
+        (
+            AutoConfig.for_model("llava", text_config={"model_type": "llama", "max_position_embeddings": 77}),
+            77,
+        ),
+        (AutoConfig.for_model("llava", text_config={"model_type": "bloom"}, n_positions=78), 78),
+        (AutoConfig.for_model("llava", text_config={"model_type": "bloom"}), None),
+        (PretrainedConfig(n_ctx=77), 77),
+        (PretrainedConfig(max_position_embeddings=-1), None),
+    ],
+)
+def test_the_number_of_positions_is_found_under_each_familys_name(config, limit):
+    assert position_limit(config) == limit
 
 
 # --- names of tokens
-
-
-def test_the_byte_table_is_the_tokenizers_own():
-    assert sorted(_byte_of()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("é\n 中")
-    text = "".join(piece for piece, _ in pieces)
-    assert bytes(_byte_of()[c] for c in text).decode() == "é\n 中"
 
 
 def test_labels_are_readable(loaded):
@@ -199,19 +155,17 @@ def test_labels_are_readable(loaded):
     assert labels == token_labels(loaded.tokenizer, torch.tensor(ids))
     pieces = token_labels(loaded, loaded.tokenizer("中", add_special_tokens=False).input_ids)
     assert "".join(pieces) == "\\xe4\\xb8\\xad"  # three bytes, none of them a character
+    assert sorted(_byte_of()) == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def test_labels_keep_every_script_and_escape_what_cannot_be_seen():
     words = ["中文", "▁мир", "نص", "é", "\u200b", "\u0301", "\x07", "a\u0301", "🙂"]
 
-    class Pieces:
+    class Pieces(SimpleNamespace):
         def __len__(self):
             return len(words)
 
-        def convert_ids_to_tokens(self, i):
-            return words[i]
-
-    labels = token_labels(Pieces(), range(len(words)))
+    labels = token_labels(Pieces(convert_ids_to_tokens=words.__getitem__), range(len(words)))
     assert labels == ["中文", "␣мир", "نص", "é", "\\u200b", "\\u0301", "\\x07", "a\u0301", "🙂"]
 
 
@@ -219,8 +173,13 @@ def test_every_item_of_the_vocabulary_has_a_label_of_its_own():
     tokenizer = tiny_tokenizer()
     labels = token_labels(tokenizer, range(len(tokenizer)))
     assert len(set(labels)) == len(labels) and all(labels)
+    assert token_labels(tokenizer, [10_000]) == ["#10000"] and token_labels(None, [3]) == ["#3"]
 
 
-def test_unknown_ids_and_no_tokenizer():
-    assert token_labels(tiny_tokenizer(), [10_000]) == ["#10000"]
-    assert token_labels(None, [3]) == ["#3"]
+# --- the progress bar
+
+
+def test_items_pass_a_progress_bar_in_silence(capsys):
+    assert list(progress(range(3), desc="steps")) == [0, 1, 2]
+    assert list(progress((i for i in "ab"), total=2)) == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
