@@ -30,12 +30,12 @@ _WHERE = {
     ),
     "sdnb.activations": (
         "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity",
-        "SinkRate", "Sinks", "StateReader", "VocabularySample", "attention_maps", "continuation",
+        "Sinks", "StateReader", "VocabularySample", "attention_maps", "continuation",
         "detect", "embedding_norms", "ffn_input_coefficients", "find_defect", "hidden_norms",
         "hidden_states", "item_norms", "item_trajectories", "ledger", "mean_pairwise_angle", "perplexity",
         "project_out", "quantized_cache", "random_norms", "set_dimensions", "sink_rate", "sink_sequences",
         "sinks", "text_windows", "token_batches", "visit_states", "vocabulary_sample",
-        "vocabulary_size", "window_length", "zero_attention", "zero_branch",
+        "window_length", "zero_attention", "zero_branch",
     ),
     "sdnb.quantize": (
         "InputStatistics", "LinearModule", "QuantizedLinear", "SCHEMES", "Scheme", "SkipList",

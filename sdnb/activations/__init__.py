@@ -17,7 +17,6 @@ from sdnb.activations.interventions import (
 )
 from sdnb.activations.perplexity import Perplexity, continuation, perplexity, text_windows, window_length
 from sdnb.activations.sinks import (
-    SinkRate,
     Sinks,
     attention_maps,
     quantized_cache,
@@ -44,15 +43,14 @@ from sdnb.activations.sweep import (
     item_trajectories,
     random_norms,
     vocabulary_sample,
-    vocabulary_size,
 )
 
 __all__ = [
-    "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity", "SinkRate",
-    "Sinks", "StateReader", "VocabularySample", "attention_maps", "continuation", "detect", "embedding_norms",
+    "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity", "Sinks",
+    "StateReader", "VocabularySample", "attention_maps", "continuation", "detect", "embedding_norms",
     "ffn_input_coefficients", "find_defect", "hidden_norms", "hidden_states", "input_device", "item_norms",
     "item_trajectories", "ledger", "matrix_inputs", "mean_pairwise_angle", "perplexity", "project_out",
     "quantized_cache", "random_norms", "set_dimensions", "sink_rate", "sink_sequences", "sinks",
-    "text_windows", "token_batches", "visit_states", "vocabulary_sample", "vocabulary_size", "window_length",
-    "zero_attention", "zero_branch",
+    "text_windows", "token_batches", "visit_states", "vocabulary_sample", "window_length", "zero_attention",
+    "zero_branch",
 ]  # fmt: skip

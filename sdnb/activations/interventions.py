@@ -4,8 +4,8 @@ All of them are hooks: no weight is touched. They may be nested, and every forwa
 through them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,26 +40,21 @@ def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None
         branch: "attention" or "ffn".
         numbers: the layers, 1..L; all of them when None.
 
-    Yields:
-        Nothing.
-
     Raises:
         ParameterError: another branch, or no such layer.
     """
     if branch not in ("attention", "ffn"):
         raise ParameterError(f"branch is {branch!r}; a layer has the branches attention and ffn")
     with ExitStack() as hooks:
-        for found in residual_branches(as_module(model), numbers):
+        for found in residual_branches(model, numbers):
             hook = Ablation(found.number, branch)
             hooks.enter_context(getattr(found, branch).ablated.register_forward_hook(hook))
         yield
 
 
-@contextmanager
-def zero_attention(model: object) -> Iterator[None]:
+def zero_attention(model: object) -> AbstractContextManager[None]:
     """Take all attention out of the model: every token goes its way alone (paper A, "explosion path")."""
-    with zero_branch(model, "attention"):
-        yield
+    return zero_branch(model, "attention")
 
 
 @contextmanager
@@ -73,9 +68,6 @@ def project_out(model: object, directions: Mapping[int, Tensor]) -> Iterator[Non
         model: a causal language model.
         directions: layer number 1..L -> the direction, (d,), of any length but zero.
 
-    Yields:
-        Nothing.
-
     Raises:
         ParameterError: a direction of length zero, or no such layer.
     """
@@ -83,31 +75,29 @@ def project_out(model: object, directions: Mapping[int, Tensor]) -> Iterator[Non
         if not direction.norm() > 0:
             raise ParameterError(f"the direction for layer {number} has length zero; give one to project out")
     with ExitStack() as hooks:
-        for found in residual_branches(as_module(model), directions):
-            unit = nn.functional.normalize(directions[found.number].detach().double(), dim=0)
-            _change_input(hooks, found.ffn, lambda x, unit=unit: _without(x, unit))
+        for found in residual_branches(model, directions):
+            _project_input(hooks, found.ffn, directions[found.number])
         yield
 
 
-def _without(x: Tensor, unit: Tensor) -> Tensor:
-    """Return x - (unit.x) unit over the last axis, in float64 inside, in x's dtype outside."""
-    unit, wide = unit.to(x.device), x.double()
-    return (wide - (wide @ unit)[..., None] * unit).to(x.dtype)
+def _project_input(hooks: ExitStack, branch: BranchModules, direction: Tensor) -> None:
+    """Hook a branch so that its modules read norm(x - (v.x) v) where they would read norm(x)."""
+    unit = nn.functional.normalize(direction.detach().double(), dim=0)
+    normed: list[Tensor] = []
 
-
-def _change_input(hooks: ExitStack, branch: BranchModules, change: Callable[[Tensor], Tensor]) -> None:
-    """Hook a branch so that its modules read norm(change(x)) where they would read norm(x)."""
-    changed: list[Tensor] = []
+    def projected(x: Tensor) -> Tensor:
+        v, wide = unit.to(x.device), x.double()
+        return (wide - (wide @ v)[..., None] * v).to(x.dtype)
 
     def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # `.forward` runs no hooks, so this one is not entered again.
         call = Call.of(args, kwargs)
-        given = call.with_hidden(change(call.hidden))
-        changed[:] = [unwrap(module.forward(*given.args, **given.kwargs))]
+        given = call.with_hidden(projected(call.hidden))
+        # `.forward` runs no hooks, so this one is not entered again.
+        normed[:] = [unwrap(module.forward(*given.args, **given.kwargs))]
 
     def substitute(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call = Call.of(args, kwargs)
-        new = changed[0] if branch.norm is not None else change(call.hidden)
+        new = projected(call.hidden) if branch.norm is None else normed[0]
         call = call.with_hidden(new.reshape(call.hidden.shape))
         return call.args, call.kwargs
 
@@ -131,15 +121,10 @@ def set_dimensions(
         values: layer number 1..L -> dimension 0..d-1 -> the value it gets.
         above: layer number -> only entries with an absolute value above this are set; all when None.
 
-    Yields:
-        Nothing.
-
     Raises:
         ParameterError: there is no such layer or dimension.
     """
-    model = as_module(model)
-    layers = decoder_layers(model)
-    size = model.config.get_text_config().hidden_size
+    layers, size = decoder_layers(model), as_module(model).config.get_text_config().hidden_size
     for number, entries in values.items():
         if not 1 <= number <= len(layers):
             raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {len(layers)}")

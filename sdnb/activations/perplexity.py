@@ -26,11 +26,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: object,
-    ids: Tensor,
-    *,
-    window: int | None = None,
-    begin_token: int | None = None,
+    model: object, ids: Tensor, *, window: int | None = None, begin_token: int | None = None
 ) -> Perplexity:
     """Return exp( -mean log p(x_t | x_<t) ), the text cut into windows, each predicted from within itself.
 
@@ -52,8 +48,7 @@ def perplexity(
     model = as_module(model)
     windows = text_windows(ids, window_length(model, window), begin_token)
     length = windows.shape[1]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    batch = max(1, LOGITS_AT_ONCE // (length * vocabulary))
+    batch = max(1, LOGITS_AT_ONCE // (length * model.get_input_embeddings().weight.shape[0]))
     nll = torch.cat([_window_losses(model, part) for part in progress(windows.split(batch), "windows")])
     if nll.isnan().any():
         raise ParameterError(not_finite_because(model, windows[nll.isnan()][0]))
@@ -76,24 +71,20 @@ def window_length(model: object, window: int | None = None) -> int:
 
 
 def text_windows(ids: Tensor, window: int, begin_token: int | None = None) -> Tensor:
-    """Return a text cut into windows without overlap, (W, window), or (1, N) for one shorter than a window.
+    """Return a text (N,) cut into windows without overlap, (W, window), or (1, N) when shorter than one.
 
-    Args:
-        ids: token ids of the whole text, (N,).
-        window: tokens in a window, 2 or more.
-        begin_token: an id put in front of every window, counted in `window`.
+    A `begin_token` stands in front of every window, counted in `window`.
 
     Raises:
         TextError: too few tokens to predict one.
     """
-    body = window - (begin_token is not None)
-    if len(ids) < (2 if begin_token is None else 1):
+    front = torch.tensor([] if begin_token is None else [begin_token], dtype=ids.dtype)
+    if len(ids) + len(front) < 2:
         raise TextError(f"{len(ids)} tokens are too few for a perplexity; give a longer text")
+    body = min(window - len(front), len(ids))
     count = len(ids) // body
-    windows = (ids[: count * body].reshape(count, body) if count else ids[None]).cpu()
-    if begin_token is None:
-        return windows
-    return torch.cat([torch.full((len(windows), 1), begin_token, dtype=ids.dtype), windows], dim=1)
+    windows = ids[: count * body].reshape(count, body).cpu()
+    return torch.cat([front.expand(count, -1), windows], dim=1)
 
 
 def _window_losses(model: nn.Module, windows: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from sdnb.activations.perplexity import text_windows
 from sdnb.activations.states import as_module, input_device
-from sdnb.errors import ModelError, ParameterError, TextError
+from sdnb.errors import ModelError, ParameterError
 from sdnb.layers import decoder_layers
 
 EPSILON = 0.3  # Gu et al.'s share of attention above which a head counts as a sink
@@ -17,14 +19,6 @@ LENGTH, SEQUENCES = 64, 16  # their tokens in a sequence, and how many sequences
 ROWS = 8  # rows of attention below which a position's mean says nothing: the last positions are no sinks
 # Where transformers keeps the choice; the property in front of it would change nested configurations too.
 CHOICE = "_attn_implementation_internal"
-
-
-@dataclass(frozen=True)
-class SinkRate:
-    """The share of heads that give one position more than epsilon of their attention."""
-
-    value: float  #: the share over layers, heads and sequences
-    attention: Tensor  #: mean attention to the position, over rows and sequences, (L, H), float64
 
 
 @dataclass(frozen=True)
@@ -44,28 +38,20 @@ class Sinks:
 @contextmanager
 def eager_attention(model: object) -> Iterator[None]:
     """Make attention form its probabilities for a block, which fused implementations never do."""
-    modules = list(as_module(model).modules())
-    values = [value for module in modules for value in vars(module).values()]
-    before = {id(value): (value, getattr(value, CHOICE)) for value in values if hasattr(value, CHOICE)}
-    # transformers leaves the hooks with which it collects attentions, and a mark that they are there.
-    hooks = {module: (set(module._forward_hooks), set(vars(module))) for module in modules}
+    held = [value for module in as_module(model).modules() for value in vars(module).values()]
+    before = [(value, getattr(value, CHOICE)) for value in held if hasattr(value, CHOICE)]
     try:
-        for config, _ in before.values():
+        for config, _ in before:
             setattr(config, CHOICE, "eager")
         yield
     finally:
-        for config, implementation in before.values():
+        for config, implementation in before:
             setattr(config, CHOICE, implementation)
-        for module, (numbers, names) in hooks.items():
-            for number in set(module._forward_hooks) - numbers:
-                del module._forward_hooks[number]
-            for name in set(vars(module)) - names:
-                delattr(module, name)
 
 
 @torch.no_grad()
 def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the attention probabilities of every layer, (B, H, T, T) in float32 on the CPU.
+    """Return the attention probabilities of every layer, (B, H, T, T) in float32 on the CPU.
 
     Row i holds the shares that token i gives; `ids` are token ids, (B, T).
 
@@ -73,8 +59,8 @@ def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
         ModelError: the model does not answer with its attention.
     """
     model = as_module(model)
-    ids = ids.to(input_device(model))
     with eager_attention(model):
+        ids = ids.to(input_device(model))
         answer = model.base_model(input_ids=ids, use_cache=False, output_attentions=True)
     maps = getattr(answer, "attentions", None)
     shape = (len(ids), ids.shape[1], ids.shape[1])
@@ -83,58 +69,42 @@ def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
             f"{type(model).__name__} does not return its attention probabilities, so there is no sink rate; "
             "update transformers, or leave the sink rate out"
         )
-    yield from (m.float().cpu() for m in maps)
+    return (m.float().cpu() for m in maps)
 
 
 def sink_sequences(ids: Tensor, *, begin_token: int | None = None) -> Tensor:
-    """Return sequences for a sink rate, (B, T): up to 16 of 64 tokens from the beginning of a text.
+    """Return sequences for a sink rate, (B, T): up to 16 of 64 tokens from the beginning of a text (N,).
 
-    Args:
-        ids: token ids of the text, (N,).
-        begin_token: an id in front of each sequence, one of the 64.
-
-    Raises:
-        TextError: not even one sequence of two tokens.
+    A `begin_token` stands in front of each, one of the 64. A text of one token is a TextError.
     """
-    front = torch.tensor([] if begin_token is None else [begin_token], dtype=ids.dtype)
-    body = min(LENGTH - len(front), len(ids))
-    if body + len(front) < 2:
-        raise TextError(f"{len(ids)} token leaves attention no choice; give a longer text")
-    count = min(SEQUENCES, len(ids) // body)
-    return torch.cat([front.expand(count, len(front)), ids[: count * body].reshape(count, body)], dim=1)
+    return text_windows(ids, LENGTH, begin_token)[:SEQUENCES]
 
 
-def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> SinkRate:
+def _received(model: object, ids: Tensor) -> Tensor:
+    """Mean attention that each position receives from the rows that see it, (L, B, H, T), float64."""
+    rows = torch.arange(ids.shape[1], 0, -1).double()
+    return torch.stack([m.double().sum(dim=2) / rows for m in attention_maps(model, ids)])
+
+
+def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> float:
     """Return the share of (layer, head) that gives `position` more than `epsilon` of its attention.
 
     alpha[l, h] = mean over rows i >= k of P[l, h, i, k], for k = `position`; the rate is the share of (l, h)
-    with alpha > epsilon, averaged over the sequences (Gu et al., with 64 tokens and epsilon 0.3).
-
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T); all rows are real tokens.
-        position: the position k that receives, 0..T-1.
-        epsilon: between 0 and 1.
+    with alpha > epsilon, averaged over the sequences `ids`, (B, T) (Gu et al., with 64 tokens and epsilon
+    0.3); all rows are real tokens.
     """
-    maps = attention_maps(model, ids)
-    alpha = torch.stack([m[:, :, position:, position].double().mean(dim=-1) for m in maps])
-    return SinkRate((alpha > epsilon).double().mean().item(), alpha.mean(dim=1))
+    return (_received(model, ids)[..., position] > epsilon).double().mean().item()
 
 
 def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
     """Return which tokens are attention sinks, in which heads, and how long their keys and values are.
 
     alpha[l, h, k] = mean over rows i >= k of P[l, h, i, k]; token k is a sink of a head with alpha > epsilon.
-
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T); all rows are real tokens.
-        epsilon: between 0 and 1.
+    `ids` are token ids, (B, T); all rows are real tokens.
 
     Raises:
         ModelError: a layer without attention, or keys and values that pass no cache of transformers.
     """
-    rows = torch.arange(ids.shape[1], 0, -1).double()  # rows that look back to each position
     norms: list[tuple[Tensor, Tensor]] = []
 
     def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,17 +112,15 @@ def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
         return keys, values
 
     with _through_cache(model, note):
-        maps = attention_maps(model, ids)
-        alpha = torch.stack([m.double().sum(dim=2) / rows for m in maps])  # (L, B, H, T)
-    if len(alpha) != (count := len(decoder_layers(as_module(model)))):
+        alpha = _received(model, ids)
+    if len(alpha) != (count := len(decoder_layers(model))):
         raise ModelError(f"only {len(alpha)} of {count} layers attend; sinks are told where all of them do")
     hits = (alpha > epsilon).double()
-    tokens = hits.mean(dim=(0, 2)).masked_fill(rows < min(ROWS, len(rows)), torch.nan)
+    tokens = hits.mean(dim=(0, 2))
+    tokens[:, max(1, ids.shape[1] - ROWS + 1) :] = torch.nan
     key_norms, value_norms = (torch.stack(part) for part in zip(*norms, strict=True))
-    first = hits[..., 0]
-    return Sinks(
-        first.mean().item(), first.mean(dim=1), alpha[..., 0].mean(dim=1), tokens, key_norms, value_norms
-    )
+    heads, attention = hits[..., 0].mean(dim=1), alpha[..., 0].mean(dim=1)
+    return Sinks(hits[..., 0].mean().item(), heads, attention, tokens, key_norms, value_norms)
 
 
 @contextmanager
@@ -168,9 +136,6 @@ def quantized_cache(model: object, *, bits: int = 4, keep: Sequence[int] | Tenso
         model: a causal language model.
         bits: 1 to 8.
         keep: positions that stay in full precision, or which tokens do, (B, T) bool.
-
-    Yields:
-        Nothing.
 
     Raises:
         ParameterError: no such number of bits.
@@ -204,8 +169,6 @@ def _through_cache(
     model: object, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
     """Pass the keys and values (B, H, T, D) of every layer through a function before attention uses them."""
-    from transformers import DynamicCache
-
     model, calls = as_module(model), []
 
     class Passing(DynamicCache):
@@ -218,26 +181,17 @@ def _through_cache(
     def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if isinstance(kwargs.get("past_key_values"), Passing):  # from the module around it
             return None
-        calls.clear()
         return args, kwargs | {"past_key_values": Passing(config=model.config)}
 
-    refusal = ModelError(
-        f"{type(model).__name__} does not pass its keys and values through a cache of transformers, so they "
-        "can be neither seen nor rounded there"
-    )
-
-    def check(module: nn.Module, args: tuple, result: object) -> None:
-        if not calls:
-            raise refusal
-
     first = decoder_layers(model)[0]
-    # OPT's head calls its decoder past its base model.
-    around = [m for m in model.modules() if m is not first and any(inner is first for inner in m.modules())]
-    around = [m for m in around if "past_key_values" in signature(m.forward).parameters]
-    if not around:
-        raise refusal
     with ExitStack() as hooks:
-        for module in around:
-            hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(check))
+        for module in model.modules():  # OPT's head calls its decoder past its base model
+            takes_cache = "past_key_values" in signature(module.forward).parameters
+            if takes_cache and module is not first and first in module.modules():
+                hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
         yield
+    if not calls:
+        raise ModelError(
+            f"{type(model).__name__} does not pass its keys and values through a cache of transformers, so "
+            "they can be neither seen nor rounded there"
+        )

@@ -5,8 +5,7 @@ token the softmax is 1, and attention is its value path: where a float32 model's
 (`sdnb.layers`), queries, keys, rotary angles and masks are left out (paper A, "explosion path").
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +26,6 @@ ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # of the value path, for the same r
 PROOF_ITEMS, PROOF = 4, 1e-4  # sequences that go both ways, and the relative difference that is rounding
 
 
-def vocabulary_size(model: object) -> int:
-    """Return V, the rows of the embedding; it can exceed the tokenizer's, where a model has spare rows."""
-    return as_module(model).get_input_embeddings().weight.shape[0]
-
-
 @dataclass(frozen=True)
 class VocabularySample:
     """Items of the vocabulary that stand for all of it."""
@@ -40,7 +34,7 @@ class VocabularySample:
     size: int  #: number of items of the vocabulary, V
 
     def share(self, chosen: Tensor) -> tuple[float, float]:
-        """Return the share of items for which something holds, (n,) bool, and its standard error.
+        """Return the share p of items for which something holds, (n,) bool, and its standard error.
 
         The error is sqrt(p (1 - p) / n * (1 - n / V)): 0 where all items were asked.
         """
@@ -59,23 +53,21 @@ def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) ->
     Raises:
         ParameterError: fewer than one item.
     """
-    size = vocabulary_size(model)
+    size = as_module(model).get_input_embeddings().weight.shape[0]  # may exceed the tokenizer's: spare rows
     if items is None:
         items = SAMPLED_ITEMS if input_device(model).type == "cpu" else size
     if items < 1:
         raise ParameterError(f"items is {items}; give a number of vocabulary items, or null")
-    if items >= size:
-        return VocabularySample(torch.arange(size), size)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return VocabularySample(order[:items].sort().values, size)
 
 
 def batch_size(model: object, tokens: int = 1) -> int:
-    """Return how many sequences of so many tokens fit into a forward pass, by width and free memory."""
-    model = as_module(model)
-    weight = model.get_input_embeddings().weight
-    layer = decoder_layers(model)[0]
-    widest = max((max(p.shape) for p in layer.parameters() if p.ndim > 1), default=weight.shape[1])
+    """How many sequences of so many tokens fit into a forward pass, by width and free memory."""
+    weight = as_module(model).get_input_embeddings().weight
+    widest = max(
+        (max(p.shape) for p in decoder_layers(model)[0].parameters() if p.ndim > 1), default=weight.shape[1]
+    )
     # The states between the modules and the inner units of one layer.
     numbers = tokens * (16 * weight.shape[1] + 4 * widest)
     place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
@@ -98,7 +90,6 @@ def item_norms(model: object, layer: int, items: Tensor, *, prefix: Tensor | Non
     Raises:
         ParameterError: there is no such layer.
     """
-    model = as_module(model)
     count = len(decoder_layers(model))
     if not 0 <= layer <= count:
         raise ParameterError(f"layer {layer} does not exist: hidden states are 0 to {count}")
@@ -107,17 +98,12 @@ def item_norms(model: object, layer: int, items: Tensor, *, prefix: Tensor | Non
 
 @torch.no_grad()
 def random_norms(model: object, layer: int, count: int, norm: float, *, seed: int = 0) -> Tensor:
-    """Return |h_l| of random Gaussian embeddings, each a one-token sequence, (count,) in float32 on the CPU.
+    """Return |h_l|, l = `layer` in 1..L, of random one-token sequences, (count,) in float32 on the CPU.
 
-    Args:
-        model: a causal language model.
-        layer: the hidden state that is read, l in 1..L.
-        count: number of embeddings.
-        norm: their length; paper A takes the mean length of the vocabulary's embeddings.
-        seed: of the draw.
+    Their embeddings are Gaussian (drawn by `seed`), all of length `norm`; paper A takes the mean length of
+    the vocabulary's embeddings.
     """
-    model = as_module(model)
-    weight, generator = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
+    weight, generator = as_module(model).get_input_embeddings().weight, torch.Generator().manual_seed(seed)
     sizes = [min(DRAWN_AT_ONCE, count - start) for start in range(0, count, DRAWN_AT_ONCE)]
     rows = torch.cat([torch.randn(size, weight.shape[1], generator=generator) for size in sizes])
     rows = (norm * nn.functional.normalize(rows, dim=1)).to(weight.dtype)
@@ -132,14 +118,9 @@ def embedding_norms(model: object, items: Tensor) -> Tensor:
 
 
 def item_trajectories(model: object, items: Tensor, prefix: Tensor | None = None) -> Tensor:
-    """Return |h_l| of each item behind a prefix at every layer, (L+1, n) in float32 on the CPU.
+    """Return |h_l| of each item (n,) behind a prefix at every layer, (L+1, n) in float32 on the CPU.
 
-    Paper A tests candidates behind "I am".
-
-    Args:
-        model: a causal language model.
-        items: token ids, (n,).
-        prefix: ids that stand before each item, (p,) or (n, p); None for position 0.
+    `prefix` is that of `item_norms`; paper A tests candidates behind "I am".
     """
     sequences = _sequences(items, prefix)
     parts = sequences.split(batch_size(model, sequences.shape[1]))
@@ -177,12 +158,11 @@ def ffn_input_coefficients(
         prefix: ids before each item, (p,) or (n, p); None for position 0.
     """
     unit, raw, normalised = nn.functional.normalize(direction.float(), dim=0), [], []
-    for rows in _rows(as_module(model), layer, _sequences(items, prefix), before_ffn=True):
+    for rows in _rows(model, layer, _sequences(items, prefix), before_ffn=True):
         v = unit.to(rows.device)
-        raw.append((rows @ v).cpu())
         centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)
-        epsilon = 0.0 if norm is None else norm.epsilon
-        divisor = (centred.square().mean(dim=1) + epsilon).sqrt()
+        divisor = (centred.square().mean(dim=1) + (0.0 if norm is None else norm.epsilon)).sqrt()
+        raw.append((rows @ v).cpu())
         normalised.append((centred @ v / divisor).cpu())
     return Coefficients(torch.cat(raw), torch.cat(normalised))
 
@@ -194,8 +174,9 @@ def _sequences(items: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.expand(len(items), prefix.shape[-1]), items[:, None]], dim=1)
 
 
-def _rows(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool = False) -> Iterator[Tensor]:
+def _rows(model: object, layer: int, sequences: Tensor, before_ffn: bool = False) -> Iterator[Tensor]:
     """The last tokens' states after a layer, or where its FFN reads them, in batches (b, d) in float32."""
+    model = as_module(model)
     batch = batch_size(model, sequences.shape[1])
     if sequences.shape[1] == 1 and layer and len(sequences) > PROOF_ITEMS:
         rows = _by_value_path(model, layer, sequences, before_ffn)
@@ -209,13 +190,13 @@ def _rows(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool = Fa
 def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor:
     """The same by the model's own forward pass, which ends there."""
     taken: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        taken.append(Call.of(args, kwargs).hidden)
+        raise StopForward
+
     if before_ffn:
         branch = residual_branches(model, [layer])[0].ffn
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            taken.append(Call.of(args, kwargs).hidden)
-            raise StopForward
-
         first = branch.inputs[0] if branch.norm is None else branch.norm
         with first.register_forward_pre_hook(enter, with_kwargs=True):
             visit_states(model, sequences, lambda *_: None, stop_after=layer)
@@ -227,59 +208,47 @@ def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) 
 
 def _by_value_path(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor | None:
     """The same for one-token sequences by views of the layers; None where that would be something else."""
-    ablations = _ablations(model)
+    ablated = _ablated(model)
     weight = model.get_input_embeddings().weight
-    if weight.dtype != torch.float32 or weight.device.type == "meta" or ablations is None:
+    if weight.dtype != torch.float32 or weight.device.type == "meta" or ablated is None:
         return None
     proof = _forward(model, layer, sequences[:PROOF_ITEMS], before_ffn)
     rows = torch.cat([_forward(model, 0, part, False) for part in sequences.split(batch_size(model))])
-    size = ROWS_AT_ONCE[rows.device.type]
     try:
-        with _lifted(model, ablations):
-            for number in progress(range(1, layer + 1), desc="layers"):
-                view = layer_view(model, number)
-                if view.status != "exact":
-                    return None
-                without = {hook.branch for hook in ablations.values() if hook.layer == number}
-                for part in rows.split(size):
-                    part.copy_(_step(view, part, without, before_ffn and number == layer))
+        for number in progress(range(1, layer + 1), desc="layers"):
+            view = layer_view(model, number)
+            if view.status != "exact":
+                return None
+            for part in rows.split(ROWS_AT_ONCE[rows.device.type]):
+                part.copy_(_step(view, part, ablated, before_ffn and number == layer))
     except LayerUnsupported:
         return None
     away = (rows[:PROOF_ITEMS] - proof).norm(dim=1) / proof.norm(dim=1)
     return rows if (away < PROOF).all() else None
 
 
-def _step(view: LayerView, x: Tensor, without: set[str], before_ffn: bool) -> Tensor:
+def _step(view: LayerView, x: Tensor, ablated: set[tuple[int, str]], before_ffn: bool) -> Tensor:
     """One layer on one-token sequences (n, d), or what its FFN's norm reads."""
     attention, ffn, zeros = view.attention, view.ffn, torch.zeros_like(x)
-    out = zeros if "attention" in without else attention.normed(x) @ attention.matrix.T + attention.bias
-    added = attention.added(out)
+    gone = (view.number, "attention") in ablated
+    added = attention.added(zeros if gone else attention.normed(x) @ attention.matrix.T + attention.bias)
     between = x if view.parallel else attention.residual(x) + added
     if before_ffn:
         return between
-    out = ffn.added(zeros if "ffn" in without else ffn.formula(ffn.normed(between)))
+    gone = (view.number, "ffn") in ablated
+    out = ffn.added(zeros if gone else ffn.formula(ffn.normed(between)))
     total = ffn.residual(between) + (out + added if view.parallel else out)
     return total if view.output_norm is None else view.output_norm(total)
 
 
-def _ablations(model: nn.Module) -> dict[tuple[nn.Module, int], Ablation] | None:
-    """The hooks that take branches out, by module and key; None where there are hooks of another kind."""
-    found = {}
+def _ablated(model: nn.Module) -> set[tuple[int, str]] | None:
+    """The branches that are taken out, as layer and name; None where there are hooks of another kind."""
+    found = set()
     for module in model.modules():
-        for key, hook in [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]:
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
             if isinstance(hook, Ablation):
-                found[module, key] = hook
+                found.add((hook.layer, hook.branch))
             # Those that transformers leaves behind, once it was asked for hidden states, only watch.
             elif not str(getattr(hook, "__module__", "")).startswith("transformers."):
                 return None
     return found
-
-
-@contextmanager
-def _lifted(model: nn.Module, hooks: Mapping[tuple[nn.Module, int], Ablation]) -> Iterator[None]:
-    """Take hooks off for a block, so that the layers can be looked at as they are."""
-    with ExitStack() as stack:
-        for (module, key), hook in hooks.items():
-            stack.callback(module._forward_hooks.__setitem__, key, hook)
-            del module._forward_hooks[key]
-        yield
