@@ -26,44 +26,30 @@ PURPOSE = (
     "Look inside a transformer language model with linear algebra: which tokens carry huge norms, which "
     "layers make them, what its weight spectra hold, and what follows for quantization and lineage."
 )
-FAILED, INTERRUPTED, UNREAD = 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand.
-
-    Args:
-        argv: the words after `sdnb`; None takes the process's own.
-
-    Returns:
-        0 on success, 1 when something was refused or failed, 2 for a wrong command line, 130 when
-        interrupted, 141 when nobody reads on.
-    """
-    try:
-        code = _command(argv)
-        sys.stdout.flush()  # here, where it is noticed that the reader has gone
-        return code
-    except BrokenPipeError:  # `head` has seen enough; the interpreter's own last flush must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
-
-
-def _command(argv: Sequence[str] | None) -> int:
+    """Run one subcommand; 0, or 1 if it failed, 2 for a wrong command line, 130 interrupted, 141 unread."""
     parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         globals()[f"_add_{name}"](commands.add_parser(name, help=text, description=text).add_argument)
     try:
         args = parser.parse_args(argv)
-        return globals()[f"_run_{args.command}"](args)
+        code = globals()[f"_run_{args.command}"](args)
+        sys.stdout.flush()  # here, where it is noticed that the reader has gone
+        return code
     except SystemExit as stop:  # argparse has printed what is wrong, or the help
-        return stop.code if isinstance(stop.code, int) else FAILED
+        return int(stop.code)
     except SdnbError as error:
         print(f"sdnb: {error}", file=sys.stderr)
-        return FAILED
+        return 1
     except KeyboardInterrupt:
         print("sdnb: interrupted; what was finished is kept", file=sys.stderr)
-        return INTERRUPTED
+        return 130
+    except BrokenPipeError:  # `head` has seen enough; the interpreter's own last flush must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _add_trust(add) -> None:
@@ -100,10 +86,9 @@ def _add_run(add) -> None:
     add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
     text = "folder of records and executed notebooks (default: %(default)s)"
     add("--results-dir", type=Path, default=Path("results"), help=text)
-    option = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    add("-p", dest="pairs", help="a parameter", **option)
-    option = {"type": Path, "action": "append", "default": [], "metavar": "YAML"}
-    add("-f", dest="files", help="a file of parameters", **option)
+    many = {"action": "append", "default": []}
+    add("-p", dest="pairs", nargs=2, metavar=("NAME", "VALUE"), help="a parameter", **many)
+    add("-f", dest="files", type=Path, metavar="YAML", help="a file of parameters", **many)
     add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: %(default)s)")
     add("--force", action="store_true", help="run what is done and unchanged again, too")
     add("--timeout", type=int, metavar="S", help="seconds after which one cell of a notebook is given up")
@@ -111,7 +96,6 @@ def _add_run(add) -> None:
 
 
 def _run_run(args: argparse.Namespace) -> int:
-    """Run the matrix; 1 if a notebook failed."""
     from sdnb import run
 
     for name in ("jobs", "timeout"):
@@ -121,13 +105,10 @@ def _run_run(args: argparse.Namespace) -> int:
     for option in ("trust_remote_code", "allow_pickle"):
         if getattr(args, option):
             os.environ[f"SDNB_{option.upper()}"] = "1"  # for the kernels
-    cells = run.matrix(
-        run.models_in(args.models, args.only),
-        run.templates_in(args.templates),
-        run.parameters_of(args.files, args.pairs),
-        args.results_dir.expanduser(),  # otherwise as it was given: the notebooks show it
-        args.notebooks,
-    )
+    models, there = run.models_in(args.models, args.only), run.templates_in(args.templates)
+    given = run.parameters_of(args.files, args.pairs)
+    results = args.results_dir.expanduser()  # otherwise as it was given: the notebooks show it
+    cells = run.matrix(models, there, given, results, args.notebooks)
     outcomes = run.run_all(cells, jobs=args.jobs, force=args.force, timeout_s=args.timeout)
     return int(any(outcome.status == run.FAILED for outcome in outcomes))
 
@@ -152,9 +133,7 @@ def _add_detect(add) -> None:
     text = "largest input over the median token's that puts a module on the list (default: %(default)g)"
     add("--min-ratio", type=float, default=32.0, metavar="R", help=text)
     add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
-    text = (
-        "quantize and measure perplexity without and with the list, and rank modules by what they give back"
-    )
+    text = "quantize, measure perplexity without and with the list, and rank modules by what they give back"
     add("--measure", action="store_true", help=text)
     text = "what to measure, as 'nvfp4' 'int8 tensor' (the first one for the ranking)"
     add("--schemes", nargs="+", metavar="NAME", help=text)
@@ -166,7 +145,6 @@ def _add_detect(add) -> None:
 
 
 def _run_detect(args: argparse.Namespace) -> int:
-    """Print the report, the JSON, or one form; a model without a high-norm token is no failure."""
     from sdnb import load
     from sdnb.inspection import SCHEME_NAMES, TOOLS, inspect_model
     from sdnb.inspection_report import report
@@ -234,7 +212,8 @@ def _add_spectra(add) -> None:
 
 
 def _run_spectra(args: argparse.Namespace) -> int:
-    """One line a matrix: shape, sigma, edges of the bulk, values outside it, distance from the law."""
+    from pandas import DataFrame, Index
+
     from sdnb import load
     from sdnb.layers.matrices import layer_matrices_or_reason
     from sdnb.spectra import NoBulk, fit_spectrum, singular_values
@@ -248,27 +227,25 @@ def _run_spectra(args: argparse.Namespace) -> int:
             left_out[f"layer {layer}"] = found
             continue
         for matrix in found:
+            values = singular_values(matrix.read())
             try:
-                fit = fit_spectrum(
-                    singular_values(matrix.read()), matrix.shape, false_positive_rate=args.rate
-                )
+                fit = fit_spectrum(values, matrix.shape, false_positive_rate=args.rate)
             except NoBulk as problem:
                 left_out[matrix.name] = str(problem)
                 continue
             keys = ("sigma", "edges", "outliers_below", "outliers_above", "hard_edge", "distance")
             rows[matrix.name] = {"shape": list(fit.shape)} | {key: getattr(fit, key) for key in keys}
     if args.json:
-        print(
-            json.dumps({"matrices": rows, "false_positive_rate": args.rate, "left_out": left_out}, indent=1)
-        )
+        values = {"matrices": rows, "false_positive_rate": args.rate, "left_out": left_out}
+        print(json.dumps(values, indent=1))
         return 0
-    line = "{:<10}{:>13}{:>10}{:>11}{:>11}{:>7}{:>7}{:>10}"
-    print(line.format("matrix", "shape", "sigma", "bulk from", "to", "below", "above", "distance"))
-    for name, row in rows.items():
-        numbers = [f"{value:.4g}" for value in (row["sigma"], *row["edges"])]
-        below = "hard" if row["hard_edge"] else row["outliers_below"]
-        shape, distance = "x".join(map(str, row["shape"])), f"{row['distance']:.3f}"
-        print(line.format(name, shape, *numbers, below, row["outliers_above"], distance))
+    lines = [
+        ["x".join(map(str, row["shape"])), row["sigma"], *row["edges"],
+         "hard" if row["hard_edge"] else row["outliers_below"], row["outliers_above"], row["distance"]]
+        for row in rows.values()
+    ]  # fmt: skip
+    names = Index(["shape", "sigma", "bulk from", "to", "below", "above", "distance"], name="matrix")
+    print(DataFrame(lines, list(rows), names).to_string(float_format="{:.4g}".format))
     print(
         f"\nA matrix of noise shows an outlier on one side with probability {args.rate:g}. hard: nearly "
         "square, nothing is\ncounted below its bulk."
@@ -287,11 +264,11 @@ def _add_summary(add) -> None:
 
 
 def _run_summary(args: argparse.Namespace) -> int:
-    """One line a model; lists are separated by blanks, an empty list is "none"."""
     from sdnb.files import atomic_write
     from sdnb.records import summary
 
     def plain(value: object) -> object:
+        """A list as words between blanks, an empty one as "none"."""
         return (" ".join(map(str, value)) or "none") if isinstance(value, list) else value
 
     text = summary(args.results_dir).map(plain).to_csv(index=False, lineterminator="\n")
@@ -303,14 +280,11 @@ def _run_summary(args: argparse.Namespace) -> int:
 
 
 def _add_book(add) -> None:
-    text = (
-        "models that were run, or files of models, first that of the main pages (default: book/models.yaml)"
-    )
+    text = "models that were run, or files of them, first that of the main pages (default: book/models.yaml)"
     add("models", nargs="*", metavar="MODEL", help=text)
     add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
-    add(
-        "--results-dir", type=Path, default=Path("results"), help="where they were run (default: %(default)s)"
-    )
+    text = "where they were run (default: %(default)s)"
+    add("--results-dir", type=Path, default=Path("results"), help=text)
     text = "the pages go to OUT/_build/html (default: %(default)s)"
     add("--out", type=Path, default=Path(), help=text)
     text = "build nothing, but put the first model's results of these notebooks into book/stored"
@@ -318,7 +292,6 @@ def _add_book(add) -> None:
 
 
 def _run_book(args: argparse.Namespace) -> int:
-    """Print the path of the built book's index.html, or of the folder that took what was stored."""
     from sdnb import book, run
 
     models = run.models_in(args.models or [str(book.checkout() / "book" / "models.yaml")], args.only)

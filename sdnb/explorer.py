@@ -6,7 +6,7 @@ controls choose among them in the page itself, without a kernel (`jslink`).
 
 import io
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -15,7 +15,6 @@ from time import perf_counter
 import ipywidgets as widgets
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -37,7 +36,7 @@ from sdnb.errors import LayerUnsupported, ModelError, ParameterError, SdnbError,
 from sdnb.layers import layer_view
 from sdnb.linearize import linear_layer
 from sdnb.loading import Loaded, load
-from sdnb.plots import COLOURS
+from sdnb.plots import COLOURS, plain
 from sdnb.text import encode, token_labels
 
 INTERVENTIONS = {
@@ -60,22 +59,14 @@ _STYLE = "<style>.sdnb-layer :is(th, td) {padding: 0 .6em; text-align: right}</s
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """The linear view of one layer, as far as the explorer shows it.
+    """The linear view of one layer, or why there is none; by "L" and "F", no angle where no direction is."""
 
-    Args:
-        singular_values: the leading ones of "L" and of "F", largest first.
-        angle_deg: angle of the leading left singular vector of each to the empirical direction; None where
-            there is no direction, or where the matrix is zero and the vector arbitrary.
-        right_vector: the leading right singular vector of F, (d,); None where F is zero.
-        items: vocabulary items whose row of the output embedding is nearest to the leading left singular
-            vector of F, with the cosine.
-        unsupported: why the layer has no linear view, or None.
-    """
-
-    singular_values: dict[str, list[float]]
-    angle_deg: dict[str, float | None]
-    right_vector: Tensor | None
-    items: list[tuple[str, float]]
+    singular_values: dict[str, list[float]] = field(default_factory=dict)
+    angle_deg: dict[str, float | None] = field(default_factory=dict)
+    right_vector: Tensor | None = None  # the leading one of F, (d,)
+    items: list[tuple[str, float]] = field(
+        default_factory=list
+    )  # nearest to F's left vector, with the cosine
     unsupported: str | None = None
 
 
@@ -89,22 +80,16 @@ class Sentence:
 
 
 class Exploration:
-    """One model, ready to be asked; facts of its layers are computed when they are first asked for.
-
-    Args:
-        loaded: the model.
-        seed: of the decompositions.
-    """
+    """One model, ready to be asked; facts of its layers are computed when they are first asked for."""
 
     def __init__(self, loaded: Loaded, seed: int = 0):
         self.loaded, self.seed, self.layer_count = loaded, seed, loaded.layer_count
         self.defect = find_defect(loaded, encode(loaded, "heldout", max_lines=LINES))
         self.explosion_layers = self.defect.explosion_layers or [self.defect.at().layer]
-        rows = [row for row in self.defect.massive if row["layer"] in self.explosion_layers]
         self._massive: dict[int, dict[int, float]] = {}
-        for row in rows:
-            self._massive.setdefault(row["layer"], {})[row["dimension"]] = row["value"]
-        self.random_angle_deg = random_angle(loaded.hidden_size)
+        for row in self.defect.massive:
+            if row["layer"] in self.explosion_layers:
+                self._massive.setdefault(row["layer"], {})[row["dimension"]] = row["value"]
         self._facts: dict[int, LayerFacts] = {}
 
     @property
@@ -114,24 +99,11 @@ class Exploration:
 
     def angles(self) -> dict[str, np.ndarray]:
         """Angles of L's and F's leading left singular vector per layer 1..L, NaN where not known (yet)."""
-        known = [self._facts.get(number) for number in range(1, self.layer_count + 1)]
-        return {
-            name: np.array([facts.angle_deg.get(name) if facts else None for facts in known], dtype=float)
-            for name in ("L", "F")
-        }
+        known = [self._facts.get(number, LayerFacts()) for number in range(1, self.layer_count + 1)]
+        return {name: np.array([facts.angle_deg.get(name) for facts in known], float) for name in ("L", "F")}
 
     def layer(self, number: int) -> LayerFacts:
-        """The facts of a layer.
-
-        Args:
-            number: 1..L.
-
-        Returns:
-            The facts; of a layer without a linear view the reason.
-
-        Raises:
-            ParameterError: there is no such layer.
-        """
+        """The facts of a layer 1..L."""
         if not 1 <= number <= self.layer_count:
             raise ParameterError(
                 f"layer {number} does not exist: the model has layers 1 to {self.layer_count}"
@@ -141,24 +113,19 @@ class Exploration:
                 linear = linear_layer(layer_view(self.loaded, number), seed=self.seed)
                 self._facts[number] = self._read(linear.L, linear.F)
             except LayerUnsupported as problem:
-                self._facts[number] = LayerFacts({}, {}, None, [], str(problem))
+                self._facts[number] = LayerFacts(unsupported=str(problem))
         return self._facts[number]
 
     def _read(self, L: Tensor, F: Tensor) -> LayerFacts:
-        count = min(16 if len(L) <= 256 else 4, len(L))
-        found = {name: leading_triplets(part, k=count, seed=self.seed) for name, part in (("L", L), ("F", F))}
-        values = {name: triplets.S.tolist() for name, triplets in found.items()}
-        left = {
-            n: triplets.U[:, 0].float().cpu() if values[n][0] > 0 else None for n, triplets in found.items()
-        }
-        angles = {
-            name: float(angle_deg(vector, self.defect.direction))
-            if self.defect.found and vector is not None else None
-            for name, vector in left.items()
-        }  # fmt: skip
-        if left["F"] is None:
-            return LayerFacts(values, angles, None, [])
-        return LayerFacts(values, angles, found["F"].V[:, 0].float().cpu(), self._nearest_items(left["F"]))
+        values, angles = {}, {}
+        for name, matrix in (("L", L), ("F", F)):
+            found = leading_triplets(matrix, k=min(16 if len(L) <= 256 else 4, len(L)), seed=self.seed)
+            values[name], left = found.S.tolist(), found.U[:, 0].float().cpu()
+            known = self.defect.found and values[name][0] > 0  # a zero matrix has arbitrary vectors
+            angles[name] = float(angle_deg(left, self.defect.direction)) if known else None
+        if values["F"][0] == 0:
+            return LayerFacts(values, angles)
+        return LayerFacts(values, angles, found.V[:, 0].float().cpu(), self._nearest_items(left))
 
     def _nearest_items(self, vector: Tensor, count: int = 5) -> list[tuple[str, float]]:
         """Vocabulary items by the cosine of their row of the output embedding with a vector (d,)."""
@@ -173,19 +140,7 @@ class Exploration:
     def sentence(
         self, text: str, *, add_special_tokens: bool | None = None, switched_on: tuple[str, ...] = ()
     ) -> Sentence:
-        """Run a sentence, under interventions if asked to.
-
-        Args:
-            text: what was typed.
-            add_special_tokens: whether the tokenizer adds its own; what it does by itself when None.
-            switched_on: keys of `INTERVENTIONS`; they are applied together.
-
-        Returns:
-            Tokens, norms, layers.
-
-        Raises:
-            TextError: nothing but spaces, or more tokens than can be drawn.
-        """
+        """Run a sentence, under interventions (keys of `INTERVENTIONS`, applied together) if asked to."""
         if not text.strip():
             raise TextError("There is no text: type a sentence.")
         ids = encode(self.loaded, [text], add_special_tokens=add_special_tokens).lines[0]
@@ -208,10 +163,8 @@ class Exploration:
         if name == "attention":
             return zero_attention(model)
         if name == "direction":
-            facts = {number: self.layer(number) for number in self.explosion_layers}
-            return project_out(
-                model, {n: f.right_vector for n, f in facts.items() if f.right_vector is not None}
-            )
+            vectors = {number: self.layer(number).right_vector for number in self.explosion_layers}
+            return project_out(model, {n: vector for n, vector in vectors.items() if vector is not None})
         zeros = {number: dict.fromkeys(row, 0.0) for number, row in self._massive.items()}
         above = {number: min(map(abs, row.values())) / 2 for number, row in self._massive.items()}
         return set_dimensions(model, zeros, above=above)
@@ -226,19 +179,15 @@ def norms_picture(
     """Draw norms as a map, tokens across, layers up; explosion layers are numbered red, decay ones blue."""
     norms = sentence.norms.clamp(min=_LEAST).numpy()
     layers, count = norms.shape
-    tokens = [token if len(token) <= 12 else f"{token[:11]}…" for token in sentence.tokens]
-    below = 0.25 + 0.06 * max(map(len, tokens))  # inches for the slanted names
-    height = min(4.0, 1.0 + 0.14 * layers) + 0.3 + below
-    fig = Figure(figsize=(_WIDTH, height))
-    fig.subplots_adjust(0.08, below / height, 1.05, 1 - 0.3 / height)
+    fig = Figure(figsize=(_WIDTH, min(4.9, 2.0 + 0.14 * layers)), layout="constrained")
     ax = fig.add_subplot()
     low, high = limits
-    image = ax.imshow(norms, aspect="auto", origin="lower", cmap="magma", interpolation="nearest",
-                      norm=LogNorm(low, max(high, low * 1.01)))  # fmt: skip
+    look = {"aspect": "auto", "origin": "lower", "cmap": "magma", "interpolation": "nearest"}
+    image = ax.imshow(norms, norm=LogNorm(low, max(high, low * 1.01)), **look)
     step = -(-count // 48)
-    named = [tokens[t] if step == 1 else str(t) for t in range(0, count, step)]
-    slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
-    ax.set_xticks(range(0, count, step), named, fontsize=7, **slanted)
+    tokens = [plain(token if len(token) <= 12 else f"{token[:11]}…") for token in sentence.tokens]
+    named = tokens if step == 1 else range(0, count, step)
+    ax.set_xticks(range(0, count, step), named, fontsize=7, rotation=60, ha="right", rotation_mode="anchor")
     marked = dict.fromkeys(sentence.found.explosion_layers, COLOURS["initial"])
     marked |= dict.fromkeys(sentence.found.decay_layers, COLOURS["L"])
     numbers = sorted({*range(0, layers, max(1, layers // 10)), *marked})
@@ -260,8 +209,7 @@ def norms_picture(
 def layer_picture(exploration: Exploration, layer: int) -> bytes:
     """Draw the spectrum of one layer beside the angles of all layers that are known so far."""
     facts = exploration.layer(layer)
-    fig = Figure(figsize=(_WIDTH, 2.4))
-    fig.subplots_adjust(0.06, 0.2, 0.99, 0.88, wspace=0.14)
+    fig = Figure(figsize=(_WIDTH, 2.4), layout="constrained")
     spectrum, curve = fig.subplots(1, 2)
     for name, values in facts.singular_values.items():
         marker = "o-" if name == "L" else "s-"
@@ -270,14 +218,14 @@ def layer_picture(exploration: Exploration, layer: int) -> bytes:
     spectrum.set_xlabel("number", fontsize=8)
     spectrum.set_ylim(bottom=0)
     if facts.unsupported:
-        spectrum.text(0.5, 0.5, facts.unsupported, transform=spectrum.transAxes, ha="center", va="center",
-                      fontsize=7, wrap=True)  # fmt: skip
+        centred = {"ha": "center", "va": "center", "fontsize": 7, "wrap": True}
+        spectrum.text(0.5, 0.5, facts.unsupported, transform=spectrum.transAxes, **centred)
     else:
         spectrum.legend(fontsize=7)  # the colours are those of the curves, too
     for name, angles in exploration.angles().items():
         curve.plot(range(1, len(angles) + 1), angles, "o-", color=COLOURS[name], ms=3, lw=1)
     curve.axvline(layer, color="black", lw=1)
-    curve.axhline(exploration.random_angle_deg, color=COLOURS["null"], ls=":", lw=1)
+    curve.axhline(random_angle(exploration.loaded.hidden_size), color=COLOURS["null"], ls=":", lw=1)
     curve.set(xlim=(0.5, exploration.layer_count + 0.5), ylim=(0, 92))
     curve.set_title("angle to the empirical direction, degrees", fontsize=9)
     curve.set_xlabel("layer", fontsize=8)
@@ -305,24 +253,19 @@ def layer_table(exploration: Exploration, sentence: Sentence, layer: int) -> str
     return f'<div class="sdnb-layer"><b>Layer {layer}</b>: {said}{near}.<table>{head}{rows}</table></div>'
 
 
-def _png(figure: Figure, dpi: int = 90) -> bytes:
+def _png(figure: Figure) -> bytes:
     """A small PNG: a palette in the place of full colours."""
     from PIL import Image
 
-    figure.set_dpi(dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    file = io.BytesIO()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    drawn.quantize(192, dither=Image.Dither.NONE).save(file, "PNG")
-    return file.getvalue()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    Image.open(drawn).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(small, "PNG")
+    return small.getvalue()
 
 
 def _limits(*sentences: Sentence) -> tuple[float, float]:
-    norms = [one.norms for one in sentences]
-    return min(part.clamp(min=_LEAST).min().item() for part in norms), max(
-        part.max().item() for part in norms
-    )
+    norms = torch.cat([one.norms.flatten() for one in sentences]).clamp(min=_LEAST)
+    return norms.min().item(), norms.max().item()
 
 
 # --- in the book
@@ -338,29 +281,25 @@ def static_explorer(
     limits, layers = _limits(*seen), chosen_layers(exploration.layer_count, exploration.explosion_layers)
     for layer in progress(layers, desc="layers"):
         exploration.layer(layer)  # all of them first: each picture shows the angles of all
-    how = widgets.ToggleButtons(
-        options=["untouched", *(INTERVENTIONS[name] for name in exploration.possible)], description="switch",
-        style=widgets.ToggleButtonsStyle(button_width="auto"),
-    )  # fmt: skip
-    which = widgets.SelectionSlider(
-        options=layers, value=exploration.explosion_layers[0], description="layer",
-        layout=widgets.Layout(width="95%"),
-    )  # fmt: skip
+    names = ["untouched", *(INTERVENTIONS[name] for name in exploration.possible)]
+    look = {"style": widgets.ToggleButtonsStyle(button_width="auto")}
+    how = widgets.ToggleButtons(options=names, description="switch", **look)
+    look = {"layout": widgets.Layout(width="95%")}
+    first = exploration.explosion_layers[0]
+    which = widgets.SelectionSlider(options=layers, value=first, description="layer", **look)
     pairs = zip(seen, switches, strict=True)
     norms = _stack(how, [_image(norms_picture(exploration, one, on, limits)) for one, on in pairs])
     spectra = _stack(which, [_image(layer_picture(exploration, layer)) for layer in layers])
-    tables = [
-        _stack(which, [widgets.HTML(layer_table(exploration, one, layer)) for layer in layers])
-        for one in seen
-    ]
+    tables = [[widgets.HTML(layer_table(exploration, one, layer)) for layer in layers] for one in seen]
+    table = _stack(how, [_stack(which, frames) for frames in tables])
     head = widgets.HTML(f"<b>{escape(exploration.loaded.title)}</b>: <code>{escape(text)}</code>")
-    return widgets.VBox([head, how, norms, which, spectra, _stack(how, tables)])
+    return widgets.VBox([head, how, norms, which, spectra, table])
 
 
 def chosen_layers(count: int, explosion: list[int]) -> list[int]:
     """Layers with a frame of their own: all, or an even selection with the explosion layers."""
-    most = min(count, MOST_LAYERS)
-    return sorted({1 + round(i * (count - 1) / max(1, most - 1)) for i in range(most)} | {*explosion})
+    even = np.linspace(1, count, min(count, MOST_LAYERS)).round().astype(int).tolist()
+    return sorted({*even, *explosion})
 
 
 def _stack(control: widgets.Widget, frames: list[widgets.Widget]) -> widgets.Stack:
@@ -377,16 +316,7 @@ def _image(content: bytes = b"") -> widgets.Image:
 
 
 class LiveExplorer:
-    """A sentence and interventions for two models beside each other; every change is computed at once.
-
-    Args:
-        first: the left model.
-        text: the first sentence.
-        compare: the name of the right model; "" leaves the column empty until one is chosen.
-        add_special_tokens: whether the tokenizer adds its own; what it does by itself when None.
-        seed: of the decompositions.
-        **options: of `sdnb.load`, for every other model that is chosen.
-    """
+    """A sentence and interventions for two models beside each other; every change is computed at once."""
 
     def __init__(
         self, first: Loaded, text: str, compare: str = "", *, add_special_tokens: bool | None = None,
@@ -409,17 +339,7 @@ class LiveExplorer:
         self.box = widgets.VBox([widgets.HTML(_STYLE), self.text, switches, columns])
 
     def take(self, name: str) -> Exploration:
-        """The exploration of a model, loaded if need be; the last few are kept.
-
-        Args:
-            name: zoo/<name>, hub id, folder or file; `@` and a revision may follow.
-
-        Returns:
-            The exploration.
-
-        Raises:
-            ModelError: no name.
-        """
+        """The exploration of a model (`@` and a revision may follow its name); the last few are kept."""
         name = name.strip()
         if not name:
             raise ModelError("There is no model: choose one, or type a hub id or the path of a folder.")
@@ -443,12 +363,8 @@ class Panel:
         )  # fmt: skip
         self.layer = widgets.IntSlider(value=1, min=1, max=1, description="layer", continuous_update=False)
         self.every = widgets.Button(description="angles of all layers", layout=widgets.Layout(width="auto"))
-        self.norms, self.spectrum, self.table, self.status = (
-            _image(),
-            _image(),
-            widgets.HTML(),
-            widgets.HTML(),
-        )
+        self.norms, self.spectrum = _image(), _image()
+        self.table, self.status = widgets.HTML(), widgets.HTML()
         self.box = widgets.VBox(
             [self.model, self.status, self.norms, self.layer, self.spectrum, self.every, self.table],
             layout=widgets.Layout(width="50%"),
@@ -460,23 +376,21 @@ class Panel:
 
     def show(self, every: bool = False) -> None:
         """Compute and draw everything anew; what goes wrong is said, and nothing old stays shown."""
-        start = perf_counter()
+        start, said, drawn = perf_counter(), "", (b"", b"", "")
         try:
-            contents = self._contents(every) if self.model.value.strip() else (b"", b"", "", "")
+            if self.model.value.strip():
+                tokens, *drawn = self._drawn(every)
+                said = f"{tokens} tokens, {perf_counter() - start:.1f} s"
         except Exception as problem:  # the widgets stay, whatever it is
             kind = "" if isinstance(problem, SdnbError) else f"{type(problem).__name__}: "
-            contents = (b"", b"", "", f'<span style="color:#c92a2a">{escape(kind + str(problem))}</span>')
-        for output, content in zip(
-            (self.norms, self.spectrum, self.table, self.status), contents, strict=True
-        ):
-            output.value = content
-            output.layout.display = None if content else "none"
-        for control in (self.layer, self.every):
-            control.layout.display = None if contents[0] else "none"
-        if contents[0]:
-            self.status.value += f", {perf_counter() - start:.1f} s"
+            said = f'<span style="color:#c92a2a">{escape(kind + str(problem))}</span>'
+        self.norms.value, self.spectrum.value, self.table.value = drawn
+        self.status.value = said
+        for output in (self.norms, self.spectrum, self.table, self.layer, self.every):
+            output.layout.display = None if drawn[0] else "none"
 
-    def _contents(self, every: bool) -> tuple[bytes, bytes, str, str]:
+    def _drawn(self, every: bool) -> tuple[int, bytes, bytes, str]:
+        """Tokens of the sentence, and what is shown of them and of the layer."""
         asked, model = self._explorer, self._explorer.take(self.model.value)
         if model is not self._known:
             self._known = model
@@ -484,17 +398,13 @@ class Panel:
                 self.layer.max, self.layer.value = model.layer_count, model.explosion_layers[0]
         on = tuple(name for name, switch in asked.switches.items() if switch.value and name in model.possible)
         run = partial(model.sentence, asked.text.value, add_special_tokens=asked.begin.value)
-        plain = run()
-        sentence = run(switched_on=on) if on else plain
+        untouched = run()
+        sentence = run(switched_on=on) if on else untouched
         for number in progress(range(1, model.layer_count + 1), desc="layers") if every else ():
             model.layer(number)
         layer = self.layer.value
-        return (
-            norms_picture(model, sentence, on, _limits(plain, sentence)),
-            layer_picture(model, layer),
-            layer_table(model, sentence, layer),
-            f"{len(sentence.tokens)} tokens",
-        )
+        norms = norms_picture(model, sentence, on, _limits(untouched, sentence))
+        return len(sentence.tokens), norms, layer_picture(model, layer), layer_table(model, sentence, layer)
 
 
 def zoo_models() -> list[str]:
@@ -523,7 +433,7 @@ def explore(
     seed: int = 0,
     **options: object,
 ) -> widgets.VBox:
-    """Build the explorer.
+    """Build the explorer's widgets; in a notebook, the last line of a cell shows them.
 
     Args:
         loaded: the first model.
@@ -535,11 +445,10 @@ def explore(
         **options: of `sdnb.load`, such as dtype and device, for every other model that is chosen.
 
     Returns:
-        The widgets; in a notebook, the last line of a cell shows them.
+        The widgets.
     """
     begin = {"add_special_tokens": add_special_tokens}
-    explorer = LiveExplorer if (someone_present() if live is None else live) else None
-    if explorer:
-        return explorer(loaded, text, compare or "", **begin, seed=seed, **options).box
+    if someone_present() if live is None else live:
+        return LiveExplorer(loaded, text, compare or "", **begin, seed=seed, **options).box
     models = [loaded, *([load(compare, **options)] if compare else [])]
     return widgets.VBox([static_explorer(Exploration(model, seed), text, **begin) for model in models])

@@ -8,7 +8,7 @@ import torch
 import sdnb
 from sdnb import explorer
 from sdnb.errors import ModelError, ParameterError, TextError
-from sdnb.explorer import INTERVENTIONS, Exploration, LiveExplorer
+from sdnb.explorer import Exploration, LiveExplorer
 from tests.tiny import planted_model, tiny_model
 
 TEXT = "One of these is longer than all others."
@@ -30,20 +30,16 @@ def model(loaded):
     return Exploration(loaded)
 
 
-def test_the_planted_layer_points_along_the_direction(model, planted):
+def test_the_planted_layer_points_along_the_direction(model, planted, loaded):
     facts = model.layer(planted.explosion_layer)
     assert facts.angle_deg["F"] < 5 and facts.singular_values["F"][0] > 5 * facts.singular_values["F"][1]
     assert sdnb.angle_deg(facts.right_vector, planted.right_vector) < 5
     assert model.layer(1).angle_deg["F"] > 30 and model.explosion_layers == [planted.explosion_layer]
     known = model.angles()["F"]
     assert known[planted.explosion_layer - 1] == facts.angle_deg["F"] and len(known) == 6
-
-
-def test_items_are_the_nearest_rows_of_the_output_embedding(model, planted, loaded):
     rows = loaded.model.get_output_embeddings().weight
     cosine = torch.nn.functional.cosine_similarity(rows, planted.direction[None])
-    near = model.layer(planted.explosion_layer).items
-    assert len(near) == 5 and near[0][1] == pytest.approx(cosine.max().item(), abs=0.05)
+    assert len(facts.items) == 5 and facts.items[0][1] == pytest.approx(cosine.max().item(), abs=0.05)
 
 
 def test_a_zero_ffn_has_no_angle_and_nothing_to_project(tmp_path):
@@ -81,9 +77,8 @@ def test_an_intervention_takes_the_norm_away_and_comes_back(model, planted, name
 
 
 def test_attention_off_makes_a_token_independent_of_those_before(model):
-    one, other = (
-        model.sentence(f"{word} of the same tail.", switched_on=("attention",)) for word in ("One", "Two")
-    )
+    texts = [f"{word} of the same tail." for word in ("One", "Two")]
+    one, other = (model.sentence(text, switched_on=("attention",)) for text in texts)
     assert torch.equal(one.norms[:, -1], other.norms[:, -1])
 
 
@@ -152,21 +147,21 @@ def test_each_control_changes_what_depends_on_it(live):
 
 @pytest.mark.parametrize(
     ("control", "value", "said"),
-    [
-        ("text", "", "type a sentence"),
-        ("model", "zoo/none", "There is no model zoo/none"),
-        ("model", "no such model", "check the spelling"),
-    ],
-)
-def test_errors_are_said_and_nothing_stays(live, control, value, said):
+    [("text", "", "type a sentence"), ("model", "zoo/none", "no model zoo/none"),
+     ("model", "no such model", "check the spelling"), ("model", "org/other", "ZeroDivisionError: by &lt;")],
+)  # fmt: skip
+def test_errors_are_said_and_nothing_stays(live, control, value, said, monkeypatch):
+    def fails(*args, **options):
+        raise ZeroDivisionError("by <nothing>")
+
+    if value == "org/other":
+        monkeypatch.setattr(live, "_load", fails)
     left = live.panels[0]
     widget = live.text if control == "text" else left.model
     before = widget.value
     widget.value = value
-    assert (
-        shown(live) == (b"", b"", "") and said in left.status.value and "Traceback" not in left.status.value
-    )
-    assert left.norms.layout.display == "none"
+    assert shown(live) == (b"", b"", "") and said in left.status.value
+    assert "Traceback" not in left.status.value and left.norms.layout.display == "none"
     widget.value = before
     assert all(shown(live)) and left.norms.layout.display is None
 
@@ -198,16 +193,6 @@ def test_a_few_models_are_kept_and_revisions_are_read(live, loaded, monkeypatch)
         live.take("  ")
 
 
-def test_what_nobody_foresaw_is_said_too(live, monkeypatch):
-    def fails(*args, **options):
-        raise ZeroDivisionError("by <nothing>")
-
-    monkeypatch.setattr(live, "_load", fails)
-    live.panels[1].model.value = "org/other"
-    assert "ZeroDivisionError: by &lt;nothing&gt;" in live.panels[1].status.value and all(shown(live))
-
-
 def test_the_zoo_is_offered():
     assert {"zoo/llama", "zoo/smollm2", "zoo/llama-steps/step-001000"} <= {*explorer.zoo_models()}
     assert not [name for name in explorer.zoo_models() if "runs" in name]
-    assert {*INTERVENTIONS} == {"direction", "massive", "attention"}
