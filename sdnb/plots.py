@@ -1,6 +1,6 @@
 """One look for every figure, and what several notebooks draw: layer axes, labels, scales, norms, maps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +18,12 @@ KINDS = {"q": "Q", "k": "K", "v": "V", "o": "attention output", "gate": "gate", 
 """Types of weight matrices as the pages call them, in the order of the pages."""
 DOTS = {"s": 4, "lw": 0, "alpha": 0.5, "rasterized": True}
 """For clouds of 100,000 dots: `ax.scatter(x, y, **sdnb.plots.DOTS)`."""
-_WIDE_RANGE = 30.0
+_PLACES = [
+    (side * dx, dy, "left" if side > 0 else "right")
+    for dy in (8, -8, 20, -20, 32, -32, 44, -44, 56, -56)
+    for dx in (6, 24)
+    for side in (1, -1)
+]  # of a label around its point, in points, the nearest first
 
 
 def use_style() -> None:
@@ -35,19 +40,12 @@ def layer_axis(ax: Axes, layers: int, *, first: int = 1, label: str = "layer") -
         first: 0 where the embedding is drawn, too.
         label: of the axis.
     """
-    width = ax.get_position().width * ax.figure.get_figwidth()  # inches
-    room = max(2, int(width / 0.3))
+    room = max(2, int(ax.get_position().width * ax.figure.get_figwidth() / 0.3))  # 0.3 inches a number
     count = layers - first + 1
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, count) if count / s <= room or s == count)
-    ticks = (
-        [first, *(n for n in range(0, layers + 1, step) if n > first)]
-        if step > 1
-        else range(first, layers + 1)
-    )
-    ax.set_xticks(list(ticks), minor=False)
+    ax.set_xticks([first, *(n for n in range(0, layers + 1, step) if n > first)], minor=False)
     ax.set_xlim(first - 0.5, layers + 0.5)
-    if label:
-        ax.set_xlabel(label)
+    ax.set_xlabel(label)
 
 
 def mark_layers(ax: Axes, defect: object, *, label: bool = True) -> None:
@@ -83,84 +81,46 @@ def annotate(
     ax: Axes,
     x: Sequence[float],
     y: Sequence[float],
-    texts: Sequence[str] | str | Callable[[float], str] = "{:.3g}",
+    texts: Sequence[str] | str = "{:.3g}",
     *,
     at: Sequence[float] | None = None,
     color: str | None = None,
 ) -> None:
     """Write texts beside points so that they overwrite neither each other nor earlier texts of these axes.
 
-    Each text takes the nearest free place around its point, off the curves' points and inside the axes; one
-    that finds none within 60 points stands where it overlaps least. Call it last, when limits, scales and
-    legend are set.
+    Each text takes the nearest free place around its point, off the curves' points and inside the axes. Call
+    it last, when limits, scales and legend are set.
 
     Args:
         ax: the axes.
         x: of the points.
         y: of the points; NaN ones are left out.
-        texts: one a point, or a format of y such as "{:.1f}°", or a function of y.
+        texts: one a point, or a format of y such as "{:.1f}°".
         at: the x values that are labelled, such as the explosion layers; all when None.
         color: of the texts.
     """
-    figure = ax.figure
-    figure.draw_without_rendering()  # so that the layout stands and texts have a size
-    taken = [Text.get_window_extent(text) for text in ax.texts]  # without the lines that lead to them
-    dots = [
-        line.get_transform().transform(line.get_xydata()) for line in ax.lines if len(line.get_xdata()) > 2
-    ]
+    ax.figure.draw_without_rendering()  # so that the layout stands and texts have a size
+    taken, frame = [Text.get_window_extent(text) for text in ax.texts], ax.get_window_extent()
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    dots = [line.get_transform().transform(line.get_xydata()) for line in curves]
     dots = np.concatenate([*dots, np.empty((0, 2))])
-    form = texts.format if isinstance(texts, str) else texts
+
+    def cost(place: tuple[int, int, str]) -> float:
+        note.set(position=place[:2], ha=place[2])
+        note.get_window_extent()  # puts text and line in their places
+        box = Text.get_window_extent(note).padded(1.0)  # without the line
+        inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+        return 100 * (box.count_overlaps(taken) + (not inside)) + box.count_contains(dots)
+
+    line = {"arrowstyle": "-", "lw": 0.4, "color": color or "black"}
+    look = {"textcoords": "offset points", "fontsize": 8, "color": color, "va": "center", "arrowprops": line}
     for place, (a, b) in enumerate(zip(x, y, strict=True)):
         if b is None or not np.isfinite(b) or (at is not None and a not in at):
             continue
-        text = form(b) if callable(form) else str(form[place])
-        note = ax.annotate(
-            plain(text), (a, b), xytext=(0, 0), textcoords="offset points", fontsize=8, color=color
-        )
-        best = None
-        for dx, dy, ha, va in _PLACES:
-            note.set(position=(dx, dy), ha=ha, va=va)
-            box = note.get_window_extent().padded(1.0)
-            cost = sum(_shared(box, other) for other in taken) + _outside(box, ax.get_window_extent())
-            cost += 20 * int(((dots > box.min) & (dots < box.max)).all(axis=1).sum())
-            if best is None or cost < best[0]:
-                best = cost, (dx, dy, ha, va), box
-            if cost == 0:
-                break
-        dx, dy, ha, va = best[1]
-        note.set(position=(dx, dy), ha=ha, va=va)
-        if max(abs(dx), abs(dy)) > 12:  # far from its point: a thin line leads there
-            line = {"textcoords": "offset points", "fontsize": 8, "color": color, "ha": ha, "va": va}
-            arrow = {"arrowstyle": "-", "lw": 0.4, "color": color or "black"}
-            note.remove()
-            ax.annotate(plain(text), (a, b), xytext=(dx, dy), arrowprops=arrow, **line)
-        taken.append(best[2])
-
-
-_PLACES = [
-    (6, 3, "left", "bottom"),
-    (-6, 3, "right", "bottom"),
-    (6, -3, "left", "top"),
-    (-6, -3, "right", "top"),
-]
-_PLACES += [
-    (side * dx, dy, "left" if side > 0 else "right", "center")
-    for dy in (12, -12, 24, -24, 36, -36, 48, -48, 60, -60)
-    for dx in (6, 24)
-    for side in (1, -1)
-]
-
-
-def _shared(one: object, other: object) -> float:
-    """Area that two boxes share, in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
-
-
-def _outside(box: object, frame: object) -> float:
-    """Area of a box outside a frame, in square pixels."""
-    return box.width * box.height - _shared(box, frame)
+        text = texts.format(b) if isinstance(texts, str) else str(texts[place])
+        note = ax.annotate(plain(text), (a, b), xytext=(0, 0), **look)
+        cost(min(_PLACES, key=cost))
+        taken.append(Text.get_window_extent(note))
 
 
 def signed_log(ax: Axes, values: object, *, axis: str = "y") -> None:
@@ -175,66 +135,20 @@ def signed_log(ax: Axes, values: object, *, axis: str = "y") -> None:
         values: all numbers that are drawn; gaps may be NaN or None.
         axis: "y" or "x".
     """
-    flat = np.asarray([np.nan if v is None else float(v) for v in np.ravel(np.asarray(values, dtype=object))])
+    flat = np.asarray(values, dtype=object).ravel().astype(float)  # None becomes NaN
     flat = flat[np.isfinite(flat)]
     sizes = np.abs(flat[flat != 0])
-    if not len(sizes) or sizes.max() <= _WIDE_RANGE * np.median(sizes):
+    if not len(sizes) or sizes.max() <= 30 * np.median(sizes):
         return
-    scale = {"value": "log"}
-    if (flat <= 0).any():
-        middle = float(np.median(sizes))
-        scale = {"value": "symlog", "linthresh": 10.0 ** np.floor(np.log10(middle))}
-    getattr(ax, f"set_{axis}scale")(**scale)
-    if (flat <= 0).any():
-        ticks = getattr(ax, f"get_{axis}ticks")()
-        step = -(-len(ticks) // 9)
-        keep = [tick for tick in ticks if tick == 0 or round(np.log10(abs(tick))) % step == 0]
-        getattr(ax, f"set_{axis}ticks")(keep)
+    change = getattr(ax, f"set_{axis}scale")
+    if (flat > 0).all():
+        change("log")
+    else:
+        change("symlog", linthresh=10.0 ** np.floor(np.log10(np.median(sizes))))
+        getattr(ax, f"{axis}axis").get_major_locator().set_params(numticks=9)
 
 
-def norm_curves(
-    ax: Axes,
-    norms: object,
-    labels: Sequence[str] | None = None,
-    *,
-    high: Sequence[int] = (),
-    defect: object | None = None,
-) -> None:
-    """Draw one line a token over layers 0..L on a logarithmic axis, high-norm ones on top and named.
-
-    Args:
-        ax: the axes.
-        norms: |h_l|, (L+1, T).
-        labels: T labels of tokens; none is named when None.
-        high: positions of the high-norm tokens.
-        defect: whose layers and threshold are drawn, or None.
-    """
-    norms = np.asarray(norms, dtype=float)
-    layers = np.arange(len(norms))
-    if defect is not None:
-        mark_layers(ax, defect)
-    named = set()
-    for t in sorted(range(norms.shape[1]), key=lambda t: t in high):
-        kind = "ordinary" if t not in high else "noninitial" if t else "initial"
-        name = None if kind in named else f"{kind} token" if kind == "ordinary" else f"{kind} high-norm token"
-        named.add(kind)
-        look = {"lw": 2, "marker": "o", "ms": 3.5} if t in high else {"lw": 0.9}
-        ax.plot(layers, norms[:, t], color=COLOURS[kind], label=name, **look)
-    if getattr(defect, "threshold", None) is not None:
-        line = f"threshold {defect.threshold:.3g}"
-        ax.axhline(defect.threshold, color="black", ls="--", lw=0.9, label=line)
-    ax.set_yscale("log")
-    layer_axis(ax, len(norms) - 1, first=0, label="layer (0: what enters layer 1)")
-    ax.set_ylabel("norm of the hidden state")
-    legend_right(ax)
-    if labels is not None:
-        peaks = {t: int(norms[:, t].argmax()) for t in high}
-        annotate(ax, peaks.values(), [norms[n, t] for t, n in peaks.items()], [labels[t] for t in peaks])
-
-
-def two_panels(
-    first: object, others: object, names: Sequence[str], defect: object | None = None
-) -> plt.Figure:
+def two_panels(first: object, others: object, names: Sequence[str], defect: object = None) -> plt.Figure:
     """Draw the norm of first tokens and of the others over layers 0..L, one line a model or intervention.
 
     Args:
@@ -247,9 +161,8 @@ def two_panels(
         The figure: first tokens left, the others right.
     """
     fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.4), sharey=True)
-    for ax, curves, title in zip(
-        axes, (first, others), ("first token, mean", "other tokens, median"), strict=True
-    ):
+    panels = zip(axes, (first, others), ("first token, mean", "other tokens, median"), strict=True)
+    for ax, curves, title in panels:
         if defect is not None:
             mark_layers(ax, defect, label=False)
         for number, curve in enumerate(np.asarray(curves, dtype=float)):
@@ -271,9 +184,8 @@ def angle_map(ax: Axes, angles: object, names: Sequence[str], *, write: bool = T
         names: of the n directions.
         write: whether the angles are written into the cells.
     """
-    shown = np.array(
-        [[np.nan if a is None or a < 0 else float(a) for a in row] for row in np.asarray(angles, object)]
-    )
+    shown = np.asarray(angles, dtype=object).astype(float)
+    shown = np.where(shown < 0, np.nan, shown)
     heat_map(ax, shown, names, names, limits=(0, 90), label="angle (degrees)", write=write, cmap="viridis_r")
     ax.set_aspect("equal")
 
@@ -323,12 +235,5 @@ def heat_map(
 
 
 def plain(label: str) -> str:
-    """A token's label as matplotlib writes it letter by letter: a dollar sign starts no formula.
-
-    Args:
-        label: the text.
-
-    Returns:
-        The text with dollar signs escaped.
-    """
+    """A token's label as matplotlib writes it letter by letter: a dollar sign starts no formula."""
     return label.replace("$", r"\$")

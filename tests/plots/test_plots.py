@@ -90,18 +90,6 @@ def test_one_bar_hides_no_others(values, scale):
     assert scale != "symlog" or len(ticks) <= 25
 
 
-def test_high_norm_tokens_are_drawn_on_top_and_named():
-    norms = np.ones((7, 5)) * [[9], [1], [1], [1], [1], [1], [1]]
-    norms[3:, 0] = 500
-    ax = plt.subplots(figsize=(8, 4))[1]
-    defect = SimpleNamespace(explosion_layers=[3], decay_layers=[], threshold=50.0)
-    plots.norm_curves(ax, norms, list("abcde"), high=[0], defect=defect)
-    assert ax.get_yscale() == "log" and [text.get_text() for text in ax.texts] == ["a"]
-    token = ax.lines[4]
-    assert token.get_ydata().max() == 500 and token.get_color() == plots.COLOURS["initial"]
-    assert "threshold 50" in ax.get_legend_handles_labels()[1]
-
-
 def test_first_tokens_and_others_have_a_panel_each():
     fig = plots.two_panels(np.ones((2, 7)), np.ones((2, 7)) * 2, ["none", "zero"], None)
     assert [len(ax.lines) for ax in fig.axes] == [2, 2]
