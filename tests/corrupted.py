@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.attention import read_attention
 from sdnb.layers.norms import Norm
-from sdnb.layers.reading import measured, verdict
+from sdnb.layers.reading import measured, read_attention, verdict
 from sdnb.layers.view import LayerView, is_one
 from sdnb.layers.weights import is_linear
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.operations import honor_type
 from torch import Tensor, nn
 
 # What a module may raise when it is run in a way that it was not written for.
@@ -107,21 +108,7 @@ def wrapped(hidden: Tensor, items: int | None) -> object:
 
 def rewrap(result: object, hidden: Tensor) -> object:
     """The same result with another tensor in the place that `unwrap` reads."""
-    if not isinstance(result, (tuple, list)):
-        return hidden
-    items = [hidden, *result[1:]]
-    return type(result)(*items) if hasattr(result, "_fields") else type(result)(items)
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with a function applied to every tensor in its nested tuples, lists and dicts."""
-    if torch.is_tensor(value):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return value
+    return hidden if item_count(result) is None else honor_type(result, [hidden, *result[1:]])
 
 
 @contextmanager

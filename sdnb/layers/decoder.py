@@ -1,7 +1,7 @@
 """A language model as a stack of decoder layers, found by watching the beginning of a forward pass.
 
-Nothing here changes the model: replaced `forward` methods live inside context managers, and a pass is cut
-short as soon as it has shown what was asked for, so the logits are never computed.
+Replaced `forward` methods live inside context managers, and a pass ends as soon as it has shown what was
+asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdnb.errors import LayerUnsupported, ModelError, ParameterError
 from sdnb.layers.calls import Call, StopForward, item_count, replaced_forward, run_errors_as, unwrap, wrapped
 
 if TYPE_CHECKING:
-    from sdnb.layers.roles import Roles
+    from sdnb.layers.matrices import Roles
     from sdnb.layers.view import Structure
     from sdnb.loading import Loaded
 
@@ -64,16 +64,13 @@ _LAYERS_ONLY = {
 
 @dataclass
 class _Known:
-    """What is remembered of a model: names and numbers, nothing that would keep its weights.
+    """What is remembered of a model: names and numbers, nothing that would keep its weights."""
 
-    Watching a layer takes as long as reading some five, so where its parts are (`structures`) and what its
-    rows are for (`roles`) is kept, by `structure_key`, for layers that are built alike; each is checked
-    with it. `stack` names the list of the layers in the base model; a layer returns so many `items`.
-    """
-
-    stack: str
+    stack: str  # name of the list of the layers in the base model
     hidden_size: int
-    items: int | None
+    items: int | None  # that a layer returns; None for a bare tensor
+    # Of layers built alike, by `structure_key`: where the parts are and what rows are for. To watch a layer
+    # takes as long as to read some five.
     structures: dict[tuple, Structure] = field(default_factory=dict)
     roles: dict[tuple, Roles] = field(default_factory=dict)
 
@@ -108,10 +105,10 @@ def unsupported_type(model: nn.Module) -> str | None:
 def plain_token(model: nn.Module) -> int:
     """The smallest token id without a special role (padding, for one, changes positions or masks)."""
     config = model.config.get_text_config()
-    special: set[int] = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id"):
-        value = getattr(config, name, None)
-        special.update(value if isinstance(value, (list, tuple)) else [value])
+    values = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "unk", "sep")]
+    special = {
+        token for value in values for token in (value if isinstance(value, (list, tuple)) else [value])
+    }
     return next(token for token in range(len(special) + 1) if token not in special)
 
 
@@ -126,7 +123,7 @@ def _first_call(
         seen.append((Call.of(args, kwargs), real(*args, **kwargs) if finish else None))
         raise StopForward
 
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
     with suppress(StopForward), torch.no_grad(), replaced_forward(others | {module: watched}):
         model.base_model(input_ids=ids.to(device), use_cache=False)
     return seen[0] if seen else (None, None)
@@ -143,18 +140,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def find_decoder(model: nn.Module | Loaded) -> Decoder:
-    """Find the decoder layers: the largest module list whose members turn hidden states into hidden states.
-
-    Args:
-        model: a causal language model of transformers, or what `sdnb.load` returned.
-
-    Returns:
-        The model as a stack of layers.
-
-    Raises:
-        ModelError: the model is an encoder-decoder or of a type unsupported by name, or no such list takes
-            part in its forward pass.
-    """
+    """The largest module list that takes part in a pass and turns hidden states into hidden states."""
     model = model if isinstance(model, nn.Module) else model.model
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -183,14 +169,7 @@ def find_decoder(model: nn.Module | Loaded) -> Decoder:
 
 
 def decoder_layers(model: nn.Module | Loaded) -> list[nn.Module]:
-    """Find the decoder layers of a model by watching the beginning of a forward pass.
-
-    Args:
-        model: a causal language model of transformers, or what `sdnb.load` returned.
-
-    Returns:
-        The layers in order: item l - 1 is layer l.
-    """
+    """Find the decoder layers of a model, or of what `sdnb.load` returned; item l - 1 is layer l."""
     return find_decoder(model).layers
 
 

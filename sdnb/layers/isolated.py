@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
@@ -15,7 +16,6 @@ from sdnb.layers.calls import (
     StopForward,
     is_float,
     item_count,
-    map_tensors,
     replaced_forward,
     rewrap,
     run_errors_as,
@@ -59,7 +59,7 @@ class IsolatedLayer:
         if shape not in self._calls:  # to run the model up to the layer takes longer than to run the layer
             raw = record_call(self.decoder, self.number, torch.full(shape, plain_token(self.decoder.model)))
             self._calls[shape] = raw.replaced(
-                lambda value: map_tensors(value, lambda t: as_float32(t).to(self.device))
+                lambda value: recursively_apply(lambda tensor: as_float32(tensor).to(self.device), value)
             )
         call = self._calls[shape].with_hidden(x)
         with run_errors_as(lambda e: LayerUnsupported(self.number, "layer", f"does not run by itself: {e}")):
@@ -128,22 +128,8 @@ class IsolatedLayer:
         behind: str | None = None,
         stub: tuple[str, int | None] | None = None,
     ) -> Tensor:
-        """What comes out of one module when rows are put in place of the input of others.
-
-        Args:
-            rows: one-token sequences, shape (n, d).
-            inputs: the modules whose input is replaced. Other tensors of the same shape among their arguments
-                are set to zero: Bloom hands the residual to its attention and its FFN.
-            output: the module whose output is returned; the run ends there.
-            behind: a module whose output is replaced instead.
-            stub: a costly module that is left out of the run and returns zeros, and how many items.
-
-        Returns:
-            The output, shape (n, d_out).
-
-        Raises:
-            LayerUnsupported: the output was not reached.
-        """
+        """What module `output` makes, (n, d_out), of one-token rows (n, d) put in place of others' inputs."""
+        # or of the output of the module `behind`; `stub` is a costly module that returns zeros, so many items
         if len(rows) > ROWS_AT_ONCE:
             parts = rows.split(ROWS_AT_ONCE)
             return torch.cat([self.feed(part, inputs, output, behind=behind, stub=stub) for part in parts])
@@ -154,7 +140,15 @@ class IsolatedLayer:
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             call = Call.of(args, kwargs)
-            fed = call.replaced(_substitute(call.hidden, rows))
+
+            def change(value: Any) -> Any:
+                if not is_float(value) or value.shape != call.hidden.shape:
+                    return value
+                # Bloom hands the residual to its attention and its FFN: zeros
+                is_hidden = value.data_ptr() == call.hidden.data_ptr()
+                return rows.reshape(value.shape) if is_hidden else torch.zeros_like(value)
+
+            fed = call.replaced(change)
             return fed.args, fed.kwargs
 
         def leave(module: nn.Module, args: tuple, result: object) -> None:
@@ -177,15 +171,3 @@ class IsolatedLayer:
             except StopForward:
                 return got[0][:count]
         raise LayerUnsupported(self.number, output, "is not reached in a pass of the layer")
-
-
-def _substitute(hidden: Tensor, rows: Tensor) -> Callable[[Any], Any]:
-    """A function that puts rows where the hidden state stands, and zeros for other tensors of its shape."""
-
-    def change(value: Any) -> Any:
-        if not is_float(value) or value.shape != hidden.shape:
-            return value
-        is_hidden = value is hidden or value.data_ptr() == hidden.data_ptr()
-        return rows.reshape(hidden.shape) if is_hidden else torch.zeros_like(value)
-
-    return change

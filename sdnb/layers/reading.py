@@ -1,31 +1,51 @@
-"""How a layer's view comes about: isolated, watched, read, and compared with the layer."""
+"""How a layer's view comes about: isolated, watched, read, and compared with the layer.
+
+With one token the softmax is 1, so what attention's output projection reads is made of entries of what the
+linear maps before it wrote, copied as often as heads share them. Which entries those are is told by their
+numbers: fused, interleaved, grouped and transposed layouts need no table. Where values pass more than that
+(norms in latent attention), the real module's answers to the d rows of the identity are the matrix, at the
+cost of a pass of d rows. Where it is no matrix at all (gates, sinks, clips), least squares on Gaussian rows
+find one. The FFN's matrices are told by the roles of their rows, its activation by trial.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.attention import find_values, fit_attention, read_attention, zero_and_basis_rows
+from sdnb.layers.calls import RUN_ERRORS, same
 from sdnb.layers.decoder import find_decoder
-from sdnb.layers.ffn import RECOGNISED, find_ffn, formula_error, formula_trials, read_ffn
-from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.isolated import ROWS_AT_ONCE, IsolatedLayer, random_rows
+from sdnb.layers.matrices import find_roles
 from sdnb.layers.norms import linearised
-from sdnb.layers.view import AttentionBranch, LayerView, Structure
-from sdnb.layers.watching import additions, fit_residual, ratio, read_norms, trial_rows, watch_layer
+from sdnb.layers.view import AttentionBranch, FFNFormula, LayerView, Rows, Structure
+from sdnb.layers.watching import additions, fit_residual, ratio, read_norms, relative, trial_rows, watch_layer
+from sdnb.layers.weights import is_linear, linear_weight
+from sdnb.products import add_product_
 
 if TYPE_CHECKING:
     from sdnb.loading import Loaded
 
 EXACT = 1e-4  # relative to the branch; rounding in float32 leaves 1e-7 to 1e-5
-FIT_HOLDS = 1.2  # times what a fit left, on rows that it has not seen
+RECOGNISED = 1e-5  # relative error up to which what was found is the module's, up to rounding
 APPROXIMATE = 0.7  # above it the matrix explains less than half of the squared length of attention's output
+AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1
+NEAR = 4  # candidates on each side, in the order of the first row: rounding may exchange neighbours there
+FIT_ROWS = 32  # rows for each column of a matrix that has to be fitted
 FIRST_LOOK, HOPELESS = 4, 0.9  # rows a column of a first fit, and what it may leave: some mixers are slow
+
+COMMON = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "quick_gelu")  # inline
+OF_LAYER = "layer:"  # before the path of an activation that the layer holds
+Activation = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -103,12 +123,226 @@ def _read_alike(isolated: IsolatedLayer, structure: Structure) -> LayerView | No
     return replace(view, status="exact") if worst < RECOGNISED else None
 
 
+def zero_and_basis_rows(isolated: IsolatedLayer) -> Tensor:
+    """Zero and eight rows of the identity, (9, d)."""
+    d = isolated.hidden_size
+    some = torch.randperm(d, generator=torch.Generator().manual_seed(5))[:8]
+    basis = nn.functional.one_hot(some, d).to(isolated.device, torch.float32)
+    return nn.functional.pad(basis, (0, 0, 1, 0))
+
+
+@torch.no_grad()
+def find_values(view: LayerView) -> tuple[tuple[str, ...], Tensor] | None:
+    """The `values` of a layer's structure; None where they pass more than copies and the projection."""
+    isolated, where = view.isolated, view.structure.attention
+    calls = isolated.watch(isolated.states()[:, None])
+    mixer = next((call for call in calls if call.name in where.inputs), None)
+    linears = [call for call in calls if is_linear(call.module)]
+    sources = [c for c in linears if mixer and c.inside(mixer) and same(c.given, mixer.given)]
+    projection = next((call for call in linears if call.name == where.ablated), None)
+    if not sources or projection is None:
+        return None
+    n = len(calls[-1].given)
+    written = torch.cat([call.returned.reshape(n, -1) for call in sources], dim=1)
+    entries = _matching_columns(written, projection.given.reshape(n, -1))
+    if entries is None:
+        return None
+    values = (tuple(call.name for call in sources), entries)
+    rows = zero_and_basis_rows(isolated)
+    real = view.attention_module(rows)
+    real = real - real[:1]  # what stands behind the projection (a gate, a scale) shows here
+    matrix = _matrix_of_weights(isolated, *values, where.ablated)
+    return values if relative(rows @ matrix.T - real, real) < RECOGNISED else None
+
+
+def _matching_columns(among: Tensor, wanted: Tensor) -> Tensor | None:
+    """For each column wanted, (n, w), the number of an equal one among others, (n, m); None if one lacks."""
+    line, order = among[0].sort()
+    steps = torch.arange(-NEAR, NEAR, device=line.device)[:, None]
+    near = torch.searchsorted(line, wanted[0].contiguous()) + steps
+    candidates = order[near.clamp(0, len(line) - 1)]
+    errors = (among[:, candidates] - wanted[:, None]).abs().amax(dim=0)
+    least, which = errors.min(dim=0)
+    found = candidates.gather(0, which[None])[0]
+    return found if (least <= AGREES * wanted.abs().amax()).all() else None
+
+
+def _matrix_of_weights(
+    isolated: IsolatedLayer, sources: tuple[str, ...], entries: Tensor, projection: str
+) -> Tensor:
+    """The sum over heads of W_O,h W_V,h, (d, d); heads that share values are added up first."""
+    entries = entries.to(isolated.device)
+    used, place, times = entries.unique(return_inverse=True, return_counts=True)
+    rows, start = [], 0
+    for name in sources:  # few of the stacked rows are values
+        weight = linear_weight(isolated.module(name))
+        rows.append(weight[used[(used >= start) & (used < start + len(weight))] - start])
+        start += len(weight)
+    V, out = torch.cat(rows), linear_weight(isolated.module(projection))
+    if (times == times[0]).all():  # the product then has as many terms as there are values
+        out = out[:, place.argsort(stable=True)].unflatten(1, (len(used), -1)).sum(2)
+    else:
+        V = V[place]
+    return add_product_(V.new_zeros(len(out), V.shape[1]), out, V, weights=True)
+
+
+@torch.no_grad()
+def read_attention(view: LayerView) -> LayerView:
+    """The view with attention's matrix and bias, off the weights where the way of the values is known."""
+    isolated, where = view.isolated, view.structure
+    like = torch.zeros(1, view.hidden_size, device=isolated.device)
+    with isolated.altered(linearised(view.attention.inner_norms)):
+        bias = view.attention_module(like)[0]
+        if where.values is None:
+            answers = view.attention_module(torch.eye(view.hidden_size).to(like))
+            matrix = (answers - bias).T.contiguous()
+        else:
+            matrix = _matrix_of_weights(isolated, *where.values, where.attention.ablated)
+    return replace(view, attention=replace(view.attention, matrix=matrix, bias=bias))
+
+
+@torch.no_grad()
+def fit_attention(view: LayerView, rows: int = FIT_ROWS, seed: int = 6) -> LayerView:
+    """The view with attention's matrix and bias by least squares on Gaussian rows, so many a column."""
+    # min E |attention(u) - matrix u - bias|^2 over u ~ N(0, I), which is how the paper fits an FFN
+    d, generator = view.hidden_size, torch.Generator().manual_seed(seed)
+
+    def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, count, ROWS_AT_ONCE):
+            u = torch.randn(min(ROWS_AT_ONCE, count - start), d, generator=generator).to(view.isolated.device)
+            yield nn.functional.pad(u, (0, 1), value=1.0).double(), view.attention_module(u).double()
+
+    moments = products = left = square = 0.0
+    for given, real in batches(rows * d):
+        moments, products = moments + given.T @ given, products + given.T @ real
+    solution = torch.linalg.solve(moments, products)
+    for given, real in batches(rows * d // 4):  # that the fit has not seen
+        left, square = left + (real - given @ solution).square().sum(), square + real.square().sum()
+    matrix, bias = solution[:-1].T.float().contiguous(), solution[-1].float()
+    residual = (left / square).sqrt().item()
+    attention = replace(view.attention, matrix=matrix, bias=bias, inner_norms=(), fit_residual=residual)
+    return replace(view, attention=attention)
+
+
 def _fitted(view: LayerView) -> LayerView:
     """The view with attention fitted where it is no matrix; as it was, where a fit is no better."""
     if not fit_attention(view, FIRST_LOOK).attention.fit_residual < HOPELESS:
         return view
     fitted = measured(fit_attention(view))
     return fitted if fitted.attention.error < view.attention.error else view
+
+
+@torch.no_grad()
+def find_ffn(view: LayerView) -> Structure:
+    """The layer's structure with its FFN's gate, up and activation, where these reproduce the real module."""
+    isolated, structure, down = view.isolated, view.structure, view.structure.ffn.output
+    roles = find_roles(isolated) if down else None
+    if roles is None or "down" not in roles.rows.get(down, {}):
+        return structure
+    gates, ups = (
+        [(name, _slice(parts[kind])) for name, parts in roles.rows.items()
+         if kind in parts and down in roles.direct[name]] for kind in ("gate", "up")
+    )  # fmt: skip
+    if len(ups) != 1 or len(gates) > 1:
+        return structure
+    gate, up = (gates[0], ups[0]) if gates else (ups[0], None)
+    calls = {c.name: c.given for c in isolated.watch(isolated.states(seed=3)[:, None], {gate[0], down})}
+    rows, target = (calls[name].reshape(-1, calls[name].shape[-1]) for name in (gate[0], down))
+    g = nn.functional.linear(rows, *_cut(isolated, gate))
+    u = 1.0 if up is None else nn.functional.linear(rows, *_cut(isolated, up))
+    tests = [(_tried(phi, g, u, target), name) for name, phi in _activations(view)]
+    error, best = min(tests, key=lambda test: test[0])
+    if not error < RECOGNISED:
+        return structure
+    found = replace(structure, gate=gate, up=up, activation=best)
+    trials = formula_trials(rows)
+    works = formula_error(_formula(isolated, found), trials, view.ffn_module(trials)) < RECOGNISED
+    return found if works else structure
+
+
+def _slice(rows: Tensor) -> Tensor | slice:
+    """Row numbers as a slice where they are equally far apart: to take these copies nothing."""
+    steps = rows.diff().unique().tolist() or [1]
+    return rows if len(steps) > 1 else slice(rows[0].item(), rows[-1].item() + 1, steps[0])
+
+
+def _cut(isolated: IsolatedLayer, part: Rows) -> tuple[Tensor, Tensor | None]:
+    """Rows of a linear map: their weights and their biases."""
+    module, rows = isolated.module(part[0]), part[1]
+    rows = rows.to(isolated.device) if torch.is_tensor(rows) else rows
+    return linear_weight(module)[rows], None if module.bias is None else module.bias[rows]
+
+
+def _activations(view: LayerView) -> Iterator[tuple[str, Activation]]:
+    """Functions that may be the activation: those the layer holds, the configuration names, common ones."""
+    attention = view.structure.attention.module
+    modules = [
+        (name, module)
+        for module, name in view.isolated.names.items()
+        if name != attention and not name.startswith(f"{attention}.")
+    ]
+    yield from ((OF_LAYER + name, m) for name, m in modules if all(p.ndim < 2 for p in m.parameters()))
+    for name, module in modules:
+        for key, value in vars(module).items():
+            if callable(value) and not isinstance(value, (type, PretrainedConfig)):
+                yield f"{OF_LAYER}{name}.{key}", value
+    config = view.isolated.decoder.model.config.get_text_config()
+    named = [value for value in vars(config).values() if isinstance(value, str) and value in ACT2FN]
+    yield from ((name, ACT2FN[name]) for name in dict.fromkeys([*named, *COMMON]))
+
+
+def _tried(activation: Activation, g: Tensor, u: Tensor | float, target: Tensor) -> float:
+    """How far activation(g) * u is from the real inner units; infinite where the candidate does not run."""
+    try:
+        inner = activation(g) * u
+    except RUN_ERRORS:
+        return math.inf
+    fits = torch.is_tensor(inner) and inner.shape == target.shape
+    return relative(inner - target, target) if fits else math.inf
+
+
+def _activation(isolated: IsolatedLayer, name: str) -> Activation:
+    """An activation by its name, made to take float64 and to keep it."""
+    if name.startswith(OF_LAYER):
+        owner, _, key = name.removeprefix(OF_LAYER).rpartition(".")
+        activation = getattr(isolated.module(owner), key)
+    else:
+        activation = ACT2FN[name]
+    try:
+        if activation(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64:
+            return activation
+    except RUN_ERRORS:
+        pass
+    return lambda x: activation(x.float()).to(x.dtype)
+
+
+def _formula(isolated: IsolatedLayer, where: Structure) -> FFNFormula:
+    """The formula that a layer's linear maps and activation make."""
+    v, c = (None, None) if where.up is None else _cut(isolated, where.up)
+    down, activation = isolated.module(where.ffn.output), _activation(isolated, where.activation)
+    return FFNFormula(*_cut(isolated, where.gate), v, c, activation, linear_weight(down), down.bias)
+
+
+def read_ffn(view: LayerView) -> LayerView:
+    """The view with the FFN's formula if its structure has one; a dead unit if the layer has no FFN."""
+    formula = None
+    if not view.structure.ffn.module:
+        none = torch.zeros(1, view.hidden_size, device=view.isolated.device)
+        formula = FFNFormula(none, None, None, None, nn.functional.relu, none.T, None)
+    elif view.structure.activation is not None:
+        formula = _formula(view.isolated, view.structure)
+    return replace(view, ffn=replace(view.ffn, formula=formula))
+
+
+def formula_trials(rows: Tensor) -> Tensor:
+    """Rows to try a formula on, (3 n, d): random ones, those given, (n, d), and 8 times these."""
+    return torch.cat([random_rows(rows.shape[1], rows.device, 4, len(rows)), rows, 8 * rows])
+
+
+def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> Tensor:
+    """How far a formula is from the real module: the largest relative error of each third of trials, ()."""
+    errors = (formula(trials) - real).chunk(3)
+    return torch.stack([ratio(*pair) for pair in zip(errors, real.chunk(3), strict=True)]).max()
 
 
 @torch.no_grad()
@@ -130,13 +364,12 @@ def _attention_errors(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     groups = [basis, fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3)]
     answers = view.attention_module(torch.cat(groups)).split([len(rows) for rows in groups])
     errors = [_affine_error(attention, *pair) for pair in zip(groups[1:], answers[1:], strict=True)]
+    with view.isolated.altered(linearised(attention.inner_norms)):
+        real = view.attention_module(basis) if attention.inner_norms else answers[0]
+    error = basis @ attention.matrix.T + attention.bias - real
+    on_basis = torch.maximum(ratio(error[:1], real), ratio(error[1:], real))
     if attention.fit_residual is not None:
-        on_basis = _fit_error(view)
-    else:
-        with view.isolated.altered(linearised(attention.inner_norms)):
-            real = view.attention_module(basis) if attention.inner_norms else answers[0]
-        error = basis @ attention.matrix.T + attention.bias - real
-        on_basis = torch.maximum(ratio(error[:1], real), ratio(error[1:], real))
+        on_basis = torch.zeros_like(on_basis)  # a fit is none of these
     return on_basis, errors[0], torch.stack(errors[1:]).max(), answers[1]
 
 
@@ -146,33 +379,22 @@ def _affine_error(attention: AttentionBranch, rows: Tensor, real: Tensor) -> Ten
     return ratio(ours - real, real - attention.bias)  # a large bias must not hide a wrong matrix
 
 
-def _fit_error(view: LayerView) -> Tensor:
-    """0 if rows that a fit has not seen leave no more than it left, else what they leave."""
-    d, attention = view.hidden_size, view.attention
-    rows = torch.randn(8 * d, d, generator=torch.Generator().manual_seed(7)).to(view.isolated.device)
-    real = view.attention_module(rows)
-    left = ratio(rows @ attention.matrix.T + attention.bias - real, real)
-    return torch.where(left < FIT_HOLDS * attention.fit_residual, 0.0, left)
-
-
 def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """The errors of formula (0 without one) and layer, given what attention adds by what was measured."""
     # the layer's error is the largest of three: attention's addition and the FFN's, each composed from the
-    # measured norms and multipliers around the real module, and the sum of all, composed throughout
+    # measured norms and multipliers around the real module, and the sum of all
     ffn = view.ffn
     real_a, real_f, real_y, real = additions(view, x)
-    bare = view.attention.residual(x)
-    y = x if view.parallel else bare + a
+    bare, zero = view.attention.residual(x), torch.zeros_like(x)
     trials = formula_trials(ffn.normed(x))
-    groups = [ffn.normed(real_y), ffn.normed(y), trials]
-    on_stream, on_sum, on_trials = view.ffn_module(torch.cat(groups)).split([len(rows) for rows in groups])
-    out, zero = _summed(view, x, a, y, ffn.added(on_sum)), torch.zeros_like(x)
-    stream = _summed(view, x, zero, bare, zero)
+    answers = view.ffn_module(torch.cat([ffn.normed(real_y), trials]))
+    f = ffn.added(answers[: len(x)])
+    out, stream = _summed(view, x, a, bare + a, f), _summed(view, x, zero, bare, zero)
     errors = [ratio(a - real_a, real_a), ratio(out - real, real - stream)]
     formula = torch.zeros_like(errors[0])
     if view.structure.ffn.module:
-        errors.append(ratio(ffn.added(on_stream) - real_f, real_f))
-        formula = formula if ffn.formula is None else formula_error(ffn.formula, trials, on_trials)
+        errors.append(ratio(f - real_f, real_f))
+        formula = formula if ffn.formula is None else formula_error(ffn.formula, trials, answers[len(x) :])
     return formula, torch.stack(errors).max()
 
 
@@ -185,22 +407,20 @@ def _summed(view: LayerView, x: Tensor, a: Tensor, y: Tensor, f: Tensor) -> Tens
 def verdict(view: LayerView) -> str:
     """The status that a layer's errors allow; LayerUnsupported where they are too large for any use."""
     attention, ffn, where = view.attention, view.ffn, view.structure
-    if not view.error < EXACT:
-        reason = f"norms and branches do not add up to the layer (error {view.error:.1e} of a branch)"
-        raise LayerUnsupported(view.number, "layer", reason)
-    if ffn.error is not None and not ffn.error < EXACT:
-        reason = f"the feed-forward formula is not the module's (error {ffn.error:.1e})"
-        raise LayerUnsupported(view.number, where.ffn.module, reason)
-    if not attention.error_basis < EXACT:
-        reason = "its matrix and bias are not what it does to basis rows and to zero"
-        reason = f"{reason} (error {attention.error_basis:.1e})"
-        raise LayerUnsupported(view.number, where.attention.module, reason)
-    if not attention.error < APPROXIMATE:
-        reason = (
-            f"is not a linear map of one-token sequences (error {attention.error:.1e} of its output): "
-            f"a state-space or linear-attention mixer, or strongly gated attention"
-        )
-        raise LayerUnsupported(view.number, where.attention.module, reason)
+    limits = (
+        (view.error, EXACT, "layer",
+         "norms and branches do not add up to the layer (error {:.1e} of a branch)"),
+        (ffn.error or 0.0, EXACT, where.ffn.module,
+         "the feed-forward formula is not the module's (error {:.1e})"),
+        (attention.error_basis, EXACT, where.attention.module,
+         "its matrix and bias are not what it does to basis rows and to zero (error {:.1e})"),
+        (attention.error, APPROXIMATE, where.attention.module,
+         "is not a linear map of one-token sequences (error {:.1e} of its output): "
+         "a state-space or linear-attention mixer, or strongly gated attention"),
+    )  # fmt: skip
+    for error, limit, module, reason in limits:
+        if not error < limit:
+            raise LayerUnsupported(view.number, module, reason.format(error))
     if ffn.formula is None:
         return "sampled"
     return "exact" if max(attention.error, attention.error_far) < EXACT else "approximate"

@@ -15,15 +15,14 @@ passes the norm that the FFN reads, and an output norm; in Doge it has coefficie
 A `LayerView` holds this picture for one layer. `view.attention` and `view.ffn` are its branches: every norm's
 gain and bias, multipliers, attention's matrix W_O rep(W_V), the FFN's formula, and how far each is from the
 real module. `view.structure` says which submodules are which, by name. `view.layer(x)`, `view.ffn_branch(x)`
-and their like run the real modules. A view comes about in four steps:
+and their like run the real modules. A view comes about in three steps:
 
 1. `isolated.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
 2. `watching.py` finds the parts, by what modules do and not by their names: what mixes tokens is attention;
    with the last linear map of both branches ablated, what is left of the layer is the residual path.
-3. `attention.py` and `ffn.py` read the matrix and the formula, the latter with what `roles.py` says of each
-   row of each matrix.
-4. `reading.py` does all this in order, and compares what was read with the real layer. What does not fit is
-   not used. Layers that are built alike skip step 2, and are compared all the same.
+3. `reading.py` reads attention's matrix and the FFN's formula, the latter with what `matrices.py` says of
+   each row of a matrix, and compares them with the real layer. What does not fit is not used. Layers that are
+   built alike skip step 2, and are compared all the same.
 """
 
 from __future__ import annotations

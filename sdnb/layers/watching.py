@@ -6,25 +6,100 @@ As a rule it returns its input. Where it does not, the stream passes norms itsel
 a coefficient (Doge), and what stands between its places tells which.
 """
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.calls import ModuleCall, outermost, same
-from sdnb.layers.decoder import unsupported_type
+from sdnb.layers.decoder import find_decoder, unsupported_type
 from sdnb.layers.isolated import IsolatedLayer, random_rows
 from sdnb.layers.norms import Norm, after, before, linearised, measure_norm, norms_among
 from sdnb.layers.view import AttentionBranch, Branch, BranchStructure, FFNBranch, LayerView, Structure, is_one
-from sdnb.layers.weights import is_linear
+from sdnb.layers.weights import is_linear, structure_key
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
 RESTORED = 1e-4  # of the branches, for identities of the residual path that hold up to rounding
 UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
-AnyBranch = TypeVar("AnyBranch", bound=Branch)
+
+
+@dataclass(frozen=True)
+class BranchModules:
+    """One branch of one layer, as modules of the real model.
+
+    Args:
+        inputs: the modules that read the branch's normed input; none where the layer has no such branch.
+        norm: the norm before it, or None.
+        post_norm: the norm behind it, or None.
+        multiplier: its coefficient in the layer's sum, a number or one for each coordinate, (d,).
+        ablated: the module that, returning zeros, takes the branch out of the layer: the last linear map,
+            since the module around it adds the residual in some families (Bloom, MPT).
+    """
+
+    inputs: tuple[nn.Module, ...]
+    norm: nn.Module | None
+    post_norm: nn.Module | None
+    multiplier: float | Tensor
+    ablated: nn.Module
+
+
+@dataclass(frozen=True)
+class LayerBranches:
+    """Layer `number` of the real model, 1..L: its module and its two branches."""
+
+    number: int
+    layer: nn.Module
+    attention: BranchModules
+    ffn: BranchModules
+
+
+def residual_branches(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerBranches]:
+    """Find where in the real model branches of decoder layers begin and end, so that hooks can be put there.
+
+    Args:
+        model: a causal language model of transformers, or what `sdnb.load` returned.
+        numbers: the layers, 1..L; all of them when None.
+
+    Returns:
+        One entry for each number, in the order given.
+
+    Raises:
+        LayerUnsupported: a branch is not recognised.
+    """
+    decoder, found = find_decoder(model), []
+    structures = decoder.known.structures
+    for number in range(1, len(decoder.layers) + 1) if numbers is None else numbers:
+        layer, multipliers = decoder.layer(number), (1.0, 1.0)
+        key = structure_key(layer)
+        if key not in structures or not structures[key].plain:  # of layers built alike one is watched
+            isolated = IsolatedLayer(decoder, number)
+            if key not in structures:
+                structures[key] = watch_layer(isolated).structure
+            view, error = fit_residual(read_norms(isolated, structures[key]))
+            if not error < RESTORED:
+                reason = f"adds up unlike another layer that is built like it (error {error:.1e} of a branch)"
+                raise LayerUnsupported(number, "layer", reason)
+            multipliers = view.attention.multiplier, view.ffn.multiplier
+        sides = zip((structures[key].attention, structures[key].ffn), multipliers, strict=True)
+        found.append(LayerBranches(number, layer, *(_modules(number, layer, *side) for side in sides)))
+    return found
+
+
+def _modules(
+    number: int, layer: nn.Module, where: BranchStructure, multiplier: float | Tensor
+) -> BranchModules:
+    """The modules of a real layer that have these names."""
+    if where.gated:
+        reason = "a gate stands between its norm and its input: no module reads what the norm gives"
+        raise LayerUnsupported(number, where.module, reason)
+    inputs = tuple(layer.get_submodule(name) for name in where.inputs)
+    norm, post_norm = (name and layer.get_submodule(name) for name in (where.norm, where.post_norm))
+    # a layer of attention alone has no FFN: a hook on a module that never runs does nothing
+    ablated = layer.get_submodule(where.ablated) if where.ablated else nn.Identity()
+    return BranchModules(inputs, norm, post_norm, multiplier, ablated)
 
 
 def ratio(error: Tensor, of: Tensor) -> Tensor:
@@ -138,10 +213,9 @@ def watch_layer(isolated: IsolatedLayer) -> LayerView:
         errors.append(error)
         if error < RESTORED:
             sizes = tuple((norm.name, len(norm.gain)) for norm in inner_norms)
-            multiplied = not (is_one(view.attention.multiplier) and is_one(view.ffn.multiplier))
-            plain = view.plain_residual and not multiplied
-            structure = replace(structure, inner_norms=sizes, plain=plain)
+            plain = view.plain_residual and is_one(view.attention.multiplier) and is_one(view.ffn.multiplier)
             attention = replace(view.attention, inner_norms=tuple(inner_norms))
+            structure = replace(structure, inner_norms=sizes, plain=plain)
             return replace(view, structure=structure, attention=attention)
     if not errors:
         raise reasons[0]
@@ -210,12 +284,12 @@ def _branch(
 
 def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
     """A view with its norms measured where a structure names them, its residual path taken to be bare."""
-    like = torch.empty(0, isolated.hidden_size, device=isolated.device)
     known: dict[str | None, Norm | None] = {None: None}
 
     def norm(name: str | None, size: int = isolated.hidden_size) -> Norm | None:
         if name not in known:
-            known[name] = measure_norm(name, isolated.module(name), like.new_empty(0, size))
+            like = torch.empty(0, size, device=isolated.device)
+            known[name] = measure_norm(name, isolated.module(name), like)
             if known[name] is None:
                 reason = "stands where a norm is expected and is neither an RMS norm nor a LayerNorm"
                 raise LayerUnsupported(isolated.number, name, reason)
@@ -248,8 +322,8 @@ def fit_residual(view: LayerView) -> tuple[LayerView, float]:
 
 
 def _path(
-    view: LayerView, branch: AnyBranch, given: Tensor, taken: Tensor, added: Tensor
-) -> tuple[AnyBranch, float]:
+    view: LayerView, branch: Branch, given: Tensor, taken: Tensor, added: Tensor
+) -> tuple[Branch, float]:
     """The branch with the residual path that makes `taken` of `given`, and the error relative to `added`."""
     found = []
     for on_residual in (False,) if view.parallel or branch.norm is None else (False, True):

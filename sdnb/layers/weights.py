@@ -1,8 +1,7 @@
 """Reading weights: a float32 copy of one layer, offloaded weights included, and never a `meta` tensor.
 
-Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and
-arithmetic on a `meta` tensor silently gives another one. So every leaf module is aligned by itself,
-read, and let go again.
+Under accelerate's offload a weight lives on the `meta` device until its own leaf module runs, and arithmetic
+on a `meta` tensor silently gives another one. So every leaf module is aligned by itself, and let go again.
 """
 
 import copy
@@ -51,30 +50,21 @@ def structure_key(layer: nn.Module) -> tuple:
     )
 
 
-def read_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Float32 copies of a module's direct parameters and buffers by name, fetched if offloaded."""
-    tensors = {}
-    with align_module_device(module):
-        for name, tensor in own_tensors(module):
-            if tensor.is_meta:
-                raise ModelError(
-                    f"the weight {name!r} of {type(module).__name__} has no data (meta device): load the "
-                    f"model with its weights; device_map='auto' lets accelerate place what does not fit"
-                )
-            tensors[name] = as_float32(tensor)
-    return tensors
-
-
 def copy_layer(layer: nn.Module) -> nn.Module:
     """Copy a decoder layer, offloaded or not, in float32 without hooks or gradients, in evaluation mode."""
     memo: dict[int, object] = {}
     for module in layer.modules():
-        tensors = read_tensors(module)
-        for name, tensor in own_tensors(module):  # after reading: fetching may have replaced the objects
-            is_parameter = name in module._parameters
-            memo[id(tensor)] = (
-                nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
-            )
+        with align_module_device(module):
+            if missing := [name for name, tensor in own_tensors(module) if tensor.is_meta]:
+                raise ModelError(
+                    f"the weight {missing[0]!r} of {type(module).__name__} has no data (meta device): load "
+                    f"the model with its weights; device_map='auto' lets accelerate place what does not fit"
+                )
+            copies = [as_float32(tensor) for _, tensor in own_tensors(module)]
+        # only now: fetching may have replaced the objects
+        for (_, tensor), copied in zip(own_tensors(module), copies, strict=True):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
         for name, value in vars(module).items():
             if isinstance(value, PretrainedConfig):
                 memo[id(value)] = value  # shared: a configuration is only read

@@ -9,12 +9,12 @@ from sdnb.layers.decoder import find_decoder
 from sdnb.layers.isolated import IsolatedLayer
 from sdnb.layers.matrices import (
     check_roles,
+    find_roles,
     layer_matrices,
     model_matrices,
     parameters_left_out,
     replaced_matrices,
 )
-from sdnb.layers.roles import find_roles
 from tests.families import FAMILIES, HEADED, HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, random_model
 
 HEAD = HIDDEN // HEADS

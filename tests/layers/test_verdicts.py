@@ -48,7 +48,7 @@ class TestApproximate:
             view.attention.fit_residual, rel=0.1
         )
         wrong = replace(view.attention, matrix=view.attention.matrix.roll(1, 0))
-        with pytest.raises(LayerUnsupported, match="basis rows"):
+        with pytest.raises(LayerUnsupported, match="not a linear map"):
             verdict(measured(replace(view, attention=wrong)))
 
     def test_a_layer_of_attention_alone(self):
