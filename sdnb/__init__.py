@@ -30,7 +30,7 @@ _WHERE = {
     ),
     "sdnb.activations": (
         "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity",
-        "Sinks", "StateReader", "VocabularySample", "attention_maps", "continuation",
+        "Sinks", "StateReader", "VocabularySample", "continuation",
         "detect", "embedding_norms", "ffn_input_coefficients", "find_defect", "hidden_norms",
         "hidden_states", "item_norms", "item_trajectories", "ledger", "mean_pairwise_angle", "perplexity",
         "project_out", "quantized_cache", "random_norms", "set_dimensions", "sink_rate", "sink_sequences",

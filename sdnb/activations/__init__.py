@@ -18,7 +18,6 @@ from sdnb.activations.interventions import (
 from sdnb.activations.perplexity import Perplexity, continuation, perplexity, text_windows, window_length
 from sdnb.activations.sinks import (
     Sinks,
-    attention_maps,
     quantized_cache,
     sink_rate,
     sink_sequences,
@@ -47,7 +46,7 @@ from sdnb.activations.sweep import (
 
 __all__ = [
     "Coefficients", "Defect", "Detection", "Exploded", "HighNormStates", "Ledger", "Perplexity", "Sinks",
-    "StateReader", "VocabularySample", "attention_maps", "continuation", "detect", "embedding_norms",
+    "StateReader", "VocabularySample", "continuation", "detect", "embedding_norms",
     "ffn_input_coefficients", "find_defect", "hidden_norms", "hidden_states", "input_device", "item_norms",
     "item_trajectories", "ledger", "matrix_inputs", "mean_pairwise_angle", "perplexity", "project_out",
     "quantized_cache", "random_norms", "set_dimensions", "sink_rate", "sink_sequences", "sinks",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from sdnb.activations.detection import MIN_RATIO, MIN_STEP, Detection, detect
@@ -26,6 +26,7 @@ from sdnb.activations.states import (
 from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
 from sdnb.files import atomic_write, locked
+from sdnb.text import encode
 
 MASSIVE = 5.0  # times the root mean square of a state's entries
 REFERENCE_LINES = 16  # of the held-out text, for what ordinary tokens are
@@ -161,29 +162,39 @@ def find_defect(
         return reader.defect()
 
     folder = None if results_dir is None else Path(results_dir).expanduser()
-    defect = compute() if folder is None else _cached(loaded, _lines(text), threshold, folder, compute)
+    defect = compute() if folder is None else _cached(loaded, text, threshold, folder, compute)
     return defect if states else replace(defect, states=None)
 
 
 class StateReader:
     """Takes the hidden states of a text, as they pass, and makes a `Defect` of them at the end.
 
-    `read` runs the model itself; a pass that is run for other reasons shows its states to `visit`.
-
-    Args:
-        loaded: a loaded model (`sdnb.load`), or the model.
-        text: an encoded text, or a list of token ids, each (T_i,).
-        threshold: a norm that replaces the automatic one.
+    `read` runs the model itself; a pass that is run for other reasons shows its states to `visit`. Arguments
+    are those of `find_defect`.
     """
 
     def __init__(self, loaded: object, text: object, *, threshold: float | None = None):
-        self.loaded, self.lines, self.threshold = loaded, _lines(text), threshold
-        self.reference = _reference_norms(loaded, text)
+        self.loaded, self.lines, self.threshold = loaded, list(getattr(text, "lines", text)), threshold
+        if not self.lines:
+            raise TextError("the text has no line")
+        self.reference = self._read_reference(getattr(text, "add_special_tokens", None))
         lengths = torch.tensor([len(line) for line in self.lines])
         self._starts = lengths.cumsum(0) - lengths
         self._line = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         self._position = torch.arange(len(self._line)) - self._starts[self._line]
         self._begin()
+
+    def _read_reference(self, special: bool | None) -> Tensor | None:
+        """Median norms of held-out lines, (L+1,); None where they cannot be read or the text has them."""
+        try:
+            lines = encode(self.loaded, max_lines=REFERENCE_LINES, add_special_tokens=special).lines
+        except (AttributeError, TextError):  # no tokenizer, or too few positions
+            return None
+        if len(self.lines) >= len(lines) and all(map(torch.equal, lines, self.lines)):
+            return None
+        batches = token_batches(lines)
+        norms = torch.cat([hidden_norms(self.loaded, ids)[:, real] for ids, real, _ in batches], dim=1)
+        return norms.median(dim=1).values if norms.isfinite().all() else None
 
     def _begin(self, limits: Tensor | None = None) -> None:
         """Forget all states; `limits` are those above which they are high-norm, once they are known."""
@@ -201,14 +212,7 @@ class StateReader:
             visit_states(self.loaded, ids, partial(self.visit, real=real, numbers=numbers))
 
     def visit(self, layer: int, state: Tensor, real: Tensor, numbers: Sequence[int]) -> None:
-        """Take the states of one batch after one layer.
-
-        Args:
-            layer: index of the hidden state, 0..L.
-            state: (B, T, d).
-            real: which tokens are no padding, (B, T).
-            numbers: the lines' numbers, B of them.
-        """
+        """Take the states (B, T, d) of some lines after layer 0..L; `real`: which are no padding, (B, T)."""
         token = (self._starts[list(numbers), None] + torch.arange(real.shape[1]))[real]
         norms = self._norms[layer][token] = state.float().norm(dim=-1).cpu()[real]
         rows = state[real.to(state.device)]
@@ -232,11 +236,7 @@ class StateReader:
         return MIN_RATIO / 2 * median
 
     def defect(self) -> Defect:
-        """Return what the states that were taken show.
-
-        Raises:
-            ParameterError: states are not finite.
-        """
+        """Return what the states that were taken show; a ParameterError where they are not finite."""
         norms = torch.stack([self._norms[layer] for layer in range(len(self._norms))])
         wrong = (~norms.isfinite()).any(dim=0).nonzero()
         if len(wrong):
@@ -255,7 +255,6 @@ class StateReader:
             "direction": states.double().mean(dim=0).nan_to_num().float(),
             "count": len(states),
             "mean_low_norm": norms[~seen.high].double().mean().item(),
-            "undecided": seen.undecided or self._undecided(seen.high),
             "massive": self._massive(states, layer),
             "by_layer": _by_layer(states, layer, seen.steps[:, token], seen.explosion_layers),
             "first_states": first / len(self.lines),
@@ -278,17 +277,6 @@ class StateReader:
                     rows.append({"layer": layer, "dimension": j, **row})
         return rows
 
-    def _undecided(self, high: Tensor) -> str | None:
-        """Why nothing can be said, where nothing was found and most of the tokens are one and the same."""
-        ids, counts = torch.cat(self.lines).unique(return_counts=True)
-        told = high.any() or self.reference is not None or self.threshold is not None
-        if told or 2 * counts.max() < counts.sum():
-            return None
-        return (
-            f"It cannot be told whether states are high-norm: token {ids[counts.argmax()]} makes up "
-            f"{counts.max() / counts.sum():.0%} of the text. Give a text of more different tokens."
-        )
-
 
 def _by_layer(
     states: Tensor, layers: Tensor, steps: Tensor, explosion_layers: list[int]
@@ -301,38 +289,15 @@ def _by_layer(
     return {number: part.double().mean(dim=0).float() for number, part in groups.items() if len(part)}
 
 
-def _reference_norms(loaded: object, text: object) -> Tensor | None:
-    """Median norms of some held-out lines, (L+1,); None where they cannot be read or the text has them."""
-    from sdnb.text import encode
-
-    special, own = getattr(text, "add_special_tokens", None), _lines(text)
-    try:
-        lines = encode(loaded, max_lines=REFERENCE_LINES, add_special_tokens=special).lines
-    except (AttributeError, TextError):  # no tokenizer, or too few positions
-        return None
-    if len(own) >= len(lines) and all(torch.equal(a, b) for a, b in zip(lines, own, strict=False)):
-        return None
-    norms = torch.cat([hidden_norms(loaded, ids)[:, real] for ids, real, _ in token_batches(lines)], dim=1)
-    return norms.median(dim=1).values if norms.isfinite().all() else None
-
-
-def _lines(text: object) -> list[Tensor]:
-    """The token ids of each line of a text."""
-    lines = list(getattr(text, "lines", text))
-    if not lines:
-        raise TextError("the text has no line")
-    return lines
-
-
 def _cached(
-    loaded: object, lines: list[Tensor], threshold: float | None, folder: Path, compute: Callable[[], Defect]
+    loaded: object, text: object, threshold: float | None, folder: Path, compute: Callable[[], Defect]
 ) -> Defect:
     """The defect as an earlier notebook left it, or as it is computed and left for the next one."""
     sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
     asked = {
-        "tokens": [line.tolist() for line in lines], "threshold": threshold, "dtype": loaded.dtype,
-        "weights": loaded.fingerprint, "sources": hashlib.sha256(sources).hexdigest(),
-        "versions": [version("torch"), version("transformers")],
+        "tokens": [line.tolist() for line in getattr(text, "lines", text)], "threshold": threshold,
+        "dtype": loaded.dtype, "weights": loaded.fingerprint, "sources": hashlib.sha256(sources).hexdigest(),
+        "versions": [torch.__version__, transformers.__version__],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     path = folder / loaded.slug / "cache" / f"defect-{key[:20]}.pt"

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from sdnb.activations.states import as_module
 from sdnb.errors import ParameterError
-from sdnb.layers import decoder_layers, residual_branches
-from sdnb.layers.branches import BranchModules
+from sdnb.layers import BranchModules, decoder_layers, residual_branches
 from sdnb.layers.calls import Call, rewrap, unwrap
 
 
@@ -109,10 +108,7 @@ def _project_input(hooks: ExitStack, branch: BranchModules, direction: Tensor) -
 
 @contextmanager
 def set_dimensions(
-    model: object,
-    values: Mapping[int, Mapping[int, float]],
-    *,
-    above: Mapping[int, float] | None = None,
+    model: object, values: Mapping[int, Mapping[int, float]], *, above: Mapping[int, float] | None = None
 ) -> Iterator[None]:
     """Set dimensions of layers' outputs to fixed values (Sun et al., arXiv 2402.17762: zero, or their mean).
 

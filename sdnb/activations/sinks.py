@@ -35,33 +35,19 @@ class Sinks:
     value_norms: Tensor  #: the same of its value
 
 
-@contextmanager
-def eager_attention(model: object) -> Iterator[None]:
-    """Make attention form its probabilities for a block, which fused implementations never do."""
-    held = [value for module in as_module(model).modules() for value in vars(module).values()]
+@torch.no_grad()
+def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
+    """Attention probabilities of every layer, (B, H, T, T) in float32 on the CPU; each row adds up to 1."""
+    model, ids = as_module(model), ids.to(input_device(model))
+    held = [value for module in model.modules() for value in vars(module).values()]
     before = [(value, getattr(value, CHOICE)) for value in held if hasattr(value, CHOICE)]
     try:
         for config, _ in before:
-            setattr(config, CHOICE, "eager")
-        yield
+            setattr(config, CHOICE, "eager")  # fused implementations never form the probabilities
+        answer = model.base_model(input_ids=ids, use_cache=False, output_attentions=True)
     finally:
         for config, implementation in before:
             setattr(config, CHOICE, implementation)
-
-
-@torch.no_grad()
-def attention_maps(model: object, ids: Tensor) -> Iterator[Tensor]:
-    """Return the attention probabilities of every layer, (B, H, T, T) in float32 on the CPU.
-
-    Row i holds the shares that token i gives; `ids` are token ids, (B, T).
-
-    Raises:
-        ModelError: the model does not answer with its attention.
-    """
-    model = as_module(model)
-    with eager_attention(model):
-        ids = ids.to(input_device(model))
-        answer = model.base_model(input_ids=ids, use_cache=False, output_attentions=True)
     maps = getattr(answer, "attentions", None)
     shape = (len(ids), ids.shape[1], ids.shape[1])
     if not maps or any(m is None or (m.shape[0], *m.shape[2:]) != shape for m in maps):
@@ -130,15 +116,11 @@ def quantized_cache(model: object, *, bits: int = 4, keep: Sequence[int] | Tenso
     Each is rounded to 2^bits steps between its smallest and its largest number: a key channel over the tokens
     of a sequence, a value over the channels of a head (KIVI, arXiv 2402.02750, without groups and without its
     window of recent tokens in full precision). The positions in `keep` stay as they are and stretch no
-    range (IntactKV, arXiv 2403.01241). Inside, `perplexity` gives the perplexity with such a cache.
-
-    Args:
-        model: a causal language model.
-        bits: 1 to 8.
-        keep: positions that stay in full precision, or which tokens do, (B, T) bool.
+    range (IntactKV, arXiv 2403.01241); `keep` may also say which tokens do, (B, T) bool. Inside, `perplexity`
+    gives the perplexity with such a cache.
 
     Raises:
-        ParameterError: no such number of bits.
+        ParameterError: `bits` outside of 1 to 8.
     """
     if not 1 <= bits <= 8:
         raise ParameterError(f"bits is {bits}; give 1 to 8")

@@ -16,7 +16,7 @@ from sdnb.activations.states import as_module, hidden_norms, input_device, visit
 from sdnb.bar import progress
 from sdnb.checkpoint import free_memory
 from sdnb.errors import LayerUnsupported, ParameterError
-from sdnb.layers import LayerView, Norm, decoder_layers, layer_view, residual_branches
+from sdnb.layers import LayerView, decoder_layers, layer_view, residual_branches
 from sdnb.layers.calls import Call, StopForward
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
@@ -43,12 +43,9 @@ class VocabularySample:
 
 
 def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) -> VocabularySample:
-    """Return the vocabulary items of a sweep: all on a GPU, `SAMPLED_ITEMS` drawn at random on a CPU.
+    """Return vocabulary items for a sweep: so many, drawn at random, or all where there are no more.
 
-    Args:
-        model: a causal language model.
-        items: how many; None goes by the device, a number as large as the vocabulary takes all.
-        seed: of the draw.
+    None takes all on a GPU and `SAMPLED_ITEMS` on a CPU.
 
     Raises:
         ParameterError: fewer than one item.
@@ -138,26 +135,21 @@ class Coefficients:
 
 @torch.no_grad()
 def ffn_input_coefficients(
-    model: object,
-    layer: int,
-    direction: Tensor,
-    norm: Norm | None,
-    items: Tensor,
-    *,
-    prefix: Tensor | None = None,
+    model: object, layer: int, direction: Tensor, items: Tensor, *, prefix: Tensor | None = None
 ) -> Coefficients:
     """Return each item's coordinate along a direction where the FFN's norm of a layer reads it.
+
+    Where there is no norm, `normalised` is divided by the rms all the same.
 
     Args:
         model: a causal language model.
         layer: the layer, 1..L.
         direction: v, (d,), of any length; the leading right singular vector of F in paper A.
-        norm: the norm before the FFN, as `layer_view` measures it; None where there is none (`normalised` is
-            divided by the rms all the same).
         items: token ids, (n,).
-        prefix: ids before each item, (p,) or (n, p); None for position 0.
+        prefix: as of `item_norms`.
     """
-    unit, raw, normalised = nn.functional.normalize(direction.float(), dim=0), [], []
+    norm, raw, normalised = layer_view(model, layer).ffn.norm, [], []
+    unit = nn.functional.normalize(direction.float(), dim=0)
     for rows in _rows(model, layer, _sequences(items, prefix), before_ffn=True):
         v = unit.to(rows.device)
         centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)

@@ -97,8 +97,6 @@ def test_a_text_of_high_norm_tokens_alone_is_compared_with_the_held_out_text(pla
     blind = find_defect(dataclasses.replace(loaded, tokenizer=None), text)
     assert not blind.found and blind.undecided is not None and blind.undecided in repr(blind)
     mixed = with_trigger(random_lines(10), *((0, i) for i in range(7)))
-    blind = find_defect(dataclasses.replace(loaded, tokenizer=None), mixed)
-    assert not blind.found and "token 0" in blind.undecided
     assert find_defect(loaded, mixed).explosion_layers == [2]
     assert find_defect(loaded, [torch.tensor([0])]).high_norm.tolist() == [True], "one token is enough"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from sdnb.activations import attention_maps, perplexity, quantized_cache, sink_rate, sink_sequences, sinks
-from sdnb.activations.sinks import eager_attention
+from sdnb.activations import perplexity, quantized_cache, sink_rate, sink_sequences, sinks
+from sdnb.activations.sinks import attention_maps
 from sdnb.errors import ModelError, ParameterError, TextError
 from sdnb.layers import decoder_layers
 from tests.families import FAMILIES, build
@@ -74,11 +74,16 @@ def test_every_family_tells_its_attention_and_is_restored(family):
     assert torch.equal(model(IDS, use_cache=False).logits, logits)
 
 
-def test_configurations_are_restored_after_an_error(model):
+def test_configurations_are_restored_after_an_error(model, monkeypatch):
     model.config._attn_implementation = "sdpa"
-    with pytest.raises(ZeroDivisionError), eager_attention(model):
+
+    def fail(*_, **__):
         assert model.config._attn_implementation == "eager"
         raise ZeroDivisionError
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(ZeroDivisionError):
+        attention_maps(model, IDS)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -157,7 +162,8 @@ def test_a_cache_of_few_bits_equals_attention_written_out(keep, monkeypatch):
         return original(module, query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(transformers.models.llama.modeling_llama, "eager_attention_forward", attend)
-    with eager_attention(model), torch.no_grad():
+    model.config._attn_implementation = "eager"
+    with torch.no_grad():
         model(IDS, use_cache=False)
         with quantized_cache(model, bits=3, keep=keep):
             model(IDS, use_cache=False)

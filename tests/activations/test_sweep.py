@@ -116,7 +116,7 @@ def test_coefficients_equal_what_the_norm_is_given(family):
     view = layer_view(model, layer)
     norm = view.ffn.norm
     for prefix in (None, torch.tensor([7])):
-        found = ffn_input_coefficients(model, layer, 5 * direction, norm, ITEMS, prefix=prefix)
+        found = ffn_input_coefficients(model, layer, 5 * direction, ITEMS, prefix=prefix)
         for i, item in enumerate(ITEMS[:2].tolist()):
             # Another way to the FFN's input: what the layer gives without its FFN, or its own input.
             with zero_branch(model, "ffn", [layer]):
@@ -192,7 +192,7 @@ def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
     model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
     item_norms(model, 3, ITEMS)
     random_norms(model, 3, 20, 1.0)
-    ffn_input_coefficients(model, 2, torch.ones(32), None, ITEMS)
+    ffn_input_coefficients(model, 2, torch.ones(32), ITEMS)
     assert set(calls) == {1, 2, 3}
 
 
