@@ -7,12 +7,11 @@ Two kinds of evidence, each with the chance of it between unrelated models:
    nearly one coordinate coincides with another such one once in d pairs, not once in 1e500.
 2. The alignment of the embeddings: nuclear norm of A^T B over |A| |B|, rows of A and B the tokens that both
    models know, centred and of unit length. No rotation of the residual stream changes it, and the rotation
-   that goes with it carries one direction into the other's coordinates. Unrelated models share some order of
-   meaning, so its limits are measured, on 15 unrelated pairs (five trainings of the zoo, and SmolLM2). From 0
-   (shuffled tokens) to 1 (a copy) their input embeddings reach 0.13 to 0.36, a fine-tuning 0.98, a checkpoint
-   at 40 % of the training 0.79, at 20 % 0.65, at 10 % 0.52; output embeddings 0.41 to 0.58 against 0.90,
-   0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries even unrelated
-   directions to within 28 to 66 degrees, since all models answer a first token alike.
+   that goes with it carries one direction into the other's coordinates. Its limits are measured, from 0
+   (shuffled tokens) to 1 (a copy): input embeddings of 15 unrelated pairs reach 0.13 to 0.36, a fine-tuning
+   0.98, a checkpoint at 40, 20 and 10 % of the training 0.79, 0.65 and 0.52; output embeddings 0.41 to 0.58
+   against 0.90, 0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries even
+   unrelated directions to within 28 to 66 degrees, since all models answer a first token alike.
 """
 
 import functools
@@ -36,14 +35,11 @@ from sdnb.errors import ParameterError
 from sdnb.loading import load
 from sdnb.text import encode
 
-CHANCE = 1e-6
-"""Two directions speak for a relation when unrelated ones come so close less often than this."""
+CHANCE = 1e-6  # two directions speak for a relation when unrelated ones come so close less often than this
+# alignment beyond shuffled tokens: from the first number on undecided, from the second on related
 INPUT_LIMITS, OUTPUT_LIMITS = (0.5, 0.6), (0.65, 0.75)
-"""Alignment beyond shuffled tokens: from the first number on undecided, from the second on related."""
-MASSIVE_SHARE = 0.1
-"""A coordinate with this share of a direction's squared norm is massive."""
-DIFFERENT_KINDS_DEG = 10.0
-"""Initial and noninitial states further apart than this are not averaged; the initial ones count."""
+MASSIVE_SHARE = 0.1  # a coordinate with this share of a direction's squared norm is massive
+DIFFERENT_KINDS_DEG = 10.0  # initial and noninitial states further apart are not averaged; initial ones count
 _REPLICATES, _TOP, _TOO_FEW_TOKENS, _REACH = 200, 4, 0.7, 0.1
 _VERDICTS = ("related", "undecided", "no sign of a relation", "not comparable")
 _NUMBERS = (
@@ -93,7 +89,7 @@ class Signature:
         return {i: u[i].item() for i in order if u[i] ** 2 >= MASSIVE_SHARE}
 
 
-def signature(loaded: object, text: object, *, defect: object | None = None, seed: int = 0) -> Signature:
+def signature(loaded: object, text: object, *, seed: int = 0) -> Signature:
     """Measure a model's signature on a text.
 
     With a begin token at position 0 the first state is the same in every line, and the radius says nothing.
@@ -101,13 +97,12 @@ def signature(loaded: object, text: object, *, defect: object | None = None, see
     Args:
         loaded: the model (`sdnb.load`).
         text: encoded lines (`sdnb.encode`).
-        defect: what `sdnb.find_defect` found on that text, its states included; found here when None.
         seed: of the resampling.
 
     Returns:
         The signature; its direction is None where no token of the text is high-norm.
     """
-    states = (defect or find_defect(loaded, text)).states
+    states = find_defect(loaded, text).states
     initial = states.position == 0
     chosen, kind = torch.ones_like(initial), "all"
     if initial.any() and not initial.all():
@@ -116,16 +111,15 @@ def signature(loaded: object, text: object, *, defect: object | None = None, see
             chosen, kind = initial, "initial"
     direction = radius = None
     if len(states.states):
-        lines = len(getattr(text, "lines", text))
-        direction, radius = resampled_mean(states.states[chosen], states.line[chosen], lines, seed=seed)
+        direction, radius = _resampled_mean(states.states[chosen], states.line[chosen], len(text.lines), seed)
     embedding, output = _embeddings(loaded.model)
     return Signature(
         loaded.name, direction, radius, kind, int(chosen.sum()), embedding, output,
-        _final_gain(loaded.model, embedding.shape[1]), loaded.tokenizer, getattr(text, "hash", None),
+        _final_gain(loaded.model, embedding.shape[1]), loaded.tokenizer, text.hash,
     )  # fmt: skip
 
 
-def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -> tuple[Tensor, float]:
+def _resampled_mean(states: Tensor, line: Tensor, lines: int, seed: int) -> tuple[Tensor, float]:
     """Unit mean of states (n, d), and the angle within which 95 % of the means over resampled lines lie."""
     sums = torch.zeros(lines, states.shape[1], dtype=torch.float64).index_add_(0, line, states.double())
     counts = torch.bincount(line, minlength=lines).double()
@@ -135,6 +129,29 @@ def resampled_mean(states: Tensor, line: Tensor, lines: int, *, seed: int = 0) -
     mean, means = sums.sum(dim=0), (times @ sums)[times @ counts > 0]
     radius = torch.quantile(angle_deg(means, mean), 0.95).item()
     return nn.functional.normalize(mean, dim=0).float(), radius
+
+
+def _embeddings(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Copies of the input and the output embeddings, (V, d) each; no output where it is tied or offloaded."""
+    module, head = model.get_input_embeddings(), model.get_output_embeddings()
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    with torch.no_grad():  # by a call, which works for offloaded weights, too
+        rows = module(torch.arange(module.weight.shape[0], device=device)).to("cpu", copy=True)
+    if head is None or head.weight is module.weight or head.weight.is_meta:
+        return rows, None
+    return rows, head.weight.detach().to("cpu", copy=True)
+
+
+def _final_gain(model: nn.Module, d: int) -> Tensor:
+    """The gain of the norm before the output embeddings, (d,), measured; ones where there is no norm."""
+    parts = model.get_decoder().children()
+    norms = [part for part in parts if getattr(getattr(part, "weight", None), "shape", None) == (d,)]
+    if not norms or norms[-1].weight.is_meta:
+        return torch.ones(d)
+    weight = norms[-1].weight
+    x = 1.0 - 2.0 * (torch.arange(d, device=weight.device) % 2).to(weight.dtype)  # its mean is zero
+    with torch.no_grad():
+        return ((norms[-1](x[None, None]) - norms[-1](-x[None, None])) / 2 / x).flatten().float().cpu()
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,12 @@ def alignment(first: Tensor, second: Tensor, *, seed: int = 0) -> Alignment:
     return Alignment(S.sum().item() / size, shuffled / size, U @ Vh)
 
 
-def shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
+def _unit_rows(E: Tensor) -> Tensor:
+    """Rows centred and of unit length, (n, d) in float32."""
+    return nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1)
+
+
+def _shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
     """Rows of the tokens that two models share: by their pieces with one tokenizer, else by their texts."""
     same = first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
     a, b = (first.pieces, second.pieces) if same else (first.texts, second.texts)
@@ -186,7 +208,12 @@ def shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor([rows[token] for token in both], dtype=torch.int64) for rows in (a, b))
 
 
-def log10_permutation_chance(first: Tensor, second: Tensor, angle: float) -> float:
+def _log10_isotropic_chance(angle: float, d: int) -> float:
+    """The chance of an angle between isotropic directions; a number for an angle of zero, too."""
+    return max(log10_chance(angle, d), -9999.0)
+
+
+def _log10_permutation_chance(first: Tensor, second: Tensor, angle: float) -> float:
     """log10 of how often a random signed permutation brings two directions within an angle in degrees."""
     # P(|sum_i s_i a_i b_pi(i)| >= cos angle) for random signs s and a random permutation pi. Where the four
     # largest coordinates of a fall, on which of the four largest of b, is enumerated; the rest of the sum is
@@ -241,11 +268,11 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     """
     if not 0 < chance < 1:
         raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
-    limit = math.log10(chance)
+    limit, both = math.log10(chance), (first, second)
     row = {"first": first.name, "second": second.name} | dict.fromkeys(_NUMBERS)
     row |= _directions(first, second, limit) | _embeddings_of(first, second, seed)
-    sizes = [x.embedding.shape[1] for x in (first, second)]
-    notes = [f"{x.name} has no high-norm token" for x in (first, second) if x.direction is None]
+    sizes = [x.embedding.shape[1] for x in both]
+    notes = [f"{x.name} has no high-norm token" for x in both if x.direction is None]
     notes += [f"widths {sizes[0]} and {sizes[1]}"] if sizes[0] != sizes[1] else []
     notes += ["different tokenizers"] if first.tokenizer.get_vocab() != second.tokenizer.get_vocab() else []
     notes += ["measured on different texts"] if first.text_hash != second.text_hash else []
@@ -262,91 +289,6 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
     return row | {"note": "; ".join(notes)}
 
 
-def related_groups(names: Sequence[str], pairs: Sequence[dict]) -> list[int]:
-    """Number the groups of related models, chains of related pairs, from 1 in the order of the names."""
-    place = {name: i for i, name in enumerate(names)}
-    related = np.zeros((len(names), len(names)))
-    for row in pairs:
-        related[place[row["first"]], place[row["second"]]] = row["verdict"] == "related"
-    return (connected_components(related, directed=False)[1] + 1).tolist()
-
-
-def signature_command(args: object, **loading: object) -> int:
-    """Do what `sdnb signature` does: compare the models, two by two, and print what was found."""
-    names, found = list(dict.fromkeys(args.models)), []
-    if not 0 < args.chance < 1:  # refused before the first model is measured
-        raise ParameterError(f"--chance {args.chance:g}: give a probability between 0 and 1")
-    for name in names:
-        locate(name, loading.get("revision"))
-    for name in progress(names, desc="signatures"):
-        loaded = load(name, **loading)
-        found.append(signature(loaded, encode(loaded, args.text, max_lines=args.max_lines)))
-        del loaded
-    pairs = [compare_signatures(a, b, chance=args.chance) for a, b in itertools.combinations(found, 2)]
-    groups = related_groups(names, pairs)
-    values = {"names": names, "groups": groups, "pairs": pairs}
-    text = json.dumps(values, indent=1, ensure_ascii=False) if args.json else describe(**values)
-    print(text)  # noqa: T201
-    return 0
-
-
-def describe(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict]) -> str:
-    """Write a comparison as text for a terminal: the groups, then the pairs, the surest first."""
-    width = max(map(len, names), default=0)
-    lines = [f"{'group':>5}  model"] + [f"{g:>5}  {name}" for g, name in zip(groups, names, strict=True)]
-    lines += [
-        "",
-        f"{'verdict':<21}  {'angle':>14}  {'chance':>7}  {'embeddings':>10}  {'carried':>7}  models",
-    ]
-    for row in sorted(pairs, key=lambda row: _VERDICTS.index(row["verdict"])):
-        angle = _shown(row["angle_deg"], "{:.2f}°") + _shown(row["uncertainty_deg"], " ± {:.2f}°", "")
-        lines.append(
-            f"{row['verdict']:<21}  {angle:>14}  {_power(row['chance_log10']):>7}  "
-            f"{_shown(row['alignment'], '{:.3f}'):>10}  {_shown(row['carried_angle_deg'], '{:.1f}°'):>7}  "
-            f"{row['first']:<{width}}  {row['second']:<{width}}  {row['note']}".rstrip()
-        )
-    lines += [
-        "",
-        "chance: of so small an angle between unrelated directions, the larger one of two nulls",
-        "embeddings: alignment, 1 for a rotated copy; up to 0.49 for 15 pairs of unrelated models",
-        "carried: the angle after the rotation that aligns the embeddings",
-    ]
-    return "\n".join(lines)
-
-
-def _embeddings(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Copies of the input and the output embeddings, (V, d) each; no output where it is tied or offloaded."""
-    module, head = model.get_input_embeddings(), model.get_output_embeddings()
-    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
-    with torch.no_grad():  # by a call, which works for offloaded weights, too
-        rows = module(torch.arange(module.weight.shape[0], device=device)).to("cpu", copy=True)
-    if head is None or head.weight is module.weight or head.weight.is_meta:
-        return rows, None
-    return rows, head.weight.detach().to("cpu", copy=True)
-
-
-def _final_gain(model: nn.Module, d: int) -> Tensor:
-    """The gain of the norm before the output embeddings, (d,), measured; ones where there is no norm."""
-    parts = model.get_decoder().children()
-    norms = [part for part in parts if getattr(getattr(part, "weight", None), "shape", None) == (d,)]
-    if not norms or norms[-1].weight.is_meta:
-        return torch.ones(d)
-    weight = norms[-1].weight
-    x = 1.0 - 2.0 * (torch.arange(d, device=weight.device) % 2).to(weight.dtype)  # its mean is zero
-    with torch.no_grad():
-        return ((norms[-1](x[None, None]) - norms[-1](-x[None, None])) / 2 / x).flatten().float().cpu()
-
-
-def _unit_rows(E: Tensor) -> Tensor:
-    """Rows centred and of unit length, (n, d) in float32."""
-    return nn.functional.normalize(E.float() - E.float().mean(dim=0), dim=1)
-
-
-def _log10(angle: float, d: int) -> float:
-    """The chance of an angle between isotropic directions; a number for an angle of zero, too."""
-    return max(log10_chance(angle, d), -9999.0)
-
-
 def _directions(first: Signature, second: Signature, limit: float) -> dict:
     """What the angle between two directions says."""
     a, b, d = first.direction, second.direction, first.embedding.shape[1]
@@ -354,7 +296,7 @@ def _directions(first: Signature, second: Signature, limit: float) -> dict:
         return {}
     angle, spread = float(angle_deg(a, b)), first.radius_deg + second.radius_deg
     near, here, far = (
-        (_log10(x, d), log10_permutation_chance(a, b, x))
+        (_log10_isotropic_chance(x, d), _log10_permutation_chance(a, b, x))
         for x in (max(angle - spread, 0.0), angle, min(angle + spread, 90.0))
     )
     row = dict(angle_deg=angle, uncertainty_deg=spread, chance_log10=max(here))
@@ -363,13 +305,13 @@ def _directions(first: Signature, second: Signature, limit: float) -> dict:
     rest = sorted({*range(d)} - first.massive.keys() - second.massive.keys())
     if len(rest) > 1:
         row["beyond_massive_deg"] = beyond = float(angle_deg(a[rest], b[rest]))
-        row["beyond_massive_log10"] = _log10(beyond, len(rest))
+        row["beyond_massive_log10"] = _log10_isotropic_chance(beyond, len(rest))
     return row
 
 
 def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
     """What the embeddings of two models say, and the angle between the directions after their rotation."""
-    rows, second_rows = shared_tokens(first, second)
+    rows, second_rows = _shared_tokens(first, second)
     if len(rows) < 2:
         return {"shared_tokens": len(rows)}
     tables = first.embedding[rows], second.embedding[second_rows]
@@ -392,14 +334,56 @@ def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
     reach = [len(u) * (_unit_rows(E) @ u).square().mean() for E, u in zip(tables, (a, b), strict=True)]
     if min(reach) >= _REACH:
         row["carried_angle_deg"] = angle = float(angle_deg(a, found.rotation @ b))
-        row["carried_log10"] = _log10(angle, min(len(a), len(b)))
+        row["carried_log10"] = _log10_isotropic_chance(angle, min(len(a), len(b)))
     return row
 
 
-def _power(log10: float | None) -> str:
-    """A probability by its logarithm, also where it is too small for a float."""
-    return "-" if log10 is None else f"{10**log10:.1g}" if log10 > -300 else f"1e{log10:.0f}"
+def related_groups(names: Sequence[str], pairs: Sequence[dict]) -> list[int]:
+    """Number the groups of related models, chains of related pairs, from 1 in the order of the names."""
+    place = {name: i for i, name in enumerate(names)}
+    related = np.zeros((len(names), len(names)))
+    for row in pairs:
+        related[place[row["first"]], place[row["second"]]] = row["verdict"] == "related"
+    return (connected_components(related, directed=False)[1] + 1).tolist()
 
 
-def _shown(value: float | None, form: str, none: str = "-") -> str:
-    return none if value is None else form.format(value)
+# --- the command
+
+
+def signature_command(args: object, **loading: object) -> int:
+    """Do what `sdnb signature` does: compare the models, two by two, and print what was found."""
+    names, found = list(dict.fromkeys(args.models)), []
+    if not 0 < args.chance < 1:  # refused before the first model is measured
+        raise ParameterError(f"--chance {args.chance:g}: give a probability between 0 and 1")
+    for name in names:
+        locate(name, loading.get("revision"))
+    for name in progress(names, desc="signatures"):
+        loaded = load(name, **loading)
+        found.append(signature(loaded, encode(loaded, args.text, max_lines=args.max_lines)))
+        del loaded
+    pairs = [compare_signatures(a, b, chance=args.chance) for a, b in itertools.combinations(found, 2)]
+    values = {"names": names, "groups": related_groups(names, pairs), "pairs": pairs}
+    print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else _described(**values))  # noqa: T201
+    return 0
+
+
+def _described(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict]) -> str:
+    """A comparison as text for a terminal: the groups, then the pairs, the surest first."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    lines = ["group  model", *(f"{group:>5}  {name}" for group, name in zip(groups, names, strict=True)), ""]
+    lines.append(f"{'verdict':<21}  {'angle':>14}  log10 chance  embeddings  {'carried':>7}  models")
+    for row in sorted(pairs, key=lambda row: _VERDICTS.index(row["verdict"])):
+        angle = " ± ".join(shown(row[key], "{:.2f}°") for key in ("angle_deg", "uncertainty_deg"))
+        lines.append(
+            f"{row['verdict']:<21}  {angle:>14}  {shown(row['chance_log10'], '{:.1f}'):>12}  "
+            f"{shown(row['alignment'], '{:.3f}'):>10}  {shown(row['carried_angle_deg'], '{:.1f}°'):>7}  "
+            f"{row['first']}  {row['second']}  {row['note']}".rstrip()
+        )
+    return "\n".join(lines) + (
+        "\n\nchance: of so small an angle between unrelated directions, the larger one of two nulls"
+        "\nembeddings: alignment, 1 for a rotated copy; up to 0.49 for 15 pairs of unrelated models"
+        "\ncarried: the angle after the rotation that aligns the embeddings"
+    )

@@ -17,16 +17,15 @@ from sdnb.decompose import angle_deg, log10_chance
 from sdnb.errors import ParameterError
 from sdnb.signatures import (
     Signature,
+    _log10_permutation_chance,
+    _resampled_mean,
+    _shared_tokens,
     alignment,
     compare_signatures,
-    describe,
-    log10_permutation_chance,
     related_groups,
-    resampled_mean,
-    shared_tokens,
     signature,
     signature_command,
-)
+)  # fmt: skip
 from tests.cells import run_cells
 from tests.tiny import planted_model, tiny_model, tiny_tokenizer
 
@@ -36,22 +35,26 @@ FAMILY = ("llama", "llama-code", "llama-chat", "llama-steps/step-004000", "llama
 UNRELATED = ("llama-seed2", "llama-batch8k", "neox", "gpt2")
 
 
-def measured(loaded, **options) -> Signature:
-    text = sdnb.encode(loaded, max_lines=30, add_special_tokens=False)
-    return signature(loaded, text, **options)
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(vector, dim=-1)
+
+
+def drawn(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(d: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(drawn(d, d, seed=seed))[0]
+
+
+def measured(loaded) -> Signature:
+    return signature(loaded, sdnb.encode(loaded, max_lines=30, add_special_tokens=False))
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return sdnb.load("zoo/llama")
-
-
-@pytest.fixture(scope="module")
-def zoo(llama):
+def zoo():
     """The signature of every model of the zoo, by its name."""
-    found = {"llama": measured(llama)}
-    for name in (*FAMILY, *UNRELATED):
-        found[name] = found.get(name) or measured(sdnb.load(str(ZOO / name)))
+    found = {name: measured(sdnb.load(str(ZOO / name))) for name in (*FAMILY, *UNRELATED)}
     return {name: dataclasses.replace(one, name=name) for name, one in found.items()}
 
 
@@ -59,10 +62,9 @@ def zoo(llama):
 
 
 def test_resampled_radius_is_that_of_a_plain_loop():
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(60, 8, generator=generator) + 3
+    states = drawn(60, 8) + 3
     line = torch.arange(60) % 15
-    direction, radius = resampled_mean(states, line, 16, seed=5)
+    direction, radius = _resampled_mean(states, line, 16, 5)
     mean = states.double().mean(dim=0)
     assert float(angle_deg(direction, mean)) < 1e-4
     angles = []
@@ -70,68 +72,55 @@ def test_resampled_radius_is_that_of_a_plain_loop():
         chosen = torch.cat([states[line == number] for number in draw]).double()
         angles.append(float(angle_deg(chosen.mean(dim=0), mean)))
     assert radius == pytest.approx(sorted(angles)[1900], rel=0.15)
-    assert resampled_mean(states[:1].expand(60, 8), line, 16)[1] < 1e-5
-
-
-def powers(d: int, exponent: float, seed: int) -> torch.Tensor:
-    """A direction whose sorted coordinates fall as a power, in random order."""
-    order = torch.randperm(d, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize((torch.arange(d) + 1.0).double() ** -exponent, dim=0)[order]
+    assert _resampled_mean(states[:1].expand(60, 8), line, 16, 0)[1] < 1e-5
 
 
 @pytest.mark.parametrize(("exponent", "share"), [(0.0, 1e-3), (0.5, 1e-3), (1.0, 0.05), (2.0, 0.1)])
 def test_permutation_chance_is_that_of_drawn_permutations(exponent, share):
-    d, draws = 64, 60_000
-    a, b = powers(d, exponent, 1), powers(d, exponent, 2)
-    generator = torch.Generator().manual_seed(3)
+    d, draws, generator = 64, 60_000, torch.Generator().manual_seed(3)
+    a = unit((torch.arange(d) + 1.0).double() ** -exponent)  # coordinates that fall as a power
     order = torch.rand(draws, d, generator=generator).argsort(dim=1)
     signs = torch.randint(2, (draws, d), generator=generator) * 2 - 1
-    cosines = (a * signs * b[order]).sum(dim=1).abs()
+    cosines = (a * signs * a[order]).sum(dim=1).abs()
     cosine = torch.quantile(cosines, 1 - share).item()
-    drawn = (cosines >= cosine - 1e-12).double().mean().item()
-    found = 10 ** log10_permutation_chance(a, b, math.degrees(math.acos(min(cosine, 1.0))))
-    assert 0.6 < found / drawn < 1.7
+    seen = (cosines >= cosine - 1e-12).double().mean().item()
+    found = 10 ** _log10_permutation_chance(a, a.flip(0), math.degrees(math.acos(min(cosine, 1.0))))
+    assert 0.6 < found / seen < 1.7
 
 
 def test_permutation_chance_of_few_axes_and_of_none():
-    axis = torch.eye(500)[7]
-    assert 10 ** log10_permutation_chance(axis, axis, 0.0) == pytest.approx(1 / 500)
-    pair = torch.nn.functional.normalize(torch.eye(500)[3] + torch.eye(500)[4], dim=0)
-    assert 10 ** log10_permutation_chance(pair, pair, 0.0) == pytest.approx(2 / (500 * 499) / 2, rel=1e-6)
-    assert log10_permutation_chance(axis, axis, 90.0) == 0.0
-    spread = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    axis, pair = torch.eye(500)[7], unit(torch.eye(500)[3] + torch.eye(500)[4])
+    assert 10 ** _log10_permutation_chance(axis, axis, 0.0) == pytest.approx(1 / 500)
+    assert 10 ** _log10_permutation_chance(pair, pair, 0.0) == pytest.approx(1 / (500 * 499), rel=1e-6)
+    assert _log10_permutation_chance(axis, axis, 90.0) == 0.0
     for angle in (70.0, 80.0, 88.0):
-        found = log10_permutation_chance(spread, spread, angle)
+        found = _log10_permutation_chance(drawn(500), drawn(500), angle)
         assert found == pytest.approx(log10_chance(angle, 500), rel=0.15, abs=0.02)
 
 
 def test_alignment_is_the_procrustes_overlap():
-    generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(200, 6, generator=generator), torch.randn(200, 6, generator=generator)
-    B = 0.5 * B + A @ torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    A = drawn(200, 6)
+    B = 0.5 * drawn(200, 6, seed=1) + A @ rotation(6, 2)
     found = alignment(A, B)
-    a, b = (torch.nn.functional.normalize(E - E.mean(0), dim=1).double() for E in (A, B))
+    a, b = (unit(E - E.mean(0)).double() for E in (A, B))
 
     def overlap(R):
         return ((a @ R) * b).sum().item() / (a.norm() * b.norm()).item()
 
-    assert overlap(found.rotation.double()) == pytest.approx(found.value, rel=1e-5)
-    assert torch.allclose(found.rotation @ found.rotation.T, torch.eye(6), atol=1e-5)
-    for _ in range(50):  # no other rotation does better, near or far
-        Q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
-        near = torch.linalg.qr(found.rotation + 0.05 * Q)[0].double()
-        near = near * torch.sign(torch.diagonal(near.T @ found.rotation.double()))
+    R = found.rotation.double()
+    assert overlap(R) == pytest.approx(found.value, rel=1e-5)
+    assert torch.allclose(R @ R.T, torch.eye(6).double(), atol=1e-5)
+    for seed in range(50):  # no other rotation does better, near or far
+        Q = rotation(6, seed).double()
+        near = torch.linalg.qr(R + 0.05 * Q)[0]
+        near = near * torch.sign(torch.diagonal(near.T @ R))
         assert overlap(Q) < found.value and overlap(near) < found.value + 1e-6
     assert found.shuffled < 0.4 < found.value
 
 
 def test_alignment_of_copies_in_other_bases_and_widths():
-    generator = torch.Generator().manual_seed(1)
-    A = torch.randn(300, 16, generator=generator) * torch.linspace(0.1, 2, 16)
-    direction = torch.randn(24, generator=generator)
-    Q = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
-    wide = 3.0 * A @ Q[:16] + 5.0  # another width, another scale, another mean
-    found = alignment(A, wide)
+    A, direction, Q = drawn(300, 16) * torch.linspace(0.1, 2, 16), drawn(24), rotation(24, 1)
+    found = alignment(A, 3.0 * A @ Q[:16] + 5.0)  # another width, another scale, another mean
     assert found.value == pytest.approx(1.0, abs=1e-4) and found.rotation.shape == (16, 24)
     assert float(angle_deg(found.rotation @ direction, Q[:16] @ direction)) < 0.1
     assert found.beyond_shuffled == pytest.approx(1.0, abs=1e-3)
@@ -139,43 +128,42 @@ def test_alignment_of_copies_in_other_bases_and_widths():
 
 # --- one against another, on vectors
 
+SPREAD, OTHER = unit(drawn(128, seed=9)), drawn(1200, 128, seed=1)
+
 
 def made(direction=None, embedding=None, radius=0.0, **more) -> Signature:
-    d = 128 if direction is None else len(direction)
-    plain = torch.randn(1200, d, generator=torch.Generator().manual_seed(0))
-    embedding = plain if embedding is None else embedding
     known = {
-        "name": "a", "kind": "all", "count": 5, "output_embedding": None, "output_gain": torch.ones(d),
-        "tokenizer": SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(1200)}), "text_hash": "x",
+        "name": "a", "kind": "all", "count": 5, "output_embedding": None, "output_gain": torch.ones(128),
+        "tokenizer": vocabulary(1200), "text_hash": "x",
+        "direction": None if direction is None else unit(direction), "radius_deg": radius,
+        "embedding": drawn(1200, 128) if embedding is None else embedding,
     }  # fmt: skip
-    unit = None if direction is None else torch.nn.functional.normalize(direction, dim=0)
-    return Signature(direction=unit, radius_deg=radius, embedding=embedding, **(known | more))
+    return Signature(**(known | more))
+
+
+def vocabulary(size: int) -> SimpleNamespace:
+    return SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(size)})
 
 
 def at(degrees: float, base: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """A direction at an angle to a unit vector."""
-    other = torch.randn(len(base), generator=torch.Generator().manual_seed(seed))
-    other = torch.nn.functional.normalize(other - (other @ base) * base, dim=0)
+    other = drawn(len(base), seed=seed)
+    other = unit(other - (other @ base) * base)
     return math.cos(math.radians(degrees)) * base + math.sin(math.radians(degrees)) * other
-
-
-SPREAD = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(9)), dim=0)
-OTHER = torch.randn(1200, 128, generator=torch.Generator().manual_seed(1))
 
 
 def test_direction_rests_on_the_chance_at_the_far_end_of_the_uncertainty():
     base = made(SPREAD)
 
     def says(angle, radius=0.0, **options):
-        other = made(at(angle, SPREAD), OTHER, radius)
-        row = compare_signatures(base, other, **options)
+        row = compare_signatures(base, made(at(angle, SPREAD), OTHER, radius), **options)
         assert row["angle_deg"] == pytest.approx(angle, abs=1e-3)
         assert row["chance_log10"] == max(row["isotropic_log10"], row["permutation_log10"])
         return row["direction"]
 
     limit = next(
         angle for angle in range(90)
-        if max(log10_chance(angle, 128), log10_permutation_chance(SPREAD, SPREAD, angle)) > -6
+        if max(log10_chance(angle, 128), _log10_permutation_chance(SPREAD, SPREAD, angle)) > -6
     )  # fmt: skip
     assert says(limit - 3) == "related" and says(limit + 3) == "no sign of a relation"
     assert says(limit - 3, radius=6.0) == says(limit + 3, radius=6.0) == "undecided"
@@ -198,14 +186,13 @@ def test_massive_coordinates_alone_relate_nobody():
 
 
 def test_evidence_against_evidence_is_undecided():
-    base = made(SPREAD)
+    base, Q = made(SPREAD), rotation(128, 4)
     agree = compare_signatures(base, made(at(5, SPREAD)))
     assert agree["verdict"] == agree["direction"] == agree["embeddings"] == "related"
     direction_only = compare_signatures(base, made(at(5, SPREAD), OTHER))
     assert (direction_only["direction"], direction_only["verdict"]) == ("related", "undecided")
     embeddings_only = compare_signatures(base, made(at(88, SPREAD)))
     assert (embeddings_only["embeddings"], embeddings_only["verdict"]) == ("related", "undecided")
-    Q = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(4)))[0]
     rotated = compare_signatures(base, made(Q @ SPREAD, base.embedding @ Q.T))
     assert rotated["verdict"] == "related" and rotated["direction"] == "no sign of a relation"
     assert rotated["carried_angle_deg"] < 0.5
@@ -215,35 +202,29 @@ def test_evidence_against_evidence_is_undecided():
 
 
 def test_what_is_missing_leaves_gaps():
-    base, silent = made(SPREAD), made(None, radius=None, name="silent")
-    row = compare_signatures(base, silent)
+    row = compare_signatures(made(SPREAD), made(radius=None, name="silent"))
     assert row["angle_deg"] is row["carried_angle_deg"] is row["direction"] is None
     assert row["verdict"] == row["embeddings"] == "related" and "silent" in row["note"]
-    few = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(40)})  # 40 tokens fit any 40 others
-    row = compare_signatures(made(None, radius=None, tokenizer=few), made(None, OTHER, None, tokenizer=few))
+    few = {"radius": None, "tokenizer": vocabulary(40)}  # 40 tokens fit any 40 others
+    row = compare_signatures(made(**few), made(None, OTHER, **few))
     assert row["shuffled_alignment"] > 0.7 and row["embeddings"] is None
     assert row["verdict"] == "not comparable" and row["shared_tokens"] == 40
 
 
 def test_output_embeddings_count_where_the_input_ones_do_not_tell():
-    base = made(SPREAD, output_embedding=OTHER)
-    noise = torch.randn(1200, 128, generator=torch.Generator().manual_seed(7))
-    gain = torch.linspace(0.2, 3, 128)
+    base, gain = made(SPREAD, output_embedding=OTHER), torch.linspace(0.2, 3, 128)
+    noise = drawn(1200, 128, seed=7)
     other = made(at(10, SPREAD), noise, output_embedding=OTHER / gain, output_gain=gain)
     row = compare_signatures(base, other)
     assert row["alignment_beyond_shuffled"] < 0.1 and row["output_alignment"] > 0.99
     assert row["embeddings"] == row["verdict"] == "related"
 
 
-def test_groups_are_chains_and_the_text_names_everyone():
-    silent = [made(None, radius=None, name=name) for name in "abcd"]
-    rows = [compare_signatures(a, b) for a, b in itertools.combinations(silent, 2)]
+def test_groups_are_chains():
     related = {("a", "c"), ("c", "d")}
-    for row in rows:
-        row["verdict"] = "related" if (row["first"], row["second"]) in related else "undecided"
-    assert related_groups("abcd", rows) == [1, 2, 1, 1] and related_groups("a", []) == [1]
-    lines = describe("abcd", [1, 2, 1, 1], rows).splitlines()
-    assert len([line for line in lines if line.startswith(("related", "undecided"))]) == 6
+    pairs = [{"first": a, "second": b, "verdict": "related" if (a, b) in related else "undecided"}
+             for a, b in itertools.combinations("abcd", 2)]  # fmt: skip
+    assert related_groups("abcd", pairs) == [1, 2, 1, 1] and related_groups("a", []) == [1]
 
 
 # --- tokens
@@ -265,13 +246,13 @@ def test_tokens_of_different_tokenizers_are_matched_by_their_text():
     other = metaspace(["▁the", "the", "▁zebra", "é", "s"])
     first = made(tokenizer=byte_level, embedding=torch.zeros(384, 128))
     second = made(tokenizer=other, embedding=torch.zeros(len(other), 128))
-    rows, other_rows = shared_tokens(first, second)
+    rows, other_rows = _shared_tokens(first, second)
     pairs = zip(byte_level.convert_ids_to_tokens(rows), other.convert_ids_to_tokens(other_rows), strict=True)
     found = {ours.replace("Ġ", "▁"): theirs for ours, theirs in pairs}
     assert {"▁the", "a", "s", "▁a"} <= found.keys()
     assert all(ours == theirs for ours, theirs in found.items())
     assert "▁zebra" not in found and "<s>" not in found
-    same = shared_tokens(first, dataclasses.replace(first, embedding=torch.zeros(300, 128)))
+    same = _shared_tokens(first, dataclasses.replace(first, embedding=torch.zeros(300, 128)))
     assert torch.equal(*same) and len(same[0]) == 300, "rows that both have"
 
 
@@ -327,11 +308,10 @@ def in_other_coordinates(loaded, R, fold: bool):
 
 
 @pytest.mark.parametrize("kind", ["permuted", "permuted and folded", "rotated and folded"])
-def test_copies_in_other_coordinates_are_related(llama, zoo, kind):
-    generator = torch.Generator().manual_seed(0)
-    R = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+def test_copies_in_other_coordinates_are_related(zoo, kind):
+    llama, R = sdnb.load("zoo/llama"), rotation(128, 0)
     if kind.startswith("permuted"):
-        R = torch.eye(128)[torch.randperm(128, generator=generator)]
+        R = torch.eye(128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))]
     copy = in_other_coordinates(llama, R, kind.endswith("folded"))
     ids = torch.arange(40)[None]
     assert torch.allclose(copy.model(ids).logits, llama.model(ids).logits, atol=1e-3), "the same function"

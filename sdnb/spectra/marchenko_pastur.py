@@ -19,17 +19,15 @@ from scipy.special import airy
 from torch import Tensor
 
 from sdnb.errors import ParameterError
+from sdnb.spectra.vectors import distances
 
-HARD_EDGE = 0.9
-"""min/max above which no outliers below the bulk are counted: its lower edge is near zero, a hard wall."""
+HARD_EDGE = 0.9  # min/max above which the bulk's lower edge is near zero, a hard wall: nothing lies below
+# Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
+# matrix (1e-8) and of float32 weights (1e-7), not the matrix.
 ZERO = 1e-6
-"""Share of the largest singular value below which one is zero: what it measures is the rounding of the Gram
-matrix (1e-8) and of float32 weights (1e-7), not the matrix."""
 SIMULATED_SIDE = 128
-NODES, REACH = 64, 24.0
-"""Nodes of the quadrature on (0, REACH), beyond which the Airy function is nothing."""
-MEAN, DEVIATION = -1.2065336, 1.2679814
-"""Mean and standard deviation of the Tracy-Widom law of real matrices (Bornemann 2010)."""
+NODES, REACH = 64, 24.0  # of the quadrature on (0, REACH), beyond which the Airy function is nothing
+MEAN, DEVIATION = -1.2065336, 1.2679814  # of the Tracy-Widom law of real matrices (Bornemann 2010)
 
 
 class NoBulk(ParameterError):
@@ -42,15 +40,7 @@ def mp_edges(q: float) -> tuple[float, float]:
 
 
 def mp_density(nu: Tensor, q: float) -> Tensor:
-    """Density of singular values: sqrt((nu+^2 - nu^2)(nu^2 - nu-^2)) / (pi q nu), in units of s~ (paper B).
-
-    Args:
-        nu: singular values over s~, any shape.
-        q: aspect ratio min/max.
-
-    Returns:
-        The density, float64, zero outside the bulk.
-    """
+    """Density of nu over s~: sqrt((nu+^2 - nu^2)(nu^2 - nu-^2)) / (pi q nu), 0 outside the bulk (paper B)."""
     low, high = mp_edges(q)
     nu = nu.double()
     if low == 0:  # square: sqrt(4 - nu^2) / pi, finite at zero
@@ -205,9 +195,7 @@ def fit_spectrum(
 
 def _distance(scaled: Tensor, q: float) -> float:
     """Kolmogorov distance max |F_n - F| of values over s~; they repel, so that noise's falls like 1/s."""
-    cdf = mp_cdf(scaled.double().cpu().sort().values, q)
-    steps = torch.arange(len(cdf) + 1, dtype=torch.float64) / len(cdf)
-    return float(torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).max())
+    return float(distances(mp_cdf(scaled.double().cpu().sort().values, q)[None])[0])
 
 
 def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Tensor:

@@ -73,21 +73,9 @@ class BlockRemover:
         self.blocks = index_blocks(len(self.values), parts)
 
     def without(self, block: int) -> Tensor:
-        """The matrix with one block of singular values set to zero.
-
-        Args:
-            block: 1 (the smallest values) to the number of parts (the largest).
-
-        Returns:
-            Shape (n, m), the matrix' dtype and device.
-
-        Raises:
-            ParameterError: there is no such block.
-        """
+        """The matrix, in its dtype, with one block set to zero: 1 (the smallest values) to the last."""
         if not 1 <= block <= len(self.blocks):
-            raise ParameterError(
-                f"block {block} does not exist: give 1 (the smallest values) to {len(self.blocks)}"
-            )
+            raise ParameterError(f"there is no block {block}: give 1 (smallest values) to {len(self.blocks)}")
         vectors, wide = self._vectors[:, self.blocks[block - 1]], self.matrix.double()
         if wide.shape[0] <= wide.shape[1]:
             return (wide - vectors @ (vectors.T @ wide)).to(self.matrix.dtype)

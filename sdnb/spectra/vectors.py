@@ -23,20 +23,18 @@ from torch import Tensor
 from sdnb.errors import ParameterError
 from sdnb.spectra.singular import index_blocks
 
-LARGEST_DRAW = 4096
-"""Entries in one simulated draw; sqrt(n) times the distance has settled by then."""
-POINTS, WIDTHS = 4001, 40.0
-THREE_SIGMA = 0.00135
-"""Probability of a normal variable above three standard deviations, on one side."""
+LARGEST_DRAW = 4096  # entries in one simulated draw; sqrt(n) times the distance has settled by then
+POINTS, WIDTHS = 4001, 40.0  # of the integral: its points, and how far it reaches
+THREE_SIGMA = 0.00135  # probability of a normal variable above three standard deviations, on one side
 
 
 def porter_thomas_cdf(entries: Tensor, n: int) -> Tensor:
-    """Distribution function of an entry of a random unit vector, exact at every n >= 2.
+    """Distribution function of an entry t of a random unit vector, exact at every n >= 2.
 
     F(t) = 1/2 + sign(t) I(t^2; 1/2, (n - 1)/2) / 2, I the regularised incomplete beta function.
 
     Args:
-        entries: entries t of unit vectors, any shape.
+        entries: of unit vectors, any shape.
         n: length N of the vectors.
 
     Returns:
@@ -50,10 +48,10 @@ def porter_thomas_cdf(entries: Tensor, n: int) -> Tensor:
 def ks_distance(vectors: Tensor) -> float:
     """Kolmogorov-Smirnov distance of all entries of unit vectors, the columns of (N, p), to Porter-Thomas."""
     cdf = porter_thomas_cdf(vectors, vectors.shape[0]).flatten().sort().values
-    return float(_distances(cdf[None])[0])
+    return float(distances(cdf[None])[0])
 
 
-def _distances(cdf: Tensor) -> Tensor:
+def distances(cdf: Tensor) -> Tensor:
     """Kolmogorov-Smirnov distances of sorted values of the law, one row a sample, (k, n) -> (k,)."""
     steps = torch.arange(cdf.shape[1] + 1, dtype=torch.float64) / cdf.shape[1]
     return torch.maximum(steps[1:] - cdf, cdf - steps[:-1]).amax(1)
@@ -69,7 +67,7 @@ def null_distances(n: int, pooled: int, draws: int = 4000, seed: int = 0) -> Ten
     for part in torch.arange(draws).split(256):
         vectors = torch.randn(len(part), pooled, n, generator=generator, dtype=torch.float64)
         vectors /= vectors.norm(dim=-1, keepdim=True)
-        found.append(_distances(porter_thomas_cdf(vectors, n).flatten(1).sort(1).values))
+        found.append(distances(porter_thomas_cdf(vectors, n).flatten(1).sort(1).values))
     return torch.cat(found).sort().values * math.sqrt(n * pooled)
 
 
@@ -178,17 +176,10 @@ def chance_band(n: int) -> tuple[float, float, float]:
     return quantile(THREE_SIGMA), quantile(0.5), quantile(1 - THREE_SIGMA)
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two series, (s,) each; ties get their mean rank, nan for a constant."""
-    from scipy.stats import spearmanr  # takes longer to load than all else here
-
-    return float(spearmanr(a.double().numpy(), b.double().numpy()).statistic)
-
-
 def rank_correlation_p_value(a: Tensor, b: Tensor) -> float:
     """Share of the s circular shifts of one series, none among them, with as large a rank correlation."""
     # both vary smoothly along the spectrum, so that the law for independent pairs would say too little
-    from scipy.stats import rankdata
+    from scipy.stats import rankdata  # takes longer to load than all else here
 
     ranks_a, ranks_b = (torch.from_numpy(rankdata(x.double().numpy())) for x in (a, b))
     ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
