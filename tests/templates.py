@@ -1,8 +1,7 @@
 """Every notebook executed once, as `sdnb run --jobs 2` does, on a model with a defect planted by hand.
 
 Executing takes a kernel each, so all tests that look at executed notebooks share one run, whichever process
-comes first: the tests of what they find, and those of the book that is made of them. Parameters with which
-a notebook takes seconds stand in SMALL: a new notebook gets its line there.
+comes first: the tests of what they find, and those of the book that is made of them.
 """
 
 import json
@@ -47,30 +46,21 @@ SMALL = {
     "22_number_formats": {"max_tokens": 128},
     "explorer": {},
 }
-"""By notebook. The planted defect is the begin token's, so that is asked for everywhere."""
-OTHER_KINDS = {
-    "04_singular_directions": "a model without the phenomenon",
-    "15_singular_vectors": "an encoder",
-}
-"""Notebooks that are also executed on a model that lacks what they look for."""
+"""Parameters with which a notebook takes seconds: a new one gets its line here."""
+PLAIN, ENCODER = "04_singular_directions", "15_singular_vectors"
+"""Notebooks that are also executed on a model without the phenomenon, and on an encoder."""
 
 
 @dataclass(frozen=True)
 class Executed:
-    """What the run left.
-
-    Args:
-        results: the folder of all results.
-        planted: the model, and the truth about it.
-        others: models that collections compare it with: a step of its training, another planted one, and one
-            without the phenomenon.
-        other_kinds: the model of each notebook in OTHER_KINDS.
-    """
+    """What the run left: the folder of all results, and the models that it looked at."""
 
     results: Path
     planted: Planted
-    others: tuple[str, str, str]
-    other_kinds: dict[str, str]
+    step: str  # of the planted model's training
+    other: str  # with another planted defect
+    plain: str  # without the phenomenon
+    encoder: str
 
     @property
     def model(self) -> run.Model:
@@ -94,35 +84,16 @@ def code_cells(notebook: Path) -> list[dict]:
 
 
 def execute_once(base: Path) -> Executed:
-    """Execute all notebooks, or take what another process has executed.
-
-    Args:
-        base: a folder that all processes of the tests share.
-
-    Returns:
-        What the run left.
-    """
+    """Execute all notebooks, or take what another process has executed in a folder that all share."""
     root = base / "executed"
     with locked(base / "executed.lock"):
         if not (root / "done").is_file():
-            executed = _models(root)
-            _run(executed)
-            (root / "done").write_bytes(pickle.dumps(executed))
+            (root / "done").write_bytes(pickle.dumps(_execute(root)))
     return pickle.loads((root / "done").read_bytes())
 
 
-def _models(root: Path) -> Executed:
-    """Small models: the planted one, steps of its training beside it, and two to compare."""
-    steps = root / "org" / "planted-steps"
-    plain = tiny_model(steps / "step0", d=64, f=128, layers=6)
-    step = planted_model(steps / "step500", noninitial=DOLLAR).folder
-    other = planted_model(root / "org" / "other", seed=7).folder
-    planted = planted_model(root / "org" / "planted", noninitial=DOLLAR)
-    kinds = dict(zip(OTHER_KINDS, (str(plain), str(_encoder(root / "org" / "bert"))), strict=True))
-    return Executed(root / "results", planted, (str(step), str(other), str(plain)), kinds)
-
-
-def _encoder(folder: Path) -> Path:
+def encoder(folder: Path) -> Path:
+    """A small BERT with random weights."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=384, **sizes)).save_pretrained(folder)
@@ -130,26 +101,33 @@ def _encoder(folder: Path) -> Path:
     return folder
 
 
-def _run(executed: Executed) -> None:
-    there = run.templates_in(ROOT / "notebooks")
+def _execute(root: Path) -> Executed:
+    steps = root / "org" / "planted-steps"
+    executed = Executed(
+        results=root / "results",
+        plain=str(tiny_model(steps / "step0", d=64, f=128, layers=6)),
+        step=str(planted_model(steps / "step500", noninitial=DOLLAR).folder),
+        other=str(planted_model(root / "org" / "other", seed=7).folder),
+        planted=planted_model(root / "org" / "planted", noninitial=DOLLAR),
+        encoder=str(encoder(root / "org" / "bert")),
+    )
+    name = executed.model.name
     lists = {
-        "11_fine_tuning": {"descendants": [executed.others[0], executed.others[2]]},
-        "13_signatures": {"models": [executed.model.name, *executed.others[1:]]},
-        "19_across_models": {"models": [executed.model.name]},
+        "11_fine_tuning": {"descendants": [executed.step, executed.plain]},
+        "13_signatures": {"models": [name, executed.other, executed.plain]},
+        "19_across_models": {"models": [name]},
     }
+    pairs = [(template, name) for template in SMALL] + [(PLAIN, executed.plain), (ENCODER, executed.encoder)]
+    there = {path.stem: path for path in run.templates_in(ROOT / "notebooks")}
     cells = []
-    for path in there:
-        given = SMALL.get(path.stem, {}) | lists.get(path.stem, {})
-        models = [
-            executed.model.name,
-            *([executed.other_kinds[path.stem]] if path.stem in OTHER_KINDS else []),
-        ]
-        for name in models:
-            known = run.declared(path)
-            begin = {"add_special_tokens": True} if "add_special_tokens" in known else {}
-            layers = {"layers": None} if name != executed.model.name and "layers" in known else {}
-            model = run.Model(name, None, given | begin | layers)
-            cells += run.matrix([model], there, {}, executed.results, [path.stem])
+    for template, model in pairs:
+        given, known = SMALL[template] | lists.get(template, {}), run.declared(there[template])
+        given |= {"add_special_tokens": True} if "add_special_tokens" in known else {}
+        given |= {"layers": None} if model == executed.encoder else {}
+        cells += run.matrix(
+            [run.Model(model, None, given)], [*there.values()], {}, executed.results, [template]
+        )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     outcomes = run.run_all(cells, jobs=2)
     assert [outcome.reason for outcome in outcomes if outcome.status != run.DONE] == []
+    return executed

@@ -12,18 +12,17 @@ import pytest
 
 from sdnb import book, run
 from tests.browser import Page
-from tests.templates import OTHER_KINDS, SMALL
+from tests.templates import PLAIN, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = book.toc_pages(ROOT / "_toc.yml")
-FURTHER = next(name for name, kind in OTHER_KINDS.items() if "phenomenon" in kind)
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def models(executed):
     """The planted model, and one without the phenomenon, on which one notebook was run."""
-    return [executed.model, run.Model(executed.other_kinds[FURTHER])]
+    return [executed.model, run.Model(executed.plain)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def built(executed, models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(models):
-    return [*MAIN, f"models/{models[1].slug}/{FURTHER}"]
+    return [*MAIN, f"models/{models[1].slug}/{PLAIN}"]
 
 
 def page(built: Path, name: str) -> str:
@@ -81,7 +80,7 @@ def test_the_side_bar_has_the_main_models_pages_alone(built, models, pages):
     links = {link.removesuffix(".html") for link in re.findall(r'href="\.\./([^"#]+)"', shown)}
     assert {name for name in MAIN if name.startswith("notebooks/")} <= links
     assert not [link for link in links if link.startswith("models/")]
-    here, there = f"notebooks/{FURTHER}", pages[-1]
+    here, there = f"notebooks/{PLAIN}", pages[-1]
     for start, end in ((here, there), (there, here)):
         [line] = re.findall(r'<div class="page-line[^"]*">(.*?)</div>', page(built, start), re.S)
         place = built / "_build" / "html" / Path(start).parent

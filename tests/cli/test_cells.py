@@ -59,7 +59,6 @@ def bench(tmp_path, monkeypatch):
 def test_what_is_done_and_unchanged_is_not_run_again(bench):
     assert not bench.cell().unchanged()
     assert [bench.work().status for _ in range(2)] == [run.DONE, run.UNCHANGED]
-    assert bench.cell().unchanged()
     assert bench.work(force=True).status == run.DONE and len(bench.runs) == 2
     note = bench.cell().note()
     assert note.keys() == {"key", "files", "seconds", "finished", "machine"}
@@ -142,11 +141,8 @@ def test_a_name_that_is_no_model_leaves_no_folder(bench):
 
 
 def test_whatever_a_cell_raises_is_told(bench, monkeypatch):
-    def key(cell):
-        raise RuntimeError("of no kind that anyone thought of")
-
-    monkeypatch.setattr(run, "cell_key", key)
-    assert "RuntimeError: of no kind" in bench.work().reason
+    monkeypatch.setattr(run, "cell_key", lambda cell: 1 / 0)
+    assert "ZeroDivisionError: division" in bench.work().reason
 
 
 def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(bench, monkeypatch):
@@ -189,10 +185,6 @@ def temporary(bench) -> list[Path]:
     return list((bench.root / "results").rglob("*.tmp"))
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at files in /proc")
-
-
-@linux
 @pytest.mark.parametrize("step", ["written", "renamed"])
 def test_a_run_killed_at_a_named_place_is_resumed(bench, monkeypatch, step):
     bench.work()
@@ -208,7 +200,6 @@ def test_a_run_killed_at_a_named_place_is_resumed(bench, monkeypatch, step):
     assert not temporary(bench)
 
 
-@linux
 @pytest.mark.parametrize("step", ["written", "renamed"])
 def test_a_full_disk_is_told_and_leaves_nothing(bench, monkeypatch, step):
     bench.work()

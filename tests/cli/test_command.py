@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForMaskedLM
 
 from sdnb import load
 from sdnb.cli import COMMANDS, main
 from sdnb.errors import ModelError
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.templates import encoder
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -75,17 +74,6 @@ def test_commands_take_what_messages_name(command, tmp_path, monkeypatch, capfd)
     assert asked[0]["allow_pickle"] and asked[0]["trust_remote_code"] and asked[0]["dtype"] == "float32"
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("bert", vocab_size=384, **sizes)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_spectra_of_a_decoder_with_random_weights(tmp_path, capsys):
     folder = tiny_model(tmp_path / "plain", "gpt_neox", d=48, f=160)
     assert main(["spectra", str(folder), "--layers", "1", "3"]) == 0
@@ -97,12 +85,13 @@ def test_spectra_of_a_decoder_with_random_weights(tmp_path, capsys):
     assert table["03.up"][1] == "160x48" and table["03.up"][5] == "0"
 
 
-def test_spectra_of_an_encoder_as_json(encoder, capsys):
-    assert main(["spectra", str(encoder), "--json"]) == 0
+def test_spectra_of_an_encoder_as_json(tmp_path, capsys):
+    folder = encoder(tmp_path / "bert")
+    assert main(["spectra", str(folder), "--json"]) == 0
     matrices = json.loads(capsys.readouterr().out)["matrices"]
     assert len(matrices) == 12 and matrices["02.down"]["shape"] == [32, 64]
     with pytest.raises(ModelError, match="no causal decoder"):
-        load(str(encoder))
+        load(str(folder))
 
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path, capsys):

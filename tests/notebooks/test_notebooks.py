@@ -5,7 +5,7 @@ import pytest
 
 import sdnb
 from sdnb import run
-from tests.templates import DOLLAR, OTHER_KINDS, ROOT, SMALL, code_cells
+from tests.templates import DOLLAR, ROOT, SMALL, code_cells
 
 NOTEBOOKS = ROOT / "notebooks"
 NUMBERED = [name for name in SMALL if name != "explorer"]
@@ -120,8 +120,9 @@ def test_12_and_22_name_the_spiking_module(values, executed):
 
 def test_13_tells_unrelated_models_apart(values, executed):
     """The model without the phenomenon has no direction, but the planted one's embeddings, both of seed 0."""
-    found, (_, other, plain) = values("13_signatures"), executed.others
-    assert found["names"] == [executed.model.name, other, plain] and [*found["left_out"]] == [plain]
+    found = values("13_signatures")
+    assert found["names"] == [executed.model.name, executed.other, executed.plain]
+    assert [*found["left_out"]] == [executed.plain]
     assert found["groups"] == [1, 2, 1] and found["pairs"][0]["angle_deg"] > 60
 
 
@@ -139,11 +140,10 @@ def test_21_finds_an_entry_of_the_planted_unit(executed):
 
 
 def test_a_model_without_the_phenomenon_has_gaps_and_an_encoder_its_page(executed):
-    plain, encoder = executed.other_kinds.values()
-    found = executed.record("04_singular_directions", plain).values
+    found = executed.record("04_singular_directions", executed.plain).values
     assert found["explosion_layers"] == [] and {*found["angle_deg"]} == {None}
-    assert all(value > 0 for value in found["singular_value"]) and [*OTHER_KINDS] == [*executed.other_kinds]
-    matrices = executed.record("15_singular_vectors", encoder)["matrices"].values()
+    assert all(value > 0 for value in found["singular_value"])
+    matrices = executed.record("15_singular_vectors", executed.encoder)["matrices"].values()
     assert {entry["kind"] for entry in matrices} == {"q", "k", "v", "o", "up", "down"}
 
 
