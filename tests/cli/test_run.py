@@ -1,5 +1,6 @@
 """`sdnb run` as a user starts it, with kernels: what is told, what is left behind, and how it ends."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,7 +20,6 @@ from sdnb.run import Model
 from tests.cli.processes import is_alive, make, wait_until
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks at processes in /proc")
 INTERRUPTED = "sdnb: interrupted; what was finished is kept"
 WAITS = ["import os, time", "open(f'{results_dir}/{os.getpid()} {os.getppid()}', 'w'); time.sleep(value)"]
 
@@ -45,12 +45,13 @@ class Place:
         """A run that leads a process group, and hears of interrupts also under a shell that does not."""
         heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         own = {"env": os.environ | {"TMPDIR": str(self.temporary)}, "start_new_session": True}
-        return subprocess.Popen(self.words(*more), preexec_fn=heard, **own | options)
+        return subprocess.Popen(self.words(*more), preexec_fn=heard, text=True, **own | options)
 
-    def run(self, *more) -> subprocess.CompletedProcess:
-        process = self.start(*more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def run(self, *more) -> tuple[int, str, str]:
+        """Exit code, and what was said on both streams."""
+        process = self.start(*more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess((), process.returncode, out, err)
+        return process.returncode, out, err
 
     def processes(self, count: int, process: subprocess.Popen) -> set[int]:
         """Kernels and workers, when so many notebooks wait."""
@@ -71,34 +72,30 @@ def place(tmp_path, model):
 
 
 def test_what_is_told_and_kept_of_good_and_bad_notebooks(place):
-    make(place.templates / "01_works.ipynb", [
-        "import sys; print(sys.executable, value, file=sys.stdout)", 'print("a line", file=sys.stderr)',
-    ])  # fmt: skip
-    make(
-        place.templates / "02_fails.ipynb", ["if fail_on in model: raise ValueError('broken, for ' + model)"]
-    )
-    make(place.templates / "03_dies.ipynb", ["import os; os.write(2, b'last words\\n'); os._exit(3)"])
-    make(place.templates / "04_hangs.ipynb", ["import time; time.sleep(600)"])
-    done = place.run("--jobs", "2", "--timeout", "2", "-p", "value", "7")
-    assert (done.returncode, done.stderr) == (1, "")
-    lines = done.stdout.splitlines()
-    assert [line.partition("]")[0] for line in lines[:4]] == [f"[{n}/4" for n in range(1, 5)]
+    notebooks = {
+        "01_works": ["import sys; print(sys.executable, value)", 'print("a line", file=sys.stderr)'],
+        "02_fails": ["if fail_on in model: raise ValueError('broken, for ' + model)"],
+        "03_dies": ["import os; os.write(2, b'last words\\n'); os._exit(3)"],
+        "04_hangs": ["import time; time.sleep(600)"],
+    }
+    for name, sources in notebooks.items():
+        make(place.templates / f"{name}.ipynb", sources)
+    code, out, err = place.run("--jobs", "2", "--timeout", "2", "-p", "value", "7")
+    assert (code, err) == (1, "")
+    assert [line.partition("]")[0] for line in out.splitlines()[:4]] == [f"[{n}/4" for n in range(1, 5)]
     for said in (
         f"{place.model}  02_fails: ValueError: broken, for {place.model} (see ", "did not start or died",
         "last words", "more than 2 s (--timeout)", "1 done, 3 failed",
     ):  # fmt: skip
-        assert done.stdout.count(said) == 1, said
+        assert out.count(said) == 1, said
     assert sorted(path.name for path in place.folder.glob("*.ipynb")) == [
         "01_works.ipynb", "02_fails.failed.ipynb", "03_dies.failed.ipynb", "04_hangs.failed.ipynb",
     ]  # fmt: skip
     assert "broken" in (place.folder / "02_fails.failed.ipynb").read_text()
     check_clean(nbformat.read(place.folder / "01_works.ipynb", 4))
-    again = place.run("--notebooks", "1,2", "-p", "value", "7", "-p", "fail_on", "nothing")
-    assert again.returncode == 0 and "2 done" in again.stdout  # a parameter has changed for both
-    assert (
-        "2 unchanged"
-        in place.run("--notebooks", "1,2", "-p", "value", "7", "-p", "fail_on", "nothing").stdout
-    )
+    again = ("--notebooks", "1,2", "-p", "value", "7", "-p", "fail_on", "nothing")
+    assert "2 done" in place.run(*again)[1]  # a parameter has changed for both
+    assert "2 unchanged" in place.run(*again)[1]
     assert not (place.folder / "02_fails.failed.ipynb").exists() and not list(place.temporary.iterdir())
 
 
@@ -119,7 +116,7 @@ def test_who_reads_records_comes_last(place):
     make(place.templates / "01_across.ipynb", [log.format(1), "# sdnb.summary(results_dir)"])
     for number in (2, 3):
         make(place.templates / f"0{number}_other.ipynb", ["import time; time.sleep(1)", log.format(number)])
-    assert place.run("--jobs", "3").returncode == 0
+    assert place.run("--jobs", "3")[0] == 0
     assert (place.results / "log").read_text().endswith(" 1")
 
 
@@ -129,33 +126,22 @@ def test_an_interrupted_run_says_so_in_one_line(place):
         make(place.templates / f"0{number}_waits.ipynb", WAITS)
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = place.start(
-        "--jobs", "2", "-p", "value", "600", stdin=terminal, stdout=terminal, stderr=terminal
-    )
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = place.start("--jobs", "2", "-p", "value", "600", **streams)
     os.close(terminal)
     running = place.processes(2, process)
     time.sleep(1.5)  # until a cell's line was drawn
     os.killpg(process.pid, signal.SIGINT)
-    shown = read_all(master)
+    parts = []
+    with contextlib.suppress(OSError):  # at the end of a terminal
+        while part := os.read(master, 65536):
+            parts.append(part)
+    shown = b"".join(parts).decode(errors="replace")
     assert process.wait(60) == 130
     assert shown.count(INTERRUPTED) == 1 and "Traceback" not in shown
     assert f"{place.model}  01_waits: cell 4 of 4" in shown
     wait_until(lambda: not any(map(is_alive, running)))
     assert [path.name for path in place.folder.iterdir()] == [".runs"] and not list(place.temporary.iterdir())
-
-
-def read_all(master: int) -> str:
-    """What a terminal shows until nobody writes to it any more."""
-    parts = []
-    while True:
-        try:
-            part = os.read(master, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        parts.append(part)
-    return b"".join(parts).decode(errors="replace")
 
 
 def test_a_run_that_is_killed_takes_its_kernels_along_and_is_resumed(place):
@@ -167,27 +153,20 @@ def test_a_run_that_is_killed_takes_its_kernels_along_and_is_resumed(place):
     process.wait()
     wait_until(lambda: not any(map(is_alive, running)))
     assert not list(place.folder.glob("*.ipynb"))
-    assert place.run("--jobs", "2", "-p", "value", "0").returncode == 0
+    assert place.run("--jobs", "2", "-p", "value", "0")[0] == 0
     assert len(list(place.folder.glob("*.ipynb"))) == 2 and not list(place.temporary.iterdir())
 
 
 def test_a_worker_that_is_killed_is_told(place):
-    make(
-        place.templates / "01_kills.ipynb", ["import os", "os.kill(os.getppid(), 9) if value == 1 else None"]
-    )
+    kills = ["import os", "os.kill(os.getppid(), 9) if value == 1 else None"]
+    make(place.templates / "01_kills.ipynb", kills)
     make(place.templates / "02_waits.ipynb", ["import time; time.sleep(600 * value)"])
-    done = place.run("--jobs", "2", "-p", "value", "1")
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.count("its process was killed") == 2 and "2 failed" in done.stdout
-    assert place.run("-p", "value", "0").returncode == 0
-
-
-def test_the_note_tells_the_next_run_how_long_it_took(place):
-    make(place.templates / "01_works.ipynb", ["import time; time.sleep(value)"])
-    assert place.run("-p", "value", "0").returncode == 0
-    path = place.folder / "01_works.ipynb"
+    code, out, err = place.run("--jobs", "2", "-p", "value", "1")
+    assert (code, err) == (1, "") and out.count("its process was killed") == 2 and "2 failed" in out
+    assert place.run("-p", "value", "0")[0] == 0
+    path = place.folder / "02_waits.ipynb"
     content = json.loads(path.read_text())
     content["metadata"]["sdnb"]["seconds"] = 77.0
     path.write_text(json.dumps(content))
-    said = place.run("-p", "value", "0.5").stdout
-    assert f"{place.model}  01_works  started, 77 s last time" in said
+    said = place.run("--notebooks", "2", "-p", "value", "0.001")[1]
+    assert f"{place.model}  02_waits  started, 77 s last time" in said, "what the note tells the next run"
