@@ -284,9 +284,8 @@ def refuse(checkpoint: Checkpoint, trust_remote_code: bool, allow_pickle: bool, 
     """Refuse what is not a plain causal decoder, or encoder, with weights that can be read safely."""
     if not checkpoint.config:
         raise ModelError(
-            f"{checkpoint.name} has no {CONFIG}, so it is no from_pretrained folder: give a folder written "
-            "by save_pretrained, a GGUF file, a hub id (org/name), or zoo/<name>. (A folder here hides a hub "
-            "id of the same name.)"
+            f"{checkpoint.name} has no {CONFIG}: give a folder written by save_pretrained, a GGUF file, a "
+            "hub id (org/name), or zoo/<name>. (A folder here hides a hub id of the same name.)"
         )
     _refuse_quantized(checkpoint)
     _refuse_weights(checkpoint, allow_pickle)
@@ -398,32 +397,20 @@ def headers(checkpoint: Checkpoint) -> dict[str, dict]:
     """What a local checkpoint's safetensors files say: `{tensor: {"dtype": "F32", "shape": [...]}}`."""
     from safetensors import SafetensorError, safe_open
 
+    folder, names = checkpoint.folder, [SINGLE] if SINGLE in checkpoint.files else []
+    if INDEX in checkpoint.files:
+        names = sorted({*_read_json(folder / INDEX).get("weight_map", {}).values()})
     found = {}
-    for path in _shards(checkpoint):
+    for name in names:
         try:
-            with safe_open(path, "np") as file:
+            with safe_open(folder / name, "np") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 found |= {key: {"dtype": s.get_dtype(), "shape": s.get_shape()} for key, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is truncated or damaged ({error}): fetch or save the model again."
+                f"{folder / name} is not there, truncated or damaged ({error}): fetch or save it again."
             ) from error
     return found
-
-
-def _shards(checkpoint: Checkpoint) -> list[Path]:
-    """The safetensors files that hold a local checkpoint's weights, in order; none where there are none."""
-    folder = checkpoint.folder
-    if INDEX not in checkpoint.files:
-        return [folder / SINGLE] if SINGLE in checkpoint.files else []
-    names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise ModelError(
-            f"{checkpoint.name}: the weights are incomplete, {INDEX} names {len(names)} files and "
-            f"{', '.join(missing[:3]) or 'no weights'} is not there: fetch or save the model again."
-        )
-    return [folder / name for name in names]
 
 
 def refuse_codes(name: str, entries: dict[str, dict]) -> None:

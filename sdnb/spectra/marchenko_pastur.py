@@ -50,18 +50,8 @@ def mp_density(nu: Tensor, q: float) -> Tensor:
 
 
 def mp_cdf(nu: Tensor, q: float) -> Tensor:
-    """Share of singular values up to nu, in closed form.
-
-    With nu^2 = a + b cos(t), a = 1 + q, b = 2 sqrt(q), the law is 2 sin^2(t) / (pi nu^2) dt on (0, pi), whose
-    integral is elementary.
-
-    Args:
-        nu: singular values over s~, any shape.
-        q: aspect ratio min/max.
-
-    Returns:
-        The distribution function, float64, in [0, 1].
-    """
+    """Share of singular values up to nu, in units of s~, in closed form: float64, in [0, 1]."""
+    # With nu^2 = a + b cos(t), a = 1 + q, b = 2 sqrt(q), the law is 2 sin^2(t) / (pi nu^2) dt on (0, pi).
     a, b = 1 + q, 2 * math.sqrt(q)
     angle = torch.arccos(((nu.double().clamp(min=0) ** 2 - a) / b).clamp(-1, 1))
     low, high = mp_edges(q)
@@ -99,19 +89,9 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int]) -> float:
 
 
 def noise_spectrum(shape: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Draw the singular values of a matrix of independent standard normal entries, without the matrix.
-
-    Householder reflections make such a matrix bidiagonal with independent chi variables chi(L), ..., chi(L -
-    s + 1) on the diagonal and chi(s - 1), ..., chi(1) beside it (Dumitriu and Edelman 2002), so that a draw
-    costs s^2.
-
-    Args:
-        shape: (n, m).
-        generator: of the random numbers.
-
-    Returns:
-        The min(n, m) singular values, ascending, float64.
-    """
+    """Draw the singular values, ascending, of an (n, m) matrix of standard normal entries, without it."""
+    # Householder reflections make such a matrix bidiagonal with independent chi variables chi(L), ...,
+    # chi(L - s + 1) on the diagonal and chi(s - 1), ..., chi(1) beside it (Dumitriu and Edelman 2002).
 
     def chi(freedom: Tensor) -> Tensor:
         return torch.sqrt(2 * torch._standard_gamma(freedom.double() / 2, generator=generator))
@@ -209,17 +189,7 @@ def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Ten
 
 
 def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
-    """Largest singular value of pure rounding noise: sigma (sqrt(n) + sqrt(m)), the upper edge of its bulk.
-
-    Whatever part of a stored matrix' spectrum lies below says nothing about the model.
-
-    Args:
-        sigma: root mean square of the error that the stored format makes (`Loaded.rounding_noise`).
-        shape: (n, m).
-
-    Returns:
-        The end of the band, in the units of the singular values.
-    """
+    """Upper edge sigma (sqrt(n) + sqrt(m)) of rounding noise of this rms: below it nothing is the model's."""
     return sigma * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
@@ -227,17 +197,9 @@ def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
 
 
 def tracy_widom_cdf(x: float) -> float:
-    """Distribution function of the Tracy-Widom law of real matrices (beta = 1).
-
-    F1(x) = det(1 - K_x) with K_x(y, z) = Ai(x + y + z) on (0, inf), a Fredholm determinant by Gauss-Legendre
-    quadrature (Ferrari and Spohn 2005; Bornemann 2010).
-
-    Args:
-        x: a number above about -8, where F1 is below 1e-16.
-
-    Returns:
-        F1(x), with an absolute error near 1e-14.
-    """
+    """Tracy-Widom law of real matrices (beta = 1), F1(x) for x > -8, to 1e-14 (Bornemann 2010)."""
+    # F1(x) = det(1 - K_x) with K_x(y, z) = Ai(x + y + z) on (0, inf), a Fredholm determinant by
+    # Gauss-Legendre quadrature (Ferrari and Spohn 2005).
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     nodes, roots = REACH * (nodes + 1) / 2, np.sqrt(weights * REACH / 2)
     kernel = airy(x + nodes[:, None] + nodes[None, :])[0]

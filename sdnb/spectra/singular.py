@@ -9,32 +9,16 @@ from sdnb.errors import ParameterError
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All singular values, from the eigenvalues of the smaller Gram matrix in float64: the fast way.
-
-    The absolute error of a value nu is near 1e-16 nu_1^2 / nu, at most 1e-8 nu_1 at the very bottom of a
-    singular matrix; float32 weights carry as much rounding themselves.
-
-    Args:
-        matrix: shape (n, m), any floating dtype and device.
-
-    Returns:
-        min(n, m) values, ascending, float64, on the CPU.
-    """
+    """All singular values of a matrix, ascending, float64, on the CPU, by the smaller Gram matrix: fast."""
+    # The absolute error of a value nu is near 1e-16 nu_1^2 / nu, at most 1e-8 nu_1 at the very bottom of a
+    # singular matrix; float32 weights carry as much rounding themselves.
     return torch.linalg.eigvalsh(_gram(matrix)).clamp(min=0).sqrt().cpu()
 
 
 def decomposition(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition W = U diag(S) V^T, the smallest value first.
-
-    Signs: every v has a positive product with one seeded Gaussian vector, so that the distribution of its
-    entries does not depend on the routine that found it, and is not skewed by the rule either.
-
-    Args:
-        matrix: shape (n, m), any floating dtype and device.
-
-    Returns:
-        U (n, s), S (s,) ascending, V (m, s), float64, on the matrix' device.
-    """
+    """Thin singular value decomposition: U (n, s), S (s,) ascending, V (m, s), float64, W = U diag(S) V^T."""
+    # Every v has a positive product with one seeded Gaussian vector, so that the distribution of its entries
+    # does not depend on the routine that found it, and is not skewed by the rule either.
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     probe = torch.randn(vh.shape[1], generator=torch.Generator().manual_seed(0), dtype=vh.dtype)
     signs = torch.where(vh @ probe.to(vh.device) < 0, -1.0, 1.0).to(vh)

@@ -29,17 +29,7 @@ THREE_SIGMA = 0.00135  # probability of a normal variable above three standard d
 
 
 def porter_thomas_cdf(entries: Tensor, n: int) -> Tensor:
-    """Distribution function of an entry t of a random unit vector, exact at every n >= 2.
-
-    F(t) = 1/2 + sign(t) I(t^2; 1/2, (n - 1)/2) / 2, I the regularised incomplete beta function.
-
-    Args:
-        entries: of unit vectors, any shape.
-        n: length N of the vectors.
-
-    Returns:
-        F, float64, same shape.
-    """
+    """Law F(t) = 1/2 + sign(t) I(t^2; 1/2, (n - 1)/2) / 2 of an entry of a random unit vector, n >= 2."""
     t = entries.double().cpu()
     half = torch.from_numpy(betainc(0.5, (n - 1) / 2, (t**2).clamp(max=1.0).numpy()))
     return 0.5 + 0.5 * t.sign() * half
@@ -72,18 +62,7 @@ def null_distances(n: int, pooled: int, draws: int = 4000, seed: int = 0) -> Ten
 
 
 def ks_p_value(distance: float, n: int, pooled: int = 1, *, draws: int = 4000, seed: int = 0) -> float:
-    """Probability that random unit vectors lie at least this far from the law: (1 + #larger) / (1 + draws).
-
-    Args:
-        distance: Kolmogorov-Smirnov distance of the pooled entries.
-        n: length N of a vector.
-        pooled: vectors p in the pool.
-        draws: simulated pools; the smallest p-value is 1 / (1 + draws).
-        seed: of the simulation.
-
-    Returns:
-        The p-value.
-    """
+    """P-value of a distance of the entries of `pooled` random unit vectors: (1 + #larger) / (1 + draws)."""
     null = null_distances(n, pooled, draws, seed)
     larger = int((null >= distance * math.sqrt(n * pooled)).sum())
     return (1 + larger) / (1 + len(null))
