@@ -146,8 +146,8 @@ def _add_detect(add) -> None:
 
 def _run_detect(args: argparse.Namespace) -> int:
     from sdnb import load
-    from sdnb.inspection import SCHEME_NAMES, TOOLS, inspect_model
-    from sdnb.inspection_report import report
+    from sdnb.inspection import SCHEME_NAMES, inspect_model, report
+    from sdnb.quantize.skip_lists import TOOLS
 
     if args.threshold is not None and not args.threshold > 0:
         raise ParameterError(f"--threshold {args.threshold:g}: give a positive norm, or leave it out.")

@@ -1,13 +1,15 @@
 """What `sdnb detect` says of a model: one pass over a text for what is inside, a few more for what it costs.
 
-Not called `sdnb.detect`: that is the rule of `sdnb.activations.detection`.
+Not called `sdnb.detect`: that is the rule of `sdnb.activations.detection`. `inspect_model` gives what
+`--json` prints, `report` the text.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -21,17 +23,13 @@ from sdnb.quantize.experts import expert_parameters
 from sdnb.quantize.formats import largest_entry
 from sdnb.text import Text, encode, lines_of, position_limit, token_labels, whole_text
 
+FLOAT16_MAX = 65_504
 MULTIPLES = (5, 10, 50, 100)  # of a layer's median norm
 TAKEN = 0.95  # the largest multiple that still takes this share of the high-norm states is proposed
 SINK_SHARE = 0.05  # a token is a sink when it is one in this share of all heads
-FLOAT16_MAX = 65_504
 CACHE_BITS, RANDOM_LISTS = 4, 3
 WINDOW, WINDOWS = 128, 8  # tokens, and windows, that costs are measured on; twice as many to measure
 Label = Callable[[int], str]  # of a token
-TOOLS = (
-    "transformers", "bitsandbytes", "compressed-tensors", "llm-compressor", "torchao", "optimum-quanto",
-    "gptqmodel", "modelopt", "quark", "auto-round", "llama.cpp",
-)  # fmt: skip
 SCHEME_NAMES = ("int8 tensor", "int8 channel, token", "float8 tensor", "int8 blocks of 32", "nvfp4")
 
 
@@ -39,17 +37,13 @@ def inspect_model(
     loaded: Loaded,
     text: str | Sequence[str] = "heldout",
     *,
-    max_lines: int | None = 64,
-    max_tokens: int | None = None,
-    whole: bool = False,
-    chat: bool = False,
-    add_special_tokens: bool | None = None,
     threshold: float | None = None,
     min_ratio: float = quantize.MIN_TOKEN_RATIO,
     costs: bool = True,
     measure: Sequence[str] = (),
     share: float = 0.8,
     note: Callable[[str], None] = lambda step: None,
+    **reading: int | bool | None,
 ) -> dict:
     """Return what whoever quantizes, edits or trains on a model should know about it, JSON as it is.
 
@@ -61,11 +55,6 @@ def inspect_model(
     Args:
         loaded: the model.
         text: "heldout", the path of a UTF-8 text file, or a list of lines.
-        max_lines: how many lines to take; None takes all.
-        max_tokens: where to stop, in tokens of all lines together.
-        whole: take the text as one sequence instead of line by line.
-        chat: put the tokenizer's chat template around each line, or around the whole.
-        add_special_tokens: None for what the tokenizer does by itself; a chat template brings its own.
         threshold: a norm that replaces the automatic one.
         min_ratio: largest input over the median token's from which on a module is on the skip list.
         costs: also look at sinks, cache and single weights, and at the error of every module in int8.
@@ -73,6 +62,8 @@ def inspect_model(
             one also ranks modules by what skipping each gives back.
         share: of the loss that the first scheme adds, which the shortest list is to give back.
         note: called with what is done next.
+        reading: how the text is read: `max_lines` (64), `max_tokens` of all lines, `whole` (one sequence),
+            `chat` (with the chat template), `add_special_tokens` (None: what the tokenizer does by itself).
 
     Raises:
         ParameterError: an unknown scheme, or weights to be quantized that are not in memory. A text that
@@ -84,37 +75,39 @@ def inspect_model(
         raise ParameterError(f"{unknown[0]!r} is no scheme: use {', '.join(map(repr, quantize.SCHEMES))}.")
     if measure and not in_memory:
         raise ParameterError("Weights are quantized in memory: load the model without device=offload.")
-    encoded, windows, sequences = _read(loaded, text, max_lines, max_tokens, whole, chat, add_special_tokens)
-    label, largest, done = lambda token: token_labels(loaded, [token])[0], _Largest(model), 0
+    encoded, windows, sequences = _read(loaded, text, **reading)
+
+    def label(token: int) -> str:
+        return token_labels(loaded, [token])[0]
+
+    note(f"reading {encoded.tokens:,} tokens")
+    seen, done = _Largest(model, encoded, label), 0
     reader = activations.StateReader(loaded, encoded, threshold=threshold)
 
     def visit(layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
         nonlocal done
-        largest.visit(layer, state, real, numbers)
+        seen.visit(layer, state, real, numbers)
         reader.visit(layer, state, real, numbers)
-        if layer == largest.last:
+        if layer == seen.last:
             done += int(real.sum())
             note(f"{done:,} of {encoded.tokens:,} tokens read")
 
-    note(f"reading {encoded.tokens:,} tokens")
     options = {"scheme": quantize.Scheme() if in_memory and (costs or measure) else None, "visit": visit}
     mixture = any(True for _ in expert_parameters(model))
     if mixture:
         options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
-    with largest.watch(), quantize.watched_experts(model) if mixture else nullcontext(list) as experts:
+    with seen.watch(), quantize.watched_experts(model) if mixture else nullcontext(list) as experts:
         statistics = quantize.input_statistics(model, encoded.lines, **options)
         experts = experts()
-    largest.name_tokens(encoded, label)
     defect = reader.defect()
     skip = quantize.skip_list(model, statistics, threshold=min_ratio)
-    keys = ("revision", "dtype", "device", "format")
-    values = {"model": loaded.name} | {key: getattr(loaded, key) for key in keys} | {
-        "token_count": encoded.tokens, "line_count": len(encoded.lines), "layer_count": len(defect.norms) - 1,
-        "begin_token": encoded.begin_token, "add_special_tokens": encoded.add_special_tokens,
-        "begin_token_note": encoded.unusual, "text_hash": encoded.hash,
-    }  # fmt: skip
-    values |= _tokens(defect, label, loaded.tokenizer) | _layers(defect, largest, label) | {
-        "linear_inputs": [_input(row, largest.found.get((n, "input"), {})) for n, row in statistics.items()],
+    values = {
+        "model": loaded.name, "revision": loaded.revision, "dtype": loaded.dtype, "device": loaded.device,
+        "format": loaded.format, "token_count": encoded.tokens, "line_count": len(encoded.lines),
+        "layer_count": len(defect.norms) - 1, "begin_token": encoded.begin_token,
+        "add_special_tokens": encoded.add_special_tokens, "begin_token_note": encoded.unusual,
+        "text_hash": encoded.hash, **_tokens(defect, label, loaded.tokenizer), **_layers(defect, seen, label),
+        "linear_inputs": [_input(row, seen.found.get((n, "input"), {})) for n, row in statistics.items()],
         "experts": [vars(expert) for expert in experts],
         "super_experts": [e.name for e in quantize.super_experts(experts)] if experts else [],
         "skip_threshold": skip.threshold, "spiking_modules": skip.spiking, "fused_modules": skip.fused,
@@ -138,7 +131,7 @@ def inspect_model(
 
 
 def _read(
-    loaded, text, max_lines, max_tokens, whole, chat, add_special_tokens
+    loaded, text, max_lines=64, max_tokens=None, whole=False, chat=False, add_special_tokens=None
 ) -> tuple[Text, Tensor, Tensor]:
     """The lines; windows of the text, (W, T), for what is measured; and sequences for sinks."""
     tokenizer = loaded.tokenizer
@@ -154,8 +147,7 @@ def _read(
             raise TextError(f"The tokenizer of {loaded.name} has no chat template: leave --chat out.")
         prompts = [whole_text(text)] if whole else lines_of(text, max_lines)
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        options = {"tokenize": False, "add_generation_prompt": True}
-        text = [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         add_special_tokens = False
     special = {"add_special_tokens": add_special_tokens}
     limit = position_limit(loaded.model.config)
@@ -183,10 +175,10 @@ def _read(
 class _Largest:
     """Largest entries of states and of linear modules' inputs and outputs, with dimension and token."""
 
-    def __init__(self, model: nn.Module):
-        self.linears = quantize.linear_modules(model)
+    def __init__(self, model: nn.Module, text: Text, label: Label):
+        self.linears, self.text, self.label = quantize.linear_modules(model), text, label
         self.last = model.config.get_text_config().num_hidden_layers
-        self.found: dict[tuple[str | int, str], dict] = {}
+        self.found: dict[tuple[str | int, str], dict] = defaultdict(lambda: {"size": -1.0})
         self.batch: tuple[Tensor, list[int]] | None = None
 
     def visit(self, layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
@@ -199,14 +191,13 @@ class _Largest:
         """Hooks on every linear module, until the stack is left."""
         hooks = ExitStack()
         for name, linear in self.linears.items():
-
-            def hook(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-                if self.batch is not None and args and torch.is_tensor(args[0]) and args[0].numel():
-                    self._take((name, "input"), args[0])
-                    self._take((name, "output"), output)
-
-            hooks.enter_context(linear.module.register_forward_hook(hook))
+            hooks.enter_context(linear.module.register_forward_hook(partial(self._look, name)))
         return hooks
+
+    def _look(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.batch is not None and args and torch.is_tensor(args[0]) and args[0].numel():
+            self._take((name, "input"), args[0])
+            self._take((name, "output"), output)
 
     def _take(self, key: tuple[str | int, str], x: Tensor) -> None:
         real, numbers = self.batch
@@ -215,61 +206,57 @@ class _Largest:
         sizes = largest_entry(rows, (-1,))[..., 0].float()
         sizes = sizes.masked_fill(~real.to(sizes.device), -1.0) if known else sizes
         b, t = divmod(int(sizes.argmax()), sizes.shape[1])
-        if sizes[b, t] > self.found.get(key, {"size": -1.0})["size"]:
-            j = int(rows[b, t].abs().argmax())
-            value = rows[b, t, j].item()
-            where = {"line": numbers[b], "position": t} if known else {"line": None, "position": None}
-            self.found[key] = {"value": value, "size": abs(value), "dimension": j, **where}
+        if sizes[b, t] <= self.found[key]["size"]:
+            return
+        j = int(rows[b, t].abs().argmax())
+        value = rows[b, t, j].item()
+        place = {"line": None, "position": None}
+        if known:
+            token = int(self.text.lines[numbers[b]][t])
+            place = {"line": numbers[b], "position": t, "token_id": token, "token": self.label(token)}
+        self.found[key] = {"value": value, "size": abs(value), "dimension": j, **place}
 
-    def name_tokens(self, text: Text, label: Label) -> None:
-        """Add to every entry which token it belongs to, where that is known."""
-        for entry in self.found.values():
-            if entry["line"] is not None:
-                entry["token_id"] = int(text.lines[entry["line"]][entry["position"]])
-                entry["token"] = label(entry["token_id"])
-
-
-def _kind(tokenizer, token: int, position: int) -> str:
-    """What sort of token it is; a delimiter has no letter and no digit."""
-    if token == tokenizer.bos_token_id or position == 0:
-        return "begin token" if token == tokenizer.bos_token_id else "first position"
-    return "word" if any(c.isalnum() for c in tokenizer.decode([token])) else "delimiter"
+    def of_layer(self, layer: int, side: str) -> dict | None:
+        """The largest input or output of a layer's linear modules, with the module's name."""
+        rows = [
+            entry | {"module": name}
+            for (name, kind), entry in self.found.items()
+            if kind == side and self.linears[name].layer == layer
+        ]
+        return max(rows, key=lambda entry: entry["size"], default=None)
 
 
 def _tokens(defect: activations.Defect, label: Label, tokenizer) -> dict:
     """High-norm tokens, layers, massive dimensions."""
+
+    def kind(token: int, position: int) -> str:
+        if token == tokenizer.bos_token_id or position == 0:
+            return "begin token" if token == tokenizer.bos_token_id else "first position"
+        return "word" if any(c.isalnum() for c in tokenizer.decode([token])) else "delimiter"
+
     high = defect.high_norm.nonzero().flatten()
-    places = zip(defect.token_ids[high].tolist(), defect.positions[high].tolist(), strict=True)
+    kinds = Counter(map(kind, defect.token_ids[high].tolist(), defect.positions[high].tolist()))
     same = ("peak_ratio", "threshold", "undecided", "explosion_layers", "decay_layers", "climbs", "descents")
     return {key: getattr(defect, key) for key in same} | {
         "high_norm_tokens": [{"token": label(r["token_id"])} | r for r in defect.high_norm_tokens()],
-        "high_norm_token_count": len(high),
-        "high_norm_kinds": dict(Counter(_kind(tokenizer, *place) for place in places)),
+        "high_norm_token_count": len(high), "high_norm_kinds": dict(kinds),
         "massive_dimensions": defect.massive,
-    }
+    }  # fmt: skip
 
 
 def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict:
     """Layers 1..L one by one, what float16 makes of them, and what to mask."""
     norms, high = defect.norms[1:].double(), defect.high[1:]
-    median = norms.median(dim=1).values
-    ratios = norms / median.clamp(min=1e-30)[:, None]
+    medians = norms.median(dim=1).values
+    ratios = norms / medians.clamp(min=1e-30)[:, None]
     rows = []
-    for number in range(1, len(norms) + 1):
-        tops = {}
-        for side in ("input", "output"):
-            of_layer = [
-                entry | {"module": name}
-                for (name, kind), entry in largest.found.items()
-                if kind == side and largest.linears[name].layer == number
-            ]
-            tops[f"largest_{side}"] = max(of_layer, key=lambda entry: entry["size"], default=None)
+    for number, (median, here, ratio) in enumerate(zip(medians, norms, ratios, strict=True), start=1):
+        tops = {f"largest_{side}": largest.of_layer(number, side) for side in ("input", "output")}
         tops["largest_entry"] = largest.found[number, "state"]
         rows.append({
-            "layer": number, "median_norm": median[number - 1].item(),
-            "largest_norm": norms[number - 1].max().item(),
-            **tops, "float16_share": max(top["size"] for top in tops.values() if top) / FLOAT16_MAX,
-            "above_medians": {str(k): (ratios[number - 1] > k).double().mean().item() for k in MULTIPLES},
+            "layer": number, "median_norm": median.item(), "largest_norm": here.max().item(), **tops,
+            "float16_share": max(top["size"] for top in tops.values() if top) / FLOAT16_MAX,
+            "above_medians": {str(k): (ratio > k).double().mean().item() for k in MULTIPLES},
         })  # fmt: skip
     return {
         "layers": rows,
@@ -319,17 +306,15 @@ def _losses(model: nn.Module, windows: Tensor) -> Tensor:
 
 
 def _compared(losses: Tensor, reference: Tensor) -> dict:
-    ratio = quantize.perplexity_ratio(losses, reference)
-    return {"perplexity": losses.mean().exp().item(), **vars(ratio)}
+    return {"perplexity": losses.mean().exp().item(), **vars(quantize.perplexity_ratio(losses, reference))}
 
 
 def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
     """Sink rates, the tokens that are sinks, and the length of their keys and values."""
     found = activations.sinks(loaded.model, sequences)
-    hit, groups = found.tokens > SINK_SHARE, {}  # false where it is NaN
+    hit, groups = found.tokens > SINK_SHARE, defaultdict(list)  # false where it is NaN
     for b, t in hit.nonzero().tolist():
-        key = (int(sequences[b, t]), "later" if t else "first")
-        groups.setdefault(key, []).append(found.tokens[b, t].item())
+        groups[int(sequences[b, t]), "later" if t else "first"].append(found.tokens[b, t].item())
     tokens = [
         {"token": label(i), "token_id": i, "position": p, "count": len(s), "share_of_heads": sum(s) / len(s)}
         for (i, p), s in groups.items()
@@ -348,7 +333,7 @@ def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> 
     """The cost of a cache of few bits with nothing kept, the first position, and all high-norm tokens."""
     model, intact = loaded.model, _losses(loaded.model, windows)
     first = (torch.arange(windows.shape[1]) == 0).expand_as(windows)
-    kept = {"nothing": ~first & first, "first position": first}
+    kept = {"nothing": torch.zeros_like(first), "first position": first}
     if defect.found:
         high = activations.hidden_norms(model, windows).double() > defect.limits[:, None, None]
         kept |= {"first and high-norm": first | high[1:].any(dim=0)} if high[1:, :, 1:].any() else {}
@@ -383,21 +368,18 @@ def _single_weight(loaded, windows: Tensor, sequences: Tensor, defect, label: La
     if not at:
         return values
     chosen, linear = at[0], quantize.linear_modules(model)[at[0].module]
-    values |= {"chosen": vars(chosen), "also": [e.how for e in found if _same(e, chosen) and e is not chosen]}
+    place = (chosen.row, chosen.column)
+    others = [e for e in found if e.module == chosen.module and e is not chosen]
+    values["chosen"], values["also"] = vars(chosen), [e.how for e in others if (e.row, e.column) == place]
     if linear.weight.is_meta:
         return values
-    others = quantize.similar_entries(linear.weight, chosen.row, chosen.column)
-    intact = _losses(model, windows)
-    for name, entries in {"intact": [], "zero": [(chosen.row, chosen.column)], "others_zero": others}.items():
-        with quantize.zeroed_entries(linear.module, entries) if entries else nullcontext():
+    intact, similar = _losses(model, windows), quantize.similar_entries(linear.weight, *place)
+    for name, entries in {"intact": [], "zero": [place], "others_zero": similar}.items():
+        with quantize.zeroed_entries(linear.module, entries):
             losses = _losses(model, windows) if entries else intact
             peak = activations.hidden_norms(model, windows[:2])[1:].max().item()
         values[name] = _compared(losses, intact) | {"peak_norm": peak, "count": len(entries)}
     return values
-
-
-def _same(a: quantize.SingleWeight, b: quantize.SingleWeight) -> bool:
-    return (a.module, a.row, a.column) == (b.module, b.row, b.column)
 
 
 def _measured(model: nn.Module, windows: Tensor, skip, names: Sequence[str], note: Callable) -> dict:
@@ -407,27 +389,27 @@ def _measured(model: nn.Module, windows: Tensor, skip, names: Sequence[str], not
     count, lists = min(len(skip.chosen), len(free)), []
     for _ in range(RANDOM_LISTS if count else 0):
         lists.append([free[i] for i in torch.randperm(len(free), generator=draw)[:count].tolist()])
+
+    def quantized(name: str, skipped: Sequence[str]) -> tuple[Tensor, float]:
+        with quantize.quantized(model, quantize.SCHEMES[name], skip=skipped) as done:
+            return _losses(model, windows), quantize.kept_share(model, done)
+
     rows = []
     for name in names:
         note(f"measuring {name}")
-
-        def quantized(skipped: Sequence[str], name: str = name) -> tuple[Tensor, float]:
-            with quantize.quantized(model, quantize.SCHEMES[name], skip=skipped) as done:
-                return _losses(model, windows), quantize.kept_share(model, done)
-
-        nothing, _ = quantized(())
-        rows.append({"scheme": name, "nothing": _compared(nothing, intact)})
+        nothing, _ = quantized(name, ())
+        row = {"scheme": name, "nothing": _compared(nothing, intact)}
         if lists:
-            listed, kept = quantized(skip.chosen)
-            random = torch.stack([quantized(skipped)[0] for skipped in lists]).mean(dim=0)
+            listed, kept = quantized(name, skip.chosen)
+            random = torch.stack([quantized(name, skipped)[0] for skipped in lists]).mean(dim=0)
+            added = (nothing - intact).mean().item()
             for kind, losses in {"list": listed, "random": random}.items():
-                rows[-1][kind] = _compared(losses, intact)
-                rows[-1][f"{kind}_over_nothing"] = vars(quantize.perplexity_ratio(losses, nothing))
-                added = (nothing - intact).mean().item()
-                rows[-1][f"given_back_{kind}"] = (
-                    (nothing - losses).mean().item() / added if added > 0 else None
-                )
-            rows[-1]["kept_share"] = kept
+                given = (nothing - losses).mean().item() / added if added > 0 else None
+                row[kind] = _compared(losses, intact)
+                row[f"{kind}_over_nothing"] = vars(quantize.perplexity_ratio(losses, nothing))
+                row[f"given_back_{kind}"] = given
+            row["kept_share"] = kept
+        rows.append(row)
     return {
         "windows": len(windows), "window": windows.shape[1], "perplexity": intact.mean().exp().item(),
         "random_lists": len(lists), "schemes": rows,
@@ -457,3 +439,228 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- the report
+
+
+def report(values: dict, everything: bool = False) -> str:
+    """Return what `inspect_model` found as text, what matters first; `everything`: all layers and modules."""
+    parts = [_head_text(values), _skip_list_text(values, everything)]
+    parts += [_measured_text(values)] if "measured" in values else []
+    return "\n\n".join([*parts, _layers_text(values, everything), _costs_text(values)]).rstrip()
+
+
+def _head_text(v: dict) -> str:
+    begin = "each with the begin token" if v["begin_token"] else "without a begin token"
+    lines = [
+        f"{v['model']} ({v['format']}, read in {v['dtype']}): {v['layer_count']} layers; "
+        f"{v['token_count']:,} tokens in {v['line_count']} lines, {begin}"
+    ]
+    lines += [v["begin_token_note"], ""] if v["begin_token_note"] else [""]
+    if v["high_norm_tokens"]:
+        later = [f"{r['token']} {r['count']}" for r in v["high_norm_tokens"] if r["position"] == "later"]
+        kinds = _few([f"{count} {kind}" for kind, count in v["high_norm_kinds"].items()])
+        climbs = "".join(f"; climbs from {a} to {b}" for a, b in v["climbs"])
+        mask, size, times = v["masking"], _number(v["threshold"]), _number(v["peak_ratio"])
+        lines += [
+            f"explosion layers    {_few(v['explosion_layers'], 12)}{climbs}",
+            f"decay layers        {_few(v['decay_layers'], 12)}",
+            f"high-norm tokens    {v['high_norm_token_count']} above {size}, up to {times} medians: {kinds}",
+            *([f"{' ' * 20}later positions: {_few(later, 8)}"] if later else []),
+            *_massive_text(v["massive_dimensions"]),
+            f"to mask             states above {mask['multiple']} medians: {mask['tokens']} tokens "
+            f"({_percent(mask['share'])}), {mask['first_positions']} of them first;",
+            f"                    takes {_percent(mask['high_norm_states_taken'])} of the high-norm states "
+            f"({_percent(mask['taken_by_first_position'])} with the first position alone)",
+        ]
+    else:
+        ratio = f"no high-norm token: no norm stands out (largest: {_number(v['peak_ratio'])} medians)"
+        lines.append(v["undecided"] or ratio)
+    layer = v["first_float16_overflow"]
+    fits = f"overflows at layer {layer}" if layer else "nothing overflows"
+    return "\n".join([*lines, f"float16             {_percent(v['float16_share'])} of its range, {fits}"])
+
+
+def _massive_text(rows: list[dict]) -> list[str]:
+    """Up to three massive dimensions at the layer where each is largest."""
+    top: dict[int, dict] = {}
+    for row in sorted(rows, key=lambda row: -abs(row["value"])):
+        top.setdefault(row["dimension"], row)
+    texts = [
+        f"{j}: {_number(row['value'])} after layer {row['layer']}, {_percent(row['share'])} of the squared "
+        f"norm, {_number(row['ordinary'])} in ordinary tokens"
+        for j, row in list(top.items())[:3]
+    ]
+    return [f"{'' if i else 'massive dimensions':<20}{text}" for i, text in enumerate(texts or ["none"])]
+
+
+def _skip_list_text(v: dict, everything: bool) -> str:
+    """The list with its numbers, and the modules that come next."""
+    known = {row["module"]: row for row in v["linear_inputs"]}
+    skip = dict.fromkeys(v["spiking_modules"], "yes") | dict.fromkeys(v["fused_modules"], "fused")
+    rest = sorted(known, key=lambda name: -(known[name]["token_ratio"] or float("inf")))
+    rest = [name for name in rest if name not in skip]
+    shown = [*skip, *rest] if everything else [*list(skip)[:12], *rest[:3]]
+    rows = []
+    for name, row in ((name, known[name]) for name in shown):
+        sizes = map(_number, (row["token_ratio"], row["largest_input"], row["median_token_largest"]))
+        place = [_index(row["dimension"]), _place(row), _percent(row["int8_error"])]
+        rows.append([name, skip.get(name, "no"), *sizes, *place])
+    heads = ["linear module ", "skip", "ratio", "largest input", "median token", "unit", "token "]
+    tools = list(v["forms"])
+    return "\n".join([
+        f"skip list: {len(skip)} of {len(known)} modules, with an input of {v['skip_threshold']:g} times the "
+        f"median token's; also {_few(v['never_quantized'])}",
+        *_table([*heads, "int8 error"], rows),
+        *([f"and {len(skip) - 12} more on the list"] if len(skip) > 12 and not everything else []),
+        f"ready to paste with --form NAME: {', '.join(tools[:6])},",
+        f"  {', '.join(tools[6:])}",
+    ])  # fmt: skip
+
+
+def _layers_text(v: dict, everything: bool) -> str:
+    """Layers where norms jump or a listed module is, the one nearest to overflow, the first and the last."""
+    rows, of = v["layers"], {row["module"]: row["layer"] for row in v["linear_inputs"]}
+    ups, downs = v["explosion_layers"], v["decay_layers"]
+    fullest = max(rows, key=lambda row: row["float16_share"])["layer"]
+    chosen = [*ups, *downs, fullest, len(rows), 1, *(layer for pair in v["climbs"] for layer in pair)]
+    chosen = list(dict.fromkeys([*chosen, *filter(None, map(of.get, v["spiking_modules"]))]))
+    rates = v.get("sinks", {}).get("layer_rates", [None] * len(rows))
+    cells = []
+    for row, rate in zip(rows, rates, strict=True):
+        if not everything and row["layer"] not in chosen[:10]:
+            continue
+        mark = "up" if row["layer"] in ups else "down" if row["layer"] in downs else ""
+        state, inner = row["largest_entry"], row["largest_input"]
+        cells.append([
+            f"{row['layer']:>3} {mark}", _number(state["value"]), _index(state["dimension"]), _place(state),
+            *([_number(inner["value"]), inner["module"].rpartition(".")[2]] if inner else ["-", "-"]),
+            _percent(row["float16_share"]), *map(_percent, row["above_medians"].values()), _percent(rate),
+        ])  # fmt: skip
+    multiples = [f">{k}" for k in rows[0]["above_medians"]]
+    heads = ["layer ", "largest h", "dim", "token ", "input", "of ", "float16", *multiples, "sinks"]
+    more = "" if everything else "; --all shows every layer"
+    legend = (
+        "layers count from 1, names of modules from 0; largest entries of h and of linear modules' inputs;\n"
+        f"share of tokens above so many medians; sinks: share of heads that rest on position 0{more}"
+    )
+    return "\n".join([*_table(heads, cells), legend])
+
+
+def _costs_text(v: dict) -> str:
+    """Sinks, cache, the single weight, experts, and what was left out."""
+    lines = []
+    if found := v.get("sinks"):
+        later = [row for row in found["tokens"] if row["position"] == "later"]
+        later = [f"{r['token']} ({r['count']} times, {_percent(r['share_of_heads'])})" for r in later]
+        first = _percent(found["rate"])
+        lines.append(f"sinks       first position in {first} of heads; later: {_few(later, 3)}")
+        if "sinks" in found["key_norms"]:
+            keys, values = (_number(_median_ratio(found[name])) for name in ("key_norms", "value_norms"))
+            lines.append(f"            keys there {keys}, values {values} times as long as others'")
+    if found := v.get("cache"):
+        kept = [f"{_times(row)}, {row['kept']} kept" for row in found["kept"]]
+        lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept[:2])}")
+        lines += [f"            {text}" for text in kept[2:]]
+        if not any(_helps(row["over_nothing"]) for row in found["kept"][1:]):
+            lines.append("            keeping tokens gives nothing back within two standard errors")
+        if found["front"]:
+            lines.append(f"            candidates to keep, or to put in front: {_few(found['front'])}")
+    if chosen := v.get("single_weight", {}).get("chosen"):
+        found, place = v["single_weight"], f"[{chosen['row']}, {chosen['column']}]"
+        also = f", also by {' and '.join(found['also'])}" if found["also"] else ""
+        place += f" = {_number(chosen['value'])}, layer {chosen['layer']}"
+        lines.append(f"one weight  {chosen['module']} {place}{also}")
+        if "zero" in found:
+            peaks = [_number(found[name]["peak_norm"]) for name in ("intact", "zero", "others_zero")]
+            others = found["others_zero"]
+            lines += [
+                f"            at zero: perplexity times {_times(found['zero'])}, "
+                f"peak norm {peaks[0]} to {peaks[1]};",
+                f"            {others['count']} others of its size at zero: {_times(others)}, to {peaks[2]}",
+            ]
+    if v["experts"]:
+        top = {row["name"]: row for row in v["experts"]}
+        names = [
+            f"{n} (output {_number(top[n]['largest_output'])}, input {_number(top[n]['largest_input'])})"
+            for n in v["super_experts"]
+        ]
+        lines.append(f"experts     {len(names)} of {len(top)} stand out: {_few(names, 3)}")
+    return "\n".join([*lines, *(f"left out    {name}: {reason}" for name, reason in v["left_out"].items())])
+
+
+def _measured_text(v: dict) -> str:
+    """What the list gives back, scheme by scheme, and the shortest list that gives back a share."""
+    found, ranked, cells = v["measured"], v["sensitivity"], []
+    for row in found["schemes"]:
+        parts = ["-"] * 4
+        if "list" in row:
+            given = _percent(row["given_back_list"]) if _helps(row["list_over_nothing"]) else "nothing"
+            parts = [_times(row["list"]), given, _times(row["random"]), _percent(row["given_back_random"])]
+        cells.append([row["scheme"], _times(row["nothing"]), *parts])
+    heads = ["quantized ", "nothing skipped", "the list", "gives back", "random lists", "give back"]
+    count, names = len(ranked["shortest"]), [f"{_times(g)}  {g['module']}" for g in ranked["gains"][:6]]
+    return "\n".join([
+        f"perplexity over {_number(found['perplexity'])} unquantized ({found['windows']} windows of "
+        f"{found['window']} tokens); nothing: within two standard errors",
+        *_table(heads, cells),
+        "",
+        f"{ranked['scheme']} costs {_times(ranked['cost'])}; skipping one module divides that by",
+        *(f"  {name}" for name in names),
+        f"shortest list for {ranked['share']:.0%}: {count} of the {len(ranked['gains'])} tried give back "
+        f"{_percent(ranked['recovered'])} (--form NAME prints it)",
+        *(f"  {name}" for name in ranked["shortest"]),
+    ])  # fmt: skip
+
+
+# --- words
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns; a head that ends with a blank stands left, as its column."""
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    sides = ["<" if head.endswith(" ") else ">" for head in heads]
+    lines = [zip(row, sides, widths, strict=True) for row in [heads, *rows]]
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in line).rstrip() for line in lines]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _index(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g}%"
+
+
+def _times(found: dict) -> str:
+    """A ratio with its standard error."""
+    digits = 3 if found["ratio"] < 10 else 0
+    error = "" if found["error"] is None else f" ±{found['error']:.{digits}f}"
+    return f"{found['ratio']:,.{digits}f}{error}"
+
+
+def _helps(gain: dict) -> bool:
+    """Whether a perplexity over another is below one by more than two standard errors."""
+    return gain["error"] is not None and gain["ratio"] < 1 - 2 * gain["error"]
+
+
+def _place(row: dict) -> str:
+    """A token and its position."""
+    return "-" if row.get("token") is None else f"{row['token']} @{row['position']}"
+
+
+def _few(items: Sequence, limit: int = 6) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more if items else "none"
+
+
+def _median_ratio(norms: dict) -> float:
+    ratios = sorted(a / b for a, b in zip(norms["sinks"], norms["others"], strict=True) if b)
+    return ratios[len(ratios) // 2]

@@ -20,7 +20,7 @@ STEPS = {
     "linearize": 3, "activations": 3, "spectra": 3,
     "decompose": 4,
     "quantize": 5, "signatures": 5, "records": 5, "plots": 5,
-    "inspection": 6, "inspection_report": 6, "run": 6, "explorer": 6,
+    "inspection": 6, "run": 6, "explorer": 6,
     "book": 7,
     "cli": 8,
 }  # fmt: skip

@@ -130,7 +130,7 @@ def zeroed_entries(module: nn.Module, entries: Sequence[tuple[int, int]]) -> Ite
     W = linear_weight(module)
     if W.is_meta:
         raise ParameterError("weights are changed in memory: load the model without device=offload")
-    rows, columns = torch.tensor(entries, device=W.device).reshape(-1, 2).T
+    rows, columns = torch.tensor(entries, dtype=torch.int64, device=W.device).reshape(-1, 2).T
     if ((rows < 0) | (rows >= W.shape[0]) | (columns < 0) | (columns >= W.shape[1])).any():
         raise ParameterError(f"entries {list(entries)}: W is {W.shape[0]} x {W.shape[1]}, counted from 0")
     with torch.no_grad():

@@ -18,6 +18,12 @@ from sdnb.quantize.schemes import PairedRatio, Scheme, perplexity_ratio, quantiz
 
 MIN_TOKEN_RATIO = 32.0
 
+TOOLS = (
+    "transformers", "bitsandbytes", "compressed-tensors", "llm-compressor", "torchao", "optimum-quanto",
+    "gptqmodel", "modelopt", "quark", "auto-round", "llama.cpp",
+)  # fmt: skip
+"""Those that `forms` knows."""
+
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),

@@ -9,8 +9,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from sdnb import encode, gguf, hidden_states, load
 from sdnb.cli import main
-from sdnb.inspection import MULTIPLES, TOOLS, inspect_model
-from sdnb.inspection_report import report
+from sdnb.inspection import MULTIPLES, inspect_model, report
+from sdnb.quantize.skip_lists import TOOLS
 from tests import ggufs
 from tests.tiny import build, planted_model, save, tiny_model, tiny_tokenizer
 
