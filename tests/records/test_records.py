@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sdnb import files, records
+from sdnb import records
 from sdnb.errors import RecordError
 from sdnb.records import read_record, save_record
 
@@ -86,15 +86,14 @@ def test_values_become_plain_json(tmp_path):
 
 
 def test_a_table_by_layer_becomes_lists_of_all_layers(tmp_path):
-    rows = [
-        {"layer": 3, "angle_deg": torch.tensor(2.0), "status": "exact"},
-        {"layer": 1, "angle_deg": math.nan, "status": "sampled"},
-    ]
-    table = pd.DataFrame(rows).set_index("layer")
+    columns = {"angle_deg": [torch.tensor(2.0), math.nan], "count": [4, 5], "status": ["exact", "sampled"]}
+    table = pd.DataFrame(columns, index=[3, 1])
     record = save_record(TEMPLATE, loaded(), [table, {"explosion_layers": [3]}], results_dir=tmp_path)
     assert record.values == {
-        "angle_deg": [None, None, 2.0], "status": ["sampled", None, "exact"], "explosion_layers": [3],
+        "angle_deg": [None, None, 2.0], "count": [5, None, 4], "status": ["sampled", None, "exact"],
+        "explosion_layers": [3],
     }  # fmt: skip
+    assert '"count": [\n  5,' in record.path.read_text(), "whole numbers stay whole"
 
 
 @pytest.mark.parametrize(
@@ -159,11 +158,6 @@ def test_figures_stand_beside_the_record_and_arrays_that_go_are_removed(tmp_path
     assert read_record(TEMPLATE, "org/name", tmp_path).arrays == {}
 
 
-def test_a_missing_record_says_what_to_run(tmp_path):
-    with pytest.raises(RecordError, match=f"run the notebook {TEMPLATE}"):
-        read_record(TEMPLATE, "org/name", tmp_path)
-
-
 DAMAGE = {
     "cut arrays": (PAIR[1], lambda data: data[:-1]),
     "a bit of the arrays": (PAIR[1], lambda data: data[:-1] + bytes([data[-1] ^ 1])),
@@ -176,6 +170,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_out(tmp_path, damage):
+    with pytest.raises(RecordError, match=f"run the notebook {TEMPLATE}"):
+        read_record(TEMPLATE, "org/name", tmp_path)
     put(tmp_path, 1.0)
     name, change = DAMAGE[damage]
     path = tmp_path / SLUG / name
@@ -265,27 +261,6 @@ def test_two_writers_and_a_reader_at_once(tmp_path):
         running -= {child for child in running if os.waitpid(child, os.WNOHANG)[0]}
     assert len(list(tmp_path.glob("finished *"))) == 2
     assert number_in(tmp_path) in (1.0, 2.0) and seen <= {0.0, 1.0, 2.0}
-
-
-def test_a_lock_is_waited_for_and_falls_with_its_holder(tmp_path):
-    def hold():
-        with files.locked(tmp_path / "lock"):
-            (tmp_path / "held").touch()
-            signal.pause()
-
-    child = in_a_child(hold)
-    while not (tmp_path / "held").is_file():
-        os.sched_yield()
-
-    def enter():
-        with files.locked(tmp_path / "lock"):
-            (tmp_path / "done").touch()
-
-    waiting = in_a_child(enter)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.waitpid(waiting, 0)
-    assert (tmp_path / "done").is_file()
 
 
 def test_a_pointer_finds_numbers_by_key_index_and_layer():

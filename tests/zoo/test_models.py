@@ -1,4 +1,4 @@
-"""Every committed model: it loads, its weights are finite, its card and the zoo's page say what is measured."""
+"""Every committed model: it loads, its weights are finite, its card and the zoo's page say what is true."""
 
 import json
 from functools import cache
