@@ -100,7 +100,7 @@ class Cell:
     def products(self) -> dict[str, str]:
         """Hashes of what stands beside the notebook under its number: record, arrays, figures."""
         found = sorted(self.notebook.parent.glob(f"{number(self.source)}_*"))
-        return {path.name: content_hash(path) for path in found if path.suffix != ".ipynb"}
+        return {path.name: content_hash(path) for path in found if path.is_file() and path.suffix != ".ipynb"}
 
     def unchanged(self) -> bool:
         """Whether it is done and nothing that it depends on has changed; False where that cannot be known."""
