@@ -129,13 +129,9 @@ def load(
         found = files.fetch(found, pickles=pickled)
         entries = files.headers(found)
         files.refuse_codes(model, entries)
-        if (
-            dtype == "auto"
-            and place == "cpu"
-            and 2 * files.weight_bytes(entries, 4) <= files.free_memory("cpu")
-        ):
-            dtype = "float32"
-        files.refuse_too_large(model, entries, DTYPES[dtype].itemsize if dtype in DTYPES else None, place)
+        fits = 2 * files.weight_bytes(entries, 4) <= files.free_memory("cpu")
+        dtype = "float32" if dtype == "auto" and place == "cpu" and fits else dtype
+        files.refuse_too_large(model, entries, getattr(DTYPES.get(dtype), "itemsize", None), place)
         network = _network(found, dtype, place, trust, pickled, (basis or found).target)
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)

@@ -11,23 +11,16 @@ from tests.tiny import redraw, tiny_tokenizer
 VOCABULARY = 384
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 256}
+PLAIN = ("llama", "qwen2", "phi3", "bloom", "stablelm", "starcoder2", "nemotron", "mamba")
 # GGUF architecture: model type, what its configuration needs, settings that the writer cannot derive
-ARCHITECTURES = {
-    "llama": ("llama", {}, {}),
-    "qwen2": ("qwen2", {}, {}),
+ARCHITECTURES = {kind: (kind, {}, {}) for kind in PLAIN} | {
     "qwen3": ("qwen3", {"head_dim": 32}, {}),
     "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 96}, {}),
     "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, {}),
     "falcon": ("falcon", {"multi_query": True}, {}),
-    "phi3": ("phi3", {}, {}),
-    "bloom": ("bloom", {}, {}),
-    "stablelm": ("stablelm", {}, {}),
     "gpt2": ("gpt2", {"n_inner": 96}, {}),
-    "starcoder2": ("starcoder2", {}, {}),
-    "nemotron": ("nemotron", {}, {}),
     "gemma2": ("gemma2", {}, {"tokenizer.ggml.unknown_token_id": 0}),
     "gemma3": ("gemma3_text", {}, {"tokenizer.ggml.unknown_token_id": 0}),
-    "mamba": ("mamba", {}, {}),
     "minimax-m2": (
         "minimax_m2",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 16},

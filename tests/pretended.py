@@ -4,8 +4,6 @@ Tensors on it are ordinary ones whose storage is marked. Views share the mark, a
 tensor is marked. Inside the block such tensors say that they are on cuda:0, and refuse to meet others.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -24,13 +22,6 @@ def put(tensor: Tensor) -> Tensor:
     """Let a tensor, and all that share its memory, count as on the pretended GPU."""
     tensor.untyped_storage().pretended = True
     return tensor
-
-
-def moved(loaded):
-    """The loaded model with its weights on the pretended GPU; they stay there."""
-    for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
-        put(tensor)
-    return dataclasses.replace(loaded, device=str(GPU))
 
 
 def named(value) -> torch.device | None:
