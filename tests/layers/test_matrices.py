@@ -22,30 +22,22 @@ GATED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma
          "stablelm_parallel", "cohere", "granite"}  # fmt: skip
 
 
-def per_head(fused, which):
-    """Row block `which` of three in every head, as GPT-NeoX and Bloom store them."""
-    return fused.reshape(HEADS, 3, HEAD, -1)[:, which].reshape(HIDDEN, -1)
-
-
 def by_hand(name, layer):
     """Q, K, V of a fused layer, from the published layout of each family."""
-    if name.startswith("gpt_neox"):
-        fused = layer.attention.query_key_value.weight
-        return [per_head(fused, i) for i in range(3)]
-    if name in ("bloom", "falcon_serial"):
-        fused = layer.self_attention.query_key_value.weight
-        return [per_head(fused, i) for i in range(3)]
+    if name.startswith("gpt_neox") or name in ("bloom", "falcon_serial"):  # in every head, one after another
+        attention = layer.attention if name.startswith("gpt_neox") else layer.self_attention
+        return attention.query_key_value.weight.reshape(HEADS, 3, HEAD, -1).transpose(0, 1).flatten(1, 2)
     if name == "falcon":  # multi-query: all query heads, one key head, one value head
-        return list(layer.self_attention.query_key_value.weight.split([HIDDEN, HEAD, HEAD]))
+        return layer.self_attention.query_key_value.weight.split([HIDDEN, HEAD, HEAD])
     if name == "falcon_new":  # per group of keys: its query heads, then a key and a value head
         group = HEADS // KV_HEADS
         fused = layer.self_attention.query_key_value.weight.reshape(KV_HEADS, group + 2, HEAD, -1)
         return [part.reshape(-1, HIDDEN) for part in (fused[:, :group], fused[:, group], fused[:, group + 1])]
     if name == "gpt2":
-        return list(layer.attn.c_attn.weight.T.chunk(3))
+        return layer.attn.c_attn.weight.T.chunk(3)
     if name == "phi3":
-        return list(layer.self_attn.qkv_proj.weight.split([HIDDEN, KV_HEADS * HEAD, KV_HEADS * HEAD]))
-    return list(layer.attn.Wqkv.weight.chunk(3))  # mpt
+        return layer.self_attn.qkv_proj.weight.split([HIDDEN, KV_HEADS * HEAD, KV_HEADS * HEAD])
+    return layer.attn.Wqkv.weight.chunk(3)  # mpt
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,25 +54,19 @@ def test_every_family_gives_its_matrices(name):
     "name",
     ["gpt_neox", "gpt_neox_serial", "bloom", "falcon", "falcon_new", "falcon_serial", "gpt2", "phi3", "mpt"],
 )
-def test_fused_queries_keys_and_values_are_cut_as_published(name):
+def test_fused_matrices_are_cut_as_published(name):
     model = build(name)
     found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
     layer = find_decoder(model).layers[0]
-    for kind, expected in zip("qkv", by_hand(name, layer), strict=True):
-        torch.testing.assert_close(found[kind].read(), expected, rtol=0, atol=0)
-
-
-def test_fused_gate_and_up_are_told_apart():
-    model = build("phi3")
-    found = {matrix.kind: matrix for matrix in layer_matrices(model, 1)}
-    gate, up = model.model.layers[0].mlp.gate_up_proj.weight.split(INNER)  # phi3: the gate comes first
-    torch.testing.assert_close(found["gate"].read(), gate)
-    torch.testing.assert_close(found["up"].read(), up)
+    expected = dict(zip("qkv", by_hand(name, layer), strict=True))
+    if name == "phi3":  # the gate comes first
+        expected |= zip(("gate", "up"), layer.mlp.gate_up_proj.weight.split(INNER), strict=True)
+    for kind, weight in expected.items():
+        torch.testing.assert_close(found[kind].read(), weight, rtol=0, atol=0)
 
 
 def test_a_plain_thirds_cut_of_neox_is_caught():
-    decoder = find_decoder(build("gpt_neox"))
-    isolated = IsolatedLayer(decoder, 1)
+    isolated = IsolatedLayer(find_decoder(build("gpt_neox")), 1)
     roles = find_roles(isolated)
     check_roles(isolated, roles)
     thirds = torch.arange(3 * HIDDEN).chunk(3)
@@ -90,13 +76,10 @@ def test_a_plain_thirds_cut_of_neox_is_caught():
 
 
 def test_gate_and_up_in_each_others_place_are_caught():
-    decoder = find_decoder(build("llama"))
-    isolated = IsolatedLayer(decoder, 1)
+    isolated = IsolatedLayer(find_decoder(build("llama")), 1)
     roles = find_roles(isolated)
-    rows = roles.rows
-    rows["mlp.gate_proj"], rows["mlp.up_proj"] = (
-        {"up": rows["mlp.gate_proj"]["gate"]}, {"gate": rows["mlp.up_proj"]["up"]},
-    )  # fmt: skip
+    gate, up = roles.rows["mlp.gate_proj"]["gate"], roles.rows["mlp.up_proj"]["up"]
+    roles.rows |= {"mlp.gate_proj": {"up": gate}, "mlp.up_proj": {"gate": up}}
     with pytest.raises(LayerUnsupported, match="negative of up"):
         check_roles(isolated, roles)
 

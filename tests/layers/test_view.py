@@ -1,4 +1,4 @@
-"""One layer's view: explicit references, what is left alone, half precision, offload."""
+"""One layer's view: what is left alone, half precision, offload, norms inside attention."""
 
 import copy
 
@@ -9,69 +9,17 @@ from accelerate import cpu_offload
 from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers, layer_view
 from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
-from tests.families import HEADS, HIDDEN, INNER, KV_HEADS, LLAMA_LIKE, build, random_model
+from tests.families import HEADS, HIDDEN, LLAMA_LIKE, build, random_model
 
 
 def close(a, b, tolerance=1e-5):
     return (a - b).norm() <= tolerance * b.norm()
 
 
-class TestAgainstTheWeights:
-    """Formulas written out by hand from the weights of known families."""
-
-    def test_grouped_heads_of_llama(self):
-        model = build("llama")
-        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
-        size = HIDDEN // HEADS
-        heads = [
-            attention.v_proj.weight[size * (h * KV_HEADS // HEADS) :][:size].double() for h in range(HEADS)
-        ]
-        A = attention.o_proj.weight.double() @ torch.cat(heads)
-        assert close(view.attention.matrix, A.float())
-        permuted = attention.o_proj.weight.double() @ torch.cat(heads[::-1])
-        assert not close(view.attention.matrix, permuted.float(), 0.1)
-
-    def test_biases_of_llama_go_through_the_projection(self):
-        model = build("llama")
-        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
-        size = HIDDEN // HEADS
-        values = attention.v_proj.bias.reshape(KV_HEADS, size).repeat_interleave(HEADS // KV_HEADS, 0)
-        expected = attention.o_proj.weight @ values.reshape(-1) + attention.o_proj.bias
-        assert close(view.attention.bias, expected)
-
-    def test_fused_heads_of_gpt_neox(self):
-        """Its fused projection stores query, key and value of one head after another."""
-        model = build("gpt_neox")
-        attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
-        fused = attention.query_key_value.weight.reshape(HEADS, 3, HIDDEN // HEADS, HIDDEN)
-        assert close(view.attention.matrix, attention.dense.weight @ fused[:, 2].reshape(HIDDEN, HIDDEN))
-        thirds = attention.query_key_value.weight[2 * HIDDEN :]
-        assert not close(view.attention.matrix, attention.dense.weight @ thirds, 0.1)
-
-    def test_transposed_weights_of_gpt2(self):
-        model = build("gpt2")
-        block, view = decoder_layers(model)[1], layer_view(model, 2)
-        A = (block.attn.c_attn.weight[:, 2 * HIDDEN :] @ block.attn.c_proj.weight).T
-        assert close(view.attention.matrix, A)
-        assert close(view.ffn.formula.w, block.mlp.c_fc.weight.T)
-        assert close(view.ffn.formula.down, block.mlp.c_proj.weight.T)
-
-    def test_gate_and_up_of_llama_and_phi3(self):
-        mlp, ffn = decoder_layers(build("llama"))[1].mlp, layer_view(build("llama"), 2).ffn.formula
-        assert torch.equal(ffn.w, mlp.gate_proj.weight) and torch.equal(ffn.b, mlp.gate_proj.bias)
-        assert torch.equal(ffn.v, mlp.up_proj.weight) and torch.equal(ffn.c, mlp.up_proj.bias)
-        fused, ffn = (
-            decoder_layers(build("phi3"))[1].mlp.gate_up_proj,
-            layer_view(build("phi3"), 2).ffn.formula,
-        )
-        assert torch.equal(ffn.w, fused.weight[:INNER]) and torch.equal(ffn.v, fused.weight[INNER:])
-
-    def test_activation_keeps_float64(self):
-        z = torch.linspace(-3, 3, 7, dtype=torch.float64)
-        activation = layer_view(build("gemma"), 1).ffn.formula.activation
-        assert torch.allclose(
-            activation(z), torch.nn.functional.gelu(z, approximate="tanh"), rtol=0, atol=1e-12
-        )
+def test_the_activation_keeps_float64():
+    z = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    activation = layer_view(build("gemma"), 1).ffn.formula.activation
+    assert torch.allclose(activation(z), torch.nn.functional.gelu(z, approximate="tanh"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "mpt", "falcon", "gemma2"])
@@ -141,44 +89,28 @@ def test_branches_are_differentiable(name):
         assert (gradient * direction).sum() == pytest.approx(difference.item(), rel=1e-2)
 
 
-class TestNormsInside:
-    """Latent attention: a norm in the value path enters by its gain, its divisor is told apart."""
-
-    OPTIONS = LLAMA_LIKE | dict(
+def test_a_norm_in_the_value_path_enters_by_its_gain_and_its_divisor_is_told_apart():
+    """As in latent attention; norms of queries and keys do not touch the values."""
+    options = dict(
         q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, v_head_dim=16,
         first_k_dense_replace=9, num_key_value_heads=HEADS,
     )  # fmt: skip
-
-    def test_the_matrix_is_that_of_the_weights(self):
-        model = random_model("deepseek_v3", **self.OPTIONS)
-        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
-        down = attention.kv_a_proj_with_mqa.weight[:16]
-        up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
-        inner = up * attention.kv_a_layernorm.weight
-        assert view.status == "exact"
-        assert [norm.name for norm in view.attention.inner_norms] == ["self_attn.kv_a_layernorm"]
-        assert close(view.attention.matrix, attention.o_proj.weight @ inner @ down)
-        assert not close(view.attention.matrix, attention.o_proj.weight @ up @ down, 0.01)
-
-    def test_the_divisor_is_that_of_the_latent(self):
-        model = random_model("deepseek_v3", **self.OPTIONS)
-        attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
-        u = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
-        latent = u @ attention.kv_a_proj_with_mqa.weight[:16].T
-        scale = view.attention.inner_scale(u, view.attention_module(u))
-        assert close(scale, latent.square().mean(1, keepdim=True).sqrt())
-        assert close(u @ view.attention.matrix.T / scale + view.attention.bias, view.attention_module(u))
-
-    def test_the_linear_branch_with_all_divisors_is_the_real_one(self):
-        view = layer_view(random_model("deepseek_v3", **self.OPTIONS), 2)
-        x = 3 * torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
-        rho1, _ = branch_scales(view, x)
-        predicted = x @ attention_matrix(view).T / rho1[:, None] + attention_intercept(view)
-        assert close(predicted, view.attention_branch(x))
-
-    def test_there_is_none_elsewhere(self):
-        view = layer_view(build("qwen3"), 2)  # its norms of queries and keys do not touch the values
-        assert view.attention.inner_norms == ()
+    model = random_model("deepseek_v3", **LLAMA_LIKE | options)
+    attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
+    down = attention.kv_a_proj_with_mqa.weight[:16]
+    up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
+    inner = up * attention.kv_a_layernorm.weight
+    assert view.status == "exact"
+    assert [norm.name for norm in view.attention.inner_norms] == ["self_attn.kv_a_layernorm"]
+    assert close(view.attention.matrix, attention.o_proj.weight @ inner @ down)
+    assert not close(view.attention.matrix, attention.o_proj.weight @ up @ down, 0.01)
+    x = 3 * torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    u = view.attention.norm(x)
+    scale = view.attention.inner_scale(u, view.attention_module(u))
+    assert close(scale, (u @ down.T).square().mean(1, keepdim=True).sqrt())
+    predicted = x @ attention_matrix(view).T / branch_scales(view, x)[0][:, None] + attention_intercept(view)
+    assert close(predicted, view.attention_branch(x))
+    assert layer_view(build("qwen3"), 2).attention.inner_norms == ()
 
 
 def test_a_projection_outside_the_mixing_module_belongs_to_attention():
