@@ -27,8 +27,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import nbformat
+
 from sdnb.checkpoint import slug_of
 from sdnb.cli import main
+from tests.cli.processes import make
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "02_empirical_direction"
@@ -51,31 +54,19 @@ for n in range(rounds):
 """
 
 
-def make_templates(folder: Path, slug: str) -> Path:
-    """A notebook of the project, and one that writes its record over and over."""
-    from tests.cli.processes import make
-
-    folder.mkdir()
-    shutil.copy(ROOT / "notebooks" / f"{TEMPLATE}.ipynb", folder)
-    parameters = f'model: str = ""\nresults_dir: str = ""\nslug: str = "{slug}"\nrounds: int = 300'
-    make(folder / "90_writes.ipynb", [WRITER], parameters)
-    return folder
-
-
 class Sweep:
-    """`sdnb run` on one results folder, which is always called by the same name, since notebooks show it.
-
-    Args:
-        folder: for model, templates, results and temporary files.
-    """
+    """`sdnb run` on one results folder, which is always called by the same name, since notebooks show it."""
 
     def __init__(self, folder: Path):
-        from tests.tiny import planted_model
+        from tests.tiny import planted_model  # not in each worker of a pool, which imports this file again
 
         self.model = planted_model(folder / "org" / "planted", layers=3, decay_layer=3).folder
-        self.templates = make_templates(folder / "templates", slug_of(str(self.model)))
-        self.results, self.temporary, self.log = folder / "results", folder / "tmp", folder / "log"
+        self.templates, self.results = folder / "templates", folder / "results"
+        self.temporary, self.log = folder / "tmp", folder / "log"
         self.temporary.mkdir()
+        own = f'slug: str = "{slug_of(str(self.model))}"\nrounds: int = 300'
+        make(self.templates / "90_writes.ipynb", [WRITER], f'model: str = ""\nresults_dir: str = ""\n{own}')
+        shutil.copy(ROOT / "notebooks" / f"{TEMPLATE}.ipynb", self.templates)
         self.environment = {
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT),
@@ -107,14 +98,10 @@ class Sweep:
 
     def processes(self) -> list[int]:
         """Kernels and workers that are alive, those included that lost their parent."""
-        mark = f"TMPDIR={self.temporary}".encode()
-        found = []
+        mark, found = f"TMPDIR={self.temporary}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                found += [int(folder.name)] if mark in (folder / "environ").read_bytes() else []
         return [pid for pid in found if pid != os.getpid()]
 
     def kill(self, running: Iterable[int], *, everything: bool) -> None:
@@ -127,12 +114,11 @@ class Sweep:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def settle(self) -> bool:
-        """Wait until the kernels have found out that they are alone; whether they have within 30 s."""
+    def settle(self) -> None:
+        """Wait, for up to 30 s, until the kernels have found out that they are alone."""
         deadline = time.monotonic() + 30
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        return not self.processes()
 
 
 def damaged(results: Path) -> list[str]:
@@ -161,8 +147,6 @@ def damaged(results: Path) -> list[str]:
 
 def contents(results: Path) -> dict[str, object]:
     """All that a sweep leaves for others, by path, what changes from run to run left out."""
-    import nbformat
-
     found: dict[str, object] = {}
     for path in sorted(results.glob("*/*")):
         name = str(path.relative_to(results))
@@ -210,17 +194,7 @@ def finished(sweep: Sweep, reference: dict[str, object]) -> list[str]:
 
 
 def torture(sweep: Sweep, kills: int, seconds: float, seed: int) -> tuple[dict, list[str]]:
-    """Kill and look, until there were enough kills or the time is over.
-
-    Args:
-        sweep: the sweep.
-        kills: how many.
-        seconds: for all of it, the undisturbed run included.
-        seed: of the moments and of what is killed.
-
-    Returns:
-        Counts, and everything that was wrong.
-    """
+    """Kill and look, until there were enough kills or the time is over; counts, and all that was wrong."""
     draw, begin, counts = random.Random(seed), time.monotonic(), collections.Counter()
     if sweep.run():
         return counts, ["the undisturbed run failed"]
@@ -264,11 +238,7 @@ def ended(running: set[int], seconds: float) -> list[int]:
 
 
 def command() -> int:
-    """Run it and print the counts.
-
-    Returns:
-        0 if nothing was lost or half-written, else 1.
-    """
+    """Run it and print the counts; 0 if nothing was lost or half-written, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=900, help="at most (default: %(default)s)")
