@@ -1,10 +1,11 @@
-"""A headless Chromium over the DevTools protocol: open a page, ask it things, type and press keys."""
+"""A headless Chromium over the DevTools protocol: open a page, ask it things, press keys."""
 
 import json
 import shutil
 import subprocess
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -22,23 +23,22 @@ class Page:
     """One page of a browser of its own; use it as a context manager.
 
     `requests` fills with the address of everything that the page asks for, `problems` with the errors that
-    its scripts raise.
+    its scripts raise. Without a browser on this machine the test is skipped.
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._number = Path(folder) / "browser", 0
-        self.requests, self.problems = [], []
-        command = [find(), *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
+        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if browser is None:
+            pytest.skip("no Chromium on this machine")
+        self._folder, self._number, self.requests, self.problems = Path(folder) / "browser", 0, [], []
+        command = [browser, *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._socket = None
 
     def __enter__(self):
-        from urllib.request import urlopen
-
         from websocket import create_connection
 
-        until(lambda: self._port_file.is_file() and self._port_file.read_text().strip(), 60)
-        port = self._port_file.read_text().split()[0]
+        file = self._folder / "DevToolsActivePort"
+        port = until(lambda: file.is_file() and file.read_text().split(), "the browser did not start")[0]
         with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as answer:
             [target] = [entry for entry in json.load(answer) if entry["type"] == "page"]
         self._socket = create_connection(target["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
@@ -48,18 +48,9 @@ class Page:
         return self
 
     def __exit__(self, *error):
-        if self._socket is not None:
-            self._socket.close()
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    @property
-    def _port_file(self) -> Path:
-        return self._folder / "DevToolsActivePort"
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
     def call(self, method: str, **parameters) -> dict:
         """Send a command and wait for its answer; events that come in between are noted."""
@@ -86,38 +77,21 @@ class Page:
         assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
         return answer["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 60):
+    def wait(self, expression: str):
         """Ask until the answer is true, and return it."""
-        return until(lambda: self.ask(expression), seconds, lambda: expression)
+        return until(lambda: self.ask(expression), expression)
 
-    def focus(self, selector: str, index: int = 0) -> None:
-        self.ask(f"document.querySelectorAll({json.dumps(selector)})[{index}].focus()")
-
-    def type(self, text: str) -> None:
-        """Type into what has the focus, in the place of what it holds."""
-        self.ask("document.activeElement.select()")
-        self.call("Input.insertText", text=text)
-
-    def press(self, key: str, times: int = 1) -> None:
-        codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Tab": 9}
-        for kind in ("rawKeyDown", "keyUp") * times:
-            about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
-            self.call("Input.dispatchKeyEvent", type=kind, **about)
+    def press_right(self) -> None:
+        """Press the right arrow key."""
+        for kind in ("rawKeyDown", "keyUp"):
+            key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+            self.call("Input.dispatchKeyEvent", type=kind, **key)
 
 
-def find() -> str:
-    """The browser's program; without one the test is skipped."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    return browser
-
-
-def until(condition, seconds: float, what=lambda: "the browser did not start"):
-    """Ask again and again until the answer is true; the test fails when that takes too long."""
-    end = time.monotonic() + seconds
+def until(condition, what: str):
+    """Ask again and again until the answer is true; the test fails when that takes a minute."""
+    end = time.monotonic() + 60
     while not (answer := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"waited {seconds} s in vain: {what()}")
+        assert time.monotonic() < end, f"waited in vain: {what}"
         time.sleep(0.1)
     return answer
