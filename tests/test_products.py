@@ -45,7 +45,7 @@ def factors(kind, device):
 
 
 @pytest.mark.parametrize("kind", ["plain", "weights", "positive", "scales", "transposed"])
-def test_pieces_are_as_exact_as_float32(device, kind):
+def test_pieces_are_as_exact_as_float32(device, kind, monkeypatch):
     X, Y = (t.to(device) for t in factors(kind, device))
     if kind == "transposed":
         X, Y = X.T.contiguous().T, Y.T.contiguous().T
@@ -57,15 +57,9 @@ def test_pieces_are_as_exact_as_float32(device, kind):
     assert ((found - exact).abs() <= limit + 1e-7).all()
     worst = (torch.addmm(torch.ones_like(M), X, Y) - exact).norm()
     assert (found - exact).norm() <= 3 * worst
-
-
-def test_one_piece_less_is_seen(device, monkeypatch):
-    """The test above can fail: two pieces leave 2^-16."""
-    monkeypatch.setattr(products, "_PIECES", 2)
-    X, Y = (t.to(device) for t in factors("plain", device))
-    exact = X.double() @ Y.double()
-    found = products.add_product_(torch.zeros(len(X), Y.shape[1], device=device), X, Y)
-    assert (found - exact).norm() > 3 * (X @ Y - exact).norm()
+    monkeypatch.setattr(products, "_PIECES", 2)  # which leave 2^-16: the line above can fail
+    coarse = products.add_product_(torch.ones_like(M), X, Y)
+    assert kind != "plain" or (coarse - exact).norm() > 3 * worst
 
 
 def test_weights_stored_in_bfloat16_are_one_piece():
@@ -84,8 +78,3 @@ def test_a_gpu_takes_its_tensor_cores_only_where_it_pays():
     assert products._pays(X, X) == fast
     assert not products._pays(X[:1000], X) and not products._pays(X.double(), X.double())
     assert not products._pays(X, X.clone().requires_grad_())
-
-
-def test_a_cpu_has_none():
-    X = torch.zeros(1024, 1024)
-    assert not products._pays(X, X)

@@ -12,19 +12,14 @@ from sdnb.errors import ParameterError
 
 
 def angle_deg(a: Tensor, b: Tensor) -> Tensor:
-    """Return the acute angle between directions in degrees.
+    """Return the acute angle between directions, 0 to 90 degrees, float64, (...); NaN where one is zero.
 
-    angle = 2 atan2(|a - b|, |a + b|) for unit vectors with a.b >= 0, which is arccos |a.b| without
-    its loss of digits at small angles.
+    angle = 2 atan2(|a - b|, |a + b|) for unit vectors with a.b >= 0: arccos |a.b|, as paper A (arXiv
+    2502.07004) takes it, without its loss of digits at small angles.
 
     Args:
         a: vectors, shape (..., d).
         b: vectors, shape (..., d), broadcast against a.
-
-    Returns:
-        angles between 0 and 90 degrees, float64, shape (...); NaN where a vector is zero.
-
-    Source: paper A (arXiv 2502.07004) takes 90 - |angle - 90| of arccos in double precision.
     """
     a, b = (t / t.norm(dim=-1, keepdim=True) for t in (a.double(), b.to(a.device).double()))
     apart, together = (a - b).norm(dim=-1), (a + b).norm(dim=-1)
@@ -32,30 +27,17 @@ def angle_deg(a: Tensor, b: Tensor) -> Tensor:
 
 
 def random_angle(d: int) -> float:
-    """Return the expected acute angle between two random directions.
+    """Return the expected acute angle between two random directions in d dimensions, in degrees.
 
-    E = integral over t from 0 to 90 degrees of P(angle > t), with cos^2(angle) ~ Beta(1/2, (d - 1)/2).
-
-    Args:
-        d: dimension.
-
-    Returns:
-        the expectation in degrees: 0 for d = 1, 45 for d = 2, 57.3 (one radian) for d = 3, towards 90.
+    cos^2(angle) ~ Beta(1/2, (d - 1)/2): 45 for d = 2, 57.3 (one radian) for d = 3, towards 90.
     """
     return expected_nearest_angle(d, 1)
 
 
 def random_angle_quantile(d: int, q: float) -> float:
-    """Return the angle below which a share q of all pairs of random directions lies.
+    """Return the acute angle, in degrees, below which a share q of all pairs of random directions lies.
 
     sin^2(angle) ~ Beta((d - 1)/2, 1/2), inverted.
-
-    Args:
-        d: dimension.
-        q: share, between 0 and 1.
-
-    Returns:
-        the quantile of the acute angle in degrees.
 
     Raises:
         ParameterError: if d is less than 1 or q lies outside 0 to 1.
@@ -71,16 +53,9 @@ def random_angle_quantile(d: int, q: float) -> float:
 
 
 def expected_nearest_angle(d: int, n: int) -> float:
-    """Return the expected angle to the nearest of n independent random directions.
+    """Return the expected acute angle to the nearest of n random directions in d dimensions, in degrees.
 
     E = integral over t from 0 to 90 degrees of P(angle > t)^n.
-
-    Args:
-        d: dimension.
-        n: number of directions.
-
-    Returns:
-        the expected smallest acute angle in degrees.
 
     Raises:
         ParameterError: if d or n is less than 1.
@@ -108,16 +83,12 @@ def expected_nearest_angle(d: int, n: int) -> float:
 def log10_chance(angle_deg: float, d: int) -> float:
     """Return log10 of the probability that two random directions make at most this acute angle.
 
-    sin^2 of the angle follows Beta((d - 1)/2, 1/2), so that P = I_x(a, 1/2) with x = sin^2 angle, a = (d -
-    1)/2; where that is too small for a float, from its series x^a sqrt(1 - x) / (a B(a, 1/2)) sum_k prod_j (a
-    + 1/2 + j)/(a + 1 + j) x^k.
+    P = I_x(a, 1/2) with x = sin^2(angle), a = (d - 1)/2; where that is too small for a float, from its series
+    x^a sqrt(1 - x) / (a B(a, 1/2)) sum_k prod_{j<k} x (a + 1/2 + j) / (a + 1 + j).
 
     Args:
-        angle_deg: acute angle, 0 to 90 degrees.
+        angle_deg: acute angle, 0 to 90 degrees; -infinity at 0.
         d: dimension, at least 2.
-
-    Returns:
-        log10 P, at most 0; -infinity at an angle of 0.
 
     Raises:
         ParameterError: an angle outside 0 to 90 degrees, or a dimension below 2.

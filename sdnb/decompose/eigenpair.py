@@ -30,8 +30,7 @@ class Eigenpair:
 
     Args:
         value: the eigenvalue; of a complex pair the one with positive imaginary part.
-        vector: the eigenvector, complex, shape (d,), of length 1 and turned so that its largest component is
-            real.
+        vector: complex, shape (d,), of length 1, turned so that its largest component is real, as in LAPACK.
         angle_deg: acute angle between the vector's real part and the direction.
         plane_angle_deg: angle between the direction and span(Re, Im), the invariant plane of a complex pair,
             which does not depend on how the vector is turned; equal to angle_deg for a real pair.
@@ -53,9 +52,8 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
     "dense" computes all eigenvectors, and always answers. "shifted" answers where one lies within 45 degrees,
     and returns None otherwise. It looks at the Krylov space of R and the direction first, where an eigenvalue
     outside the bulk shows at once; if R moves the direction less than it moves a random one, it then looks at
-    that of (R - sigma)^-1, sigma an estimate of the eigenvalue from moments of the direction, by one
-    factorisation as a rule, and polishes what it finds by a refined solve. What it answers is checked:
-    |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
+    that of (R - sigma)^-1, sigma an estimate of the eigenvalue from moments of the direction. What it answers
+    is checked: |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
 
     It may miss. Counted: of 84 defects planted in layers R = F + A + F A (d = 200, either sign, strength 0.05
     to 20) none; of directions drawn within 44 degrees of a complex eigenvector inside the bulk of a random
@@ -66,15 +64,11 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
         direction: vector, shape (d,).
         method: "dense", "shifted", or "auto": dense up to d = 1024. Up to d = 100 it is always dense.
 
-    Returns:
-        the eigenpair, or None if the fast method found none within 45 degrees.
-
     Raises:
         ParameterError: if the shapes do not fit, the method is unknown, or a value is not finite or the
             direction zero.
 
-    Source: paper A (arXiv 2502.07004), the negative eigenvalue behind the decay: the eigenvector whose real
-    part lies nearest to the empirical direction, as LAPACK normalises it (largest component real).
+    Source: paper A (arXiv 2502.07004), the negative eigenvalue behind the decay.
     """
     d = len(direction)
     if R.shape != (d, d) or direction.dim() != 1 or method not in ("auto", "dense", "shifted"):
@@ -136,9 +130,9 @@ def _shifted(R: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor] | None
             return found
     # Inside the bulk a large Krylov space blurs what lies near q: start again from q alone (for a real
     # eigenvector) or from q and R q (for a complex plane), whichever R maps more nearly into itself.
-    columns = min((1, 2), key=lambda n: _nearest(V[:, :n], RV[:, :n], q)[2])
+    few = [(*_nearest(V[:, :n], RV[:, :n], q), n) for n in (1, 2)]
+    value, residual, columns = min(few, key=lambda found: found[1])
     V, RV = V[:, :columns], RV[:, :columns]
-    value, _, residual, _ = _nearest(V, RV, q)
     if residual > _INVARIANT * scale:
         return _converged(R, V, RV, scale)
     ratio, plane = _moment_shifts(R, q)
@@ -166,13 +160,11 @@ def _shifted(R: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor] | None
 
 
 def _moment_shifts(R: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two estimates of the value of an eigenvector near q, for a real one and for a complex pair.
-
-    With q = c x + s n, x the eigenvector and n random, the moments m_k = q^T R^k q are c^2 value^k up to
-    |R|^k / sqrt(d): m_2 / m_1 does not know how far q is from x, where the Rayleigh quotient c^2 value is too
-    small by s^2. For a complex pair m_{k+2} = t m_{k+1} - n m_k, t and n the sum and the product of the two
-    values, found from m_1 to m_4 (Prony's method).
-    """
+    """Return two estimates of the value of an eigenvector near q, for a real one and for a complex pair."""
+    # With q = c x + s n, x the eigenvector and n random, the moments m_k = q^T R^k q are c^2 value^k up to
+    # |R|^k / sqrt(d): m_2 / m_1 does not know how far q is from x, where the Rayleigh quotient c^2 value is
+    # too small by s^2. For a complex pair m_{k+2} = t m_{k+1} - n m_k, t and n the sum and the product of the
+    # two values, found from m_1 to m_4 (Prony's method).
     moments, x = [], q
     for _ in range(4):
         x = R @ x
@@ -184,12 +176,10 @@ def _moment_shifts(R: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_krylov(R: Tensor, q: Tensor, solve: Callable, V: Tensor, scale: float) -> Tensor | None:
-    """Return candidates, complex columns (d, n): that nearest to q, then those nearest to the shift; or None.
-
-    They come from the Krylov space of T = Re (R - shift)^-1 and V. T has the eigenvectors of R, those near
-    the shift with the largest values, and is real for a complex shift too (Parlett and Saad 1987). The Ritz
-    vectors are those of V^T T V, not of V^T R V, where values inside the bulk are no better than chance.
-    """
+    """Return candidates, complex (d, n): that nearest to q, then those nearest to the shift; or None."""
+    # T = Re (R - shift)^-1 has the eigenvectors of R, those near the shift with the largest values, and is
+    # real for a complex shift too (Parlett and Saad 1987). In V^T R V values inside the bulk would be no
+    # better than chance.
     block, TV = V.shape[1], solve(V)
     while V.shape[1] < _BASIS:
         for _ in range(_STEPS):
@@ -218,12 +208,11 @@ def _parts(X: Tensor) -> Tensor:
     return parts[:, parts.norm(dim=0) > 1e-4]
 
 
-def _nearest(V: Tensor, RV: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return value, vector (d,), residual and plane angle of the Ritz pair whose plane lies nearest to q."""
+def _nearest(V: Tensor, RV: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return value and residual of the Ritz pair whose plane lies nearest to q."""
     values, X, residuals = _ritz(V, RV)
-    angles = _plane_angle_deg(X, q)
-    i = angles.argmin()
-    return values[i], X[:, i], residuals[i], angles[i]
+    i = _plane_angle_deg(X, q).argmin()
+    return values[i], residuals[i]
 
 
 def _plane_angle_deg(X: Tensor, q: Tensor) -> Tensor:

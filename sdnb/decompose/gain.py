@@ -46,13 +46,12 @@ def largest_gain(
     seed: int = 0,
     extra: Tensor | None = None,
 ) -> Gain:
-    """Maximise |f(x)| over unit vectors x by a nonlinear power iteration.
+    """Return the maximiser of |f(x)| over unit vectors x, found by a nonlinear power iteration.
 
-    x <- (|f| x + tau g) / norm, g the gradient of |f(x)| along the sphere. With tau = 1 this is the power
-    iteration of f^T f where f is linear, whether or not a norm divides the scale of x out. Each start has its
-    own tau: a step that raises the gain is kept and doubles it, any other is undone and quarters it, so no
-    gain ever falls. After a quarter of the steps the best 8 starts go on, until each has slope |g| / |f| <
-    1e-4, or moves by less than 1e-6, or the steps are spent.
+    x <- (|f| x + tau g) / norm, g the gradient of |f(x)| along the sphere; with tau = 1 this is the power
+    iteration of f^T f where f is linear. Each start has its own tau: a step that raises the gain is kept and
+    doubles it, any other is undone and quarters it. After a quarter of the steps the best 8 starts go on,
+    until each has slope |g| / |f| < 1e-4, or moves by less than 1e-6, or the steps are spent.
 
     Args:
         of: a layer, whose f is the real FFN's branch at inputs of length sqrt(d), so that the epsilon of the
@@ -65,14 +64,10 @@ def largest_gain(
         extra: a vector or rows, shape (d,) or (m, d), to start from with both signs, such as the leading
             right singular vector of F. A function runs on their device, or on the CPU without them.
 
-    Returns:
-        the best of all starts.
-
     Raises:
         ParameterError: if there is no start, `extra` has another width, or no start gives a finite output.
 
-    Source: beyond paper A (arXiv 2502.07004), which tests the right singular vectors of F one by one in the
-        real FFN.
+    Source: beyond paper A (arXiv 2502.07004), which tries the right singular vectors of F in the real FFN.
     """
     function, device = of, "cpu" if extra is None else extra.device
     if hasattr(of, "ffn_branch"):
@@ -82,8 +77,7 @@ def largest_gain(
     if not d or starts < 0 or extra.shape[1:] != (d,) or starts + len(extra) == 0:
         raise ParameterError(f"largest_gain needs a size d, a start, and extra starts of shape (m, {d})")
     x = torch.randn(starts, d, generator=torch.Generator().manual_seed(seed)).to(device)
-    x = torch.cat([extra.to(x), -extra.to(x), x])
-    x = _unit(x)
+    x = _unit(torch.cat([extra.to(x), -extra.to(x), x]))
     gain, slope = _ascent(function, x)
     tau = torch.ones_like(gain)
     for step in range(steps):
@@ -107,11 +101,7 @@ def largest_gain(
 
 
 def _ascent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |f(x)|, shape (n,), and its gradient along the sphere over |f(x)|, shape (n, d).
-
-    Where an output is not finite the gain is minus infinity and the gradient zero; where it is zero so is the
-    gradient.
-    """
+    """Return |f|, (n,), and its gradient along the sphere over |f|, (n, d); -inf and 0 if not finite."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         gain = function(x).float().norm(dim=1)

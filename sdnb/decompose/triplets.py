@@ -1,9 +1,4 @@
-"""The leading singular triplets of a matrix: subspace iteration with a Chebyshev filter, or all of them.
-
-A product with a block of columns costs little more than one with a single column, on a GPU and on a CPU. So
-a block of fixed width is filtered by a polynomial of M^T M that is small on the unwanted part of the
-spectrum, and only then made orthonormal and looked at.
-"""
+"""The leading singular triplets of a matrix: subspace iteration with a Chebyshev filter, or all of them."""
 
 import math
 from dataclasses import dataclass
@@ -50,12 +45,11 @@ class Triplets:
 def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5) -> Triplets:
     """Return the k leading singular triplets of a matrix, or of several.
 
-    Subspace iteration from a seeded random block X: each turn is a Rayleigh-Ritz step in X, with the Gram
-    matrix of M X in float64, and then X <- T_m(2 P M^T M P / a - 1) X, with a the square of the block's
-    smallest value, T_m the Chebyshev polynomial of degree m, and P the projector off the triplets that have
-    converged, which would drown the others. It stops when every residual is below tol, or below what rounding
-    leaves of it, 8 eps s_1 / s_i. Small matrices, and those that do not converge because there is no gap, are
-    decomposed whole. Values below 1e-6 s_1 are rounding of the larger ones.
+    Subspace iteration from a seeded random block X: each turn is a Rayleigh-Ritz step in X, and then
+    X <- T_m(2 P M^T M P / a - 1) X, with a the square of the block's smallest value, T_m the Chebyshev
+    polynomial of degree m, and P the projector off the triplets that have converged, which would drown the
+    others. It stops when every residual is below tol, or below what rounding leaves of it, 8 eps s_1 / s_i.
+    Small matrices, and those that do not converge because there is no gap, are decomposed whole.
 
     Signs: in every u the entry largest in absolute value (the first of equals) is positive.
 
@@ -64,9 +58,6 @@ def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5)
         k: number of triplets, 1..d.
         seed: of the starting block, drawn on the CPU: the same on every device.
         tol: relative residual to reach.
-
-    Returns:
-        the triplets, on the device of M.
 
     Raises:
         ParameterError: if M is not square, k is out of range, or M holds NaN or infinity.

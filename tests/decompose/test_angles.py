@@ -24,17 +24,12 @@ def random_angles(d, shape, seed=0):
 
 def test_the_angle_is_acute_and_does_not_see_length_or_sign():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([-2.0, -2.0])
-    assert angle_deg(a, b).item() == pytest.approx(45, abs=1e-12)
-    assert angle_deg(7 * a, -b).item() == pytest.approx(45, abs=1e-12)
+    assert angle_deg(7 * a, -b).item() == pytest.approx(angle_deg(a, b).item()) == pytest.approx(45)
     assert angle_deg(a, a).item() == 0
     assert angle_deg(a, torch.tensor([0.0, 3.0])).item() == pytest.approx(90, abs=1e-12)
-    assert angle_deg(a, b).dtype == torch.float64
-
-
-def test_tiny_angles_keep_their_digits():
-    for angle in (1e-3, 1e-7, 1e-11):
-        a, b = torch.tensor([1.0, 0.0]).double(), torch.tensor([math.cos(angle), math.sin(angle)]).double()
-        assert angle_deg(a, -b).item() == pytest.approx(math.degrees(angle), rel=1e-4)
+    for angle in (1e-3, 1e-7, 1e-11):  # tiny ones keep their digits
+        b = torch.tensor([math.cos(angle), math.sin(angle)]).double()
+        assert angle_deg(a.double(), -b).item() == pytest.approx(math.degrees(angle), rel=1e-4)
 
 
 def test_angles_broadcast_and_a_zero_vector_has_none():
@@ -55,9 +50,7 @@ def test_the_known_dimensions():
     assert random_angle(4096) == pytest.approx(89.29, abs=0.005)
     assert random_angle_quantile(2048, 0.01) == pytest.approx(86.74, abs=0.005)
     assert random_angle_quantile(4096, 0.01) == pytest.approx(87.69, abs=0.005)
-    # at most a quarter of a degree of arc is expected between the nearest of n lines in the plane: 90 / (n +
-    # 1)
-    assert expected_nearest_angle(2, 9) == pytest.approx(9)
+    assert expected_nearest_angle(2, 9) == pytest.approx(9)  # of n lines in the plane: 90 / (n + 1)
 
 
 @pytest.mark.parametrize("d", [2, 3, 7, 100])
@@ -77,32 +70,13 @@ def test_the_nearest_of_many_against_simulation(d, n):
     assert nearest.mean().item() == pytest.approx(expected_nearest_angle(d, n), abs=4 * error)
 
 
-def test_the_nearest_falls_with_n_and_rises_with_d():
-    assert random_angle(512) == expected_nearest_angle(512, 1)
-    over_n = [expected_nearest_angle(512, n) for n in (1, 10, 1000, 10**6, 10**9)]
-    assert over_n == sorted(over_n, reverse=True)
-    over_d = [expected_nearest_angle(d, d) for d in (2, 16, 256, 4096, 65536)]
-    assert over_d == sorted(over_d)
-
-
-def test_nonsense_is_refused():
-    for call in (
-        lambda: random_angle(0),
-        lambda: expected_nearest_angle(5, 0),
-        lambda: random_angle_quantile(5, 1.1),
-    ):
-        with pytest.raises(ParameterError):
-            call()
-
-
-@pytest.mark.parametrize("d", [2, 3, 8, 40])
-def test_the_chance_is_the_share_of_random_pairs(d):
-    generator = torch.Generator().manual_seed(d)
-    angles = angle_deg(torch.randn(200_000, d, generator=generator), torch.randn(d, generator=generator))
-    for angle in (40.0, 60.0, 80.0, 89.0):
-        share = (angles <= angle).double().mean().item()
-        if share > 1e-3:
-            assert 10 ** log10_chance(angle, d) == pytest.approx(share, rel=0.1)
+@pytest.mark.parametrize("call", [
+    lambda: random_angle(0), lambda: expected_nearest_angle(5, 0), lambda: random_angle_quantile(5, 1.1),
+    lambda: log10_chance(-1.0, 8), lambda: log10_chance(91.0, 8), lambda: log10_chance(10.0, 1),
+])  # fmt: skip
+def test_nonsense_is_refused(call):
+    with pytest.raises(ParameterError):
+        call()
 
 
 @pytest.mark.parametrize("d", [2, 128, 4096])
@@ -118,6 +92,3 @@ def test_the_ends_of_the_chance():
     assert log10_chance(90.0, 128) == 0.0
     assert log10_chance(0.0, 128) == -math.inf
     assert 10 ** log10_chance(random_angle_quantile(256, 0.01), 256) == pytest.approx(0.01, rel=1e-6)
-    for angle, d in ((-1.0, 8), (91.0, 8), (10.0, 1)):
-        with pytest.raises(ParameterError):
-            log10_chance(angle, d)

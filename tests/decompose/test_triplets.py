@@ -12,6 +12,9 @@ from tests.pretended import PretendedGPU, put
 
 D = 400
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+each_device = pytest.mark.parametrize(
+    "device", ["cpu", "pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+)
 
 
 def matrix(values, seed=0, d=D, dtype=torch.float64, low=0):
@@ -67,33 +70,32 @@ def test_the_triplets_are_those_of_the_full_decomposition(values, dtype):
     assert found.method == "filtered"
 
 
-@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@each_device
 @pytest.mark.parametrize("values", [
     [20.0, 2.0], [1.5, 1.49], [1.001], [1.0], [5000.0, 30.0, 2.0], [2.0, 2.0], [3.0, 3.0 - 1e-6, 3.0 - 2e-6],
     [300.0, 299.0, 298.0, 2.0],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("d", [40, D])
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_a_gpu_is_as_exact(device, values, d, k):
+def test_every_device_is_as_exact(device, values, d, k):
     M = matrix(values, d=d, dtype=torch.float32)
     found = on_device(M, device, k)
     check(M, found, k)
     assert found.method == ("filtered" if d == D else "dense")
 
 
-@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@each_device
 @pytest.mark.parametrize("rank", [0, 1, 3, 31])
-def test_a_gpu_sees_a_low_rank(device, rank):
+@pytest.mark.parametrize("d", [40, D])
+def test_low_ranks(device, rank, d):
     generator = torch.Generator().manual_seed(rank)
-    M = torch.randn(D, rank, generator=generator) @ torch.randn(rank, D, generator=generator)
-    found = on_device(M, device, 2)
-    check(M, found, 2)
-    assert torch.isfinite(found.gap).all()
+    M = torch.randn(d, rank, generator=generator) @ torch.randn(rank, d, generator=generator)
+    found = on_device(M, device, 4)
+    check(M, found, 4)
+    assert torch.isfinite(found.residual).all() and torch.isfinite(found.gap).all()
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", "pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-)
+@each_device
 @pytest.mark.parametrize("third", [matrix([1.001], 3), torch.ones(D, D), torch.zeros(D, D), torch.eye(D)],
                          ids=["bulk", "rank 1", "zero", "identity"])  # fmt: skip
 def test_several_matrices_at_once(device, third):
@@ -110,7 +112,7 @@ def test_several_matrices_at_once(device, third):
         assert torch.allclose(found.gap[i][clear], alone.gap[clear], rtol=0.05, atol=1e-4)
 
 
-@pytest.mark.parametrize("device", ["cpu", "pretended"])
+@each_device
 @pytest.mark.parametrize("scale", [1e-30, 1e20])
 def test_the_scale_does_not_matter(device, scale):
     M = matrix([1.5, 1.49, 1.2], dtype=torch.float32)
@@ -120,14 +122,12 @@ def test_the_scale_does_not_matter(device, scale):
     assert found.residual.max() < 1e-4 and found.method == plain.method
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", "pretended", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-)
+@each_device
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_refused(device, bad):
     M = torch.stack([matrix([3.0], dtype=torch.float32)] * 2)
     M[1, 3, 5] = bad
-    for each in (M, M[1]):
+    for each in (M, M[1], M[1, :9, :9]):
         with pytest.raises(ParameterError, match="NaN"):
             on_device(each, device, 2)
 
@@ -159,17 +159,6 @@ def test_without_a_gap_it_turns_to_the_dense_decomposition():
     check(M, found, 3)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3])
-@pytest.mark.parametrize("d", [40, D])
-def test_rank_deficient_matrices(rank, d):
-    generator = torch.Generator().manual_seed(rank)
-    M = torch.randn(d, rank, generator=generator) @ torch.randn(rank, d, generator=generator)
-    found = leading_triplets(M, 4)
-    check(M, found, 4)
-    assert torch.isfinite(found.residual).all()
-    assert torch.isfinite(found.gap).all()
-
-
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
 def test_tiny_matrices(d):
     M = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
@@ -199,16 +188,6 @@ def test_half_precision_is_upcast():
 
 def test_bad_input_is_refused():
     M = matrix([3.0])
-    broken = M.clone()
-    broken[3, 5] = torch.nan
-    for arguments in (
-        (M[:5], 1),
-        (M, 0),
-        (M, D + 1),
-        (broken, 2),
-        (broken[:9, :9], 2),
-        (M[0], 1),
-        (M[None, None], 1),
-    ):
+    for arguments in ((M[:5], 1), (M, 0), (M, D + 1), (M[0], 1), (M[None, None], 1)):
         with pytest.raises(ParameterError):
             leading_triplets(*arguments)
