@@ -15,22 +15,11 @@ VISIBLE = 1e-3  # a bias, or a deviation of a gain from 1, that is smaller canno
 
 
 def corrupted_views(view: LayerView, heads: int) -> Iterator[tuple[str, LayerView]]:
-    """Views that are wrong in one way each, as far as the layer has what can be left out.
-
-    Args:
-        view: a view that passed the check.
-        heads: how many attention heads the layer has.
-
-    Yields:
-        What is wrong, and the view.
-    """
+    """What is wrong, and the view that is wrong in this way, as far as the layer has what can be left out."""
     for side in ("attention", "ffn"):
         branch = getattr(view, side)
-        changes = [
-            (kind, {place: norm})
-            for place in ("norm", "post_norm")
-            for kind, norm in corrupted_norms(getattr(branch, place))
-        ]
+        changes = [(kind, {"norm": norm}) for kind, norm in corrupted_norms(branch.norm)]
+        changes += [(kind, {"post_norm": norm}) for kind, norm in corrupted_norms(branch.post_norm)]
         if branch.post_norm is not None:
             changes.append(("post-norm skipped", {"post_norm": None}))
         if branch.norm_on_residual:
@@ -45,12 +34,9 @@ def corrupted_views(view: LayerView, heads: int) -> Iterator[tuple[str, LayerVie
     if view.output_norm is not None:
         yield "norm of the stream skipped", replace(view, output_norm=None)
     if view.structure.ffn.module:
-        yield (
-            "serial for parallel",
-            replace(view, structure=replace(view.structure, parallel=not view.parallel)),
-        )
-    permuted = permuted_heads(view, heads)
-    if permuted is not None:
+        other = replace(view.structure, parallel=not view.parallel)
+        yield "serial for parallel", replace(view, structure=other)
+    if (permuted := permuted_heads(view, heads)) is not None:
         yield "heads permuted", permuted
     if view.attention.bias.abs().max() > VISIBLE:
         bare = replace(view.attention, bias=torch.zeros_like(view.attention.bias))
@@ -72,10 +58,7 @@ def corrupted_norms(norm: Norm | None) -> Iterator[tuple[str, Norm]]:
 
 @torch.no_grad()
 def permuted_heads(view: LayerView, heads: int) -> LayerView | None:
-    """The view with the first and the last head exchanged on their way out; None if it has no projection.
-
-    Where all heads share one value head, which hides the exchange, channels are rolled by one.
-    """
+    """The view with the first and the last head exchanged on their way out; None if it has no projection."""
     projection = view.isolated.module(view.structure.attention.ablated)
     if not is_linear(projection):
         return None
@@ -85,6 +68,7 @@ def permuted_heads(view: LayerView, heads: int) -> LayerView | None:
     if right.shape[1] % heads:
         return None
     parts = right.chunk(heads, dim=1)
+    # where all heads share one value head, which hides the exchange, channels are rolled by one
     for wrong in (torch.cat([parts[-1], *parts[1:-1], parts[0]], dim=1), right.roll(1, dims=1)):
         projection.weight.copy_(wrong.T if transposed else wrong)
         permuted = read_attention(view)

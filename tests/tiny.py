@@ -53,27 +53,13 @@ def tiny_config(family: str, d: int, f: int, layers: int, heads: int, vocabulary
     if family == "gpt2":
         sizes = {"n_embd": d, "n_inner": f, "n_layer": layers, "n_head": heads, "n_positions": POSITIONS}
     elif family == "mpt":
-        sizes = {
-            "d_model": d,
-            "expansion_ratio": f // d,
-            "n_layers": layers,
-            "n_heads": heads,
-            "max_seq_len": POSITIONS,
-        }
+        sizes = {"d_model": d, "expansion_ratio": f // d, "n_layers": layers, "n_heads": heads}
+        sizes["max_seq_len"] = POSITIONS
     else:
-        sizes = {
-            "hidden_size": d,
-            "intermediate_size": f,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
-            "head_dim": d // heads,
-            "max_position_embeddings": POSITIONS,
-        }
-        if family == "gpt_neox":
-            sizes = {
-                key: value for key, value in sizes.items() if key not in ("num_key_value_heads", "head_dim")
-            }
+        sizes = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "max_position_embeddings": POSITIONS}
+        if family != "gpt_neox":
+            sizes |= {"num_key_value_heads": max(1, heads // 2), "head_dim": d // heads}
     return AutoConfig.for_model(family, **{**common, **sizes, **more})
 
 
@@ -130,26 +116,17 @@ def tiny_model(
 
 @dataclass(frozen=True)
 class Planted:
-    """A folder and the truth about the defect in it; layers are numbered from 1.
-
-    trigger "token": the ids in `trigger_ids` explode wherever they stand. trigger "position": whatever stands
-    at position 0 explodes. `right_vector` is the leading right singular vector of F (the gain included) at
-    the explosion layer, `direction` the leading left one and the direction of the high-norm states, both of
-    unit length. `singular_value` is F's along the pair and `decay_eigenvalue` F's along `direction` at the
-    decay layer, each in the limit of no other weights.
-    """
+    """A folder and the truth about the defect in it; F's values are in the limit of no other weights."""
 
     folder: Path
-    family: str
-    explosion_layer: int
+    explosion_layer: int  # 1..L
     decay_layer: int
-    direction: torch.Tensor
-    right_vector: torch.Tensor
-    singular_value: float
-    decay_eigenvalue: float
+    direction: torch.Tensor  # of the high-norm states, F's leading left singular vector where they explode
+    right_vector: torch.Tensor  # F's leading right one, the gain included
+    singular_value: float  # F's along the pair
+    decay_eigenvalue: float  # F's along `direction` at the decay layer
     peak_norm: float
-    trigger: str
-    trigger_ids: tuple[int, ...]
+    trigger_ids: tuple[int, ...]  # explode wherever they stand; none: whatever stands at position 0
 
 
 def _ffn(layer, family):
@@ -171,7 +148,6 @@ def _gaussian_mean(function) -> float:
     return float((torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5 * function(z)).sum() * (z[1] - z[0]))
 
 
-@torch.no_grad()
 def _plant_unit(layer, family, reads, writes, amount: float) -> float:
     """Make unit 0 answer a normed token along `reads` with `amount * writes`; return F's value along both.
 
@@ -195,12 +171,6 @@ def _plant_unit(layer, family, reads, writes, amount: float) -> float:
     power = 2 if gated else 1
     mean = _gaussian_mean(lambda z: z**power * activation(size * z + own))
     return amount / answer * slope * mean / (1.0 if gated else size)
-
-
-@torch.no_grad()
-def _height(model, ids, layer: int, direction) -> float:
-    states = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states[layer]
-    return float(states[0, 0] @ direction)
 
 
 def planted_model(
@@ -233,37 +203,25 @@ def planted_model(
     basis = torch.randn(d, 3, generator=generator)
     basis[:, 0] = 1.0  # both vectors are free of a mean, which a LayerNorm would take away
     _, u, v = torch.linalg.qr(basis)[0].T.contiguous()
-    decoder = model.get_decoder() if family != "gpt2" else model.transformer
-    blocks = decoder.h if family == "gpt2" else decoder.layers
-    ids = [0] + ([tiny_tokenizer(vocabulary).convert_tokens_to_ids(noninitial)] if noninitial else [])
+    positioned = family == "gpt2"
+    decoder = model.transformer if positioned else model.get_decoder()
+    blocks = decoder.h if positioned else decoder.layers
+    ids = [0, *([tiny_tokenizer(vocabulary).convert_tokens_to_ids(noninitial)] if noninitial else [])]
     with torch.no_grad():
-        tables = (
-            [decoder.wte.weight, decoder.wpe.weight]
-            if family == "gpt2"
-            else [model.get_input_embeddings().weight]
-        )
+        tables = [model.get_input_embeddings().weight, *([decoder.wpe.weight] if positioned else [])]
         for table in tables:
             table -= (table @ u)[:, None] * u + (table @ v)[:, None] * v
-        if family == "gpt2":
+        if positioned:
             tables[1][0] = 4 * d**0.5 * v
         else:
             tables[0][ids] = d**0.5 * v
-    value = _plant_unit(blocks[explosion_layer - 1], family, v, u, size)
-    begin = [ids[0]] if family != "gpt2" else [7]
-    peak = _height(model, begin, decay_layer - 1, u)
-    eigenvalue = _plant_unit(blocks[decay_layer - 1], family, u, u, -0.97 * peak)
+        value = _plant_unit(blocks[explosion_layer - 1], family, v, u, size)
+        begin = torch.tensor([[7 if positioned else 0]])
+        states = model(begin, output_hidden_states=True, use_cache=False).hidden_states
+        peak = float(states[decay_layer - 1][0, 0] @ u)
+        eigenvalue = _plant_unit(blocks[decay_layer - 1], family, u, u, -0.97 * peak)
     save(model, folder, vocabulary)
-    position = family == "gpt2"
+    triggers = () if positioned else tuple(ids)
     return Planted(
-        Path(folder),
-        family,
-        explosion_layer,
-        decay_layer,
-        u,
-        v,
-        value,
-        eigenvalue,
-        peak,
-        "position" if position else "token",
-        () if position else tuple(ids),
+        Path(folder), explosion_layer, decay_layer, u, v, value, eigenvalue, peak, trigger_ids=triggers
     )
