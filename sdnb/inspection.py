@@ -96,9 +96,8 @@ def inspect_model(
     mixture = any(True for _ in expert_parameters(model))
     if mixture:
         options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
-    with seen.watch(), quantize.watched_experts(model) if mixture else nullcontext(list) as experts:
+    with seen.watch(), quantize.watched_experts(model) if mixture else nullcontext([]) as experts:
         statistics = quantize.input_statistics(model, encoded.lines, **options)
-        experts = experts()
     defect = reader.defect()
     skip = quantize.skip_list(model, statistics, threshold=min_ratio)
     values = {

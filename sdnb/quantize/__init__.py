@@ -1,19 +1,8 @@
 """Input statistics, simulated quantization, skip lists and their forms, experts, the single weight."""
 
 from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_experts, watched_experts
-from sdnb.quantize.formats import (
-    FORMATS,
-    absmax_scale,
-    levels_left,
-    rounded,
-)
-from sdnb.quantize.modules import (
-    InputStatistics,
-    LinearModule,
-    linear_modules,
-    never_quantized,
-    norm_feeding,
-)
+from sdnb.quantize.formats import FORMATS, absmax_scale, levels_left, rounded
+from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules, never_quantized, norm_feeding
 from sdnb.quantize.schemes import (
     SCHEMES,
     PairedRatio,

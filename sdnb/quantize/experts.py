@@ -19,9 +19,8 @@ from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers
 from sdnb.layers.calls import replaced_forward
 
+# An expert is named when its largest output is above this quantile and this share of the model's largest.
 QUANTILE, SHARE = 0.995, 0.1
-"""An expert is named when its largest output is above this quantile and this share of the model's largest."""
-
 PRODUCTS = {
     nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm,
     Tensor.bmm,
@@ -41,63 +40,57 @@ class ExpertStatistics:
 
 
 class _Products(TorchFunctionMode):
-    """Shows products with a slice of one of the parameters to a function: number of the slice, x, y."""
+    """Notes the last product with each slice of one of the parameters, by the slice's number: x and y."""
 
-    def __init__(self, parameters: list[nn.Parameter], show: Callable[[int, Tensor, Tensor], None]):
+    def __init__(self, parameters: list[nn.Parameter]):
         super().__init__()
-        self.parameters, self.show = parameters, show
+        self.parameters, self.last = parameters, {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for parameter in self.parameters if function in PRODUCTS and len(args) > 1 else ():
             offset = args[1].data_ptr() - parameter.data_ptr()
             if args[1].ndim == 2 and 0 <= offset < parameter.nbytes:
-                self.show(offset * len(parameter) // parameter.nbytes, args[0], result)
+                self.last[offset * len(parameter) // parameter.nbytes] = (args[0], result)
             elif args[1].shape == parameter.shape and offset == 0:  # all experts at once
-                for expert in range(len(parameter)):
-                    self.show(expert, args[0][expert], result[expert])
+                self.last |= enumerate(zip(args[0], result, strict=True))
         return result
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, list[nn.Parameter]]]:
     """Modules whose parameters hold experts as slices: layer 1..L, full name, module, these parameters."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     for number, layer in enumerate(decoder_layers(model), start=1):
         for module in layer.modules():
             found = [p for p in module.parameters(recurse=False) if p.ndim == 3]
             if len(found) > 1 and len({len(parameter) for parameter in found}) == 1:
-                yield number, names[id(module)], module, found
+                yield number, names[module], module, found
 
 
 @contextmanager
-def watched_experts(model: nn.Module) -> Iterator[Callable[[], list[ExpertStatistics]]]:
-    """Watch experts' down-projections inside the block; yields a function that returns what was seen."""
-    rows: list[list[ExpertStatistics]] = []
+def watched_experts(model: nn.Module) -> Iterator[list[ExpertStatistics]]:
+    """Watch experts' down-projections inside the block; the list that it gives is filled there."""
+    found: list[ExpertStatistics] = []
     forwards: dict[nn.Module, Callable] = {}
     for number, name, module, parameters in expert_parameters(model):
-        count = len(parameters[0])
-        rows.append([ExpertStatistics(f"{name}.{e}", number, e) for e in range(count)])
-        forwards[module] = partial(_watched, module, parameters, rows[-1])
-    if not rows:
+        rows = [ExpertStatistics(f"{name}.{e}", number, e) for e in range(len(parameters[0]))]
+        forwards[module] = partial(_watched, module, parameters, rows)
+        found += rows
+    if not found:
         raise ModelError(
             f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are linear "
             "modules of their own are in input_statistics"
         )
     with replaced_forward(forwards):
-        yield lambda: [found for layer in rows for found in layer]
+        yield found
 
 
 def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], *args, **kwargs) -> object:
     """Run the module and note the last product with a slice of each expert, its down-projection."""
-    last: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def show(expert: int, x: Tensor, y: Tensor) -> None:
-        last[expert] = (x, y)
-
-    with _Products(parameters, show):
+    with _Products(parameters) as products:
         # the plain loop over experts, not the batched products that transformers may put in its place
         result = inspect.unwrap(type(module).forward)(module, *args, **kwargs)
-    for expert, (x, y) in last.items():
+    for expert, (x, y) in products.last.items():
         row = rows[expert]
         row.tokens += len(x)
         row.largest_input = max(row.largest_input, x.abs().max().item())
@@ -107,31 +100,20 @@ def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], 
 
 @torch.no_grad()
 def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertStatistics]:
-    """Run a text and return the largest input and output of every expert's down-projection.
+    """Return the largest input and output of every expert's down-projection over lines of token ids, (T_i,).
 
-    Args:
-        model: a causal language model with experts in three-dimensional parameters, else a ModelError.
-        lines: token ids of each line, (T_i,).
-
-    Returns:
-        All experts, layer after layer.
+    A model without experts in three-dimensional parameters is a ModelError.
     """
-    with watched_experts(model) as results:
+    with watched_experts(model) as found:
         for line in lines:  # one by one: padding would be sent to experts, too
             model.base_model(input_ids=line[None].to(input_device(model)), use_cache=False)
-        return results()
+    return found
 
 
 def super_experts(statistics: list[ExpertStatistics]) -> list[ExpertStatistics]:
-    """Experts whose largest output is above the 99.5th percentile and above a tenth of the largest of all.
+    """Return experts whose largest output is above the 99.5th percentile and a tenth of the largest of all.
 
-    Args:
-        statistics: of all experts of a model.
-
-    Returns:
-        Those experts, the largest output first.
-
-    Source: Su et al., arXiv 2507.23279.
+    The largest output first; `statistics` are of all experts of a model. Source: Su et al., arXiv 2507.23279.
     """
     outputs = torch.tensor([found.largest_output for found in statistics], dtype=torch.float64)
     limit = max(outputs.quantile(QUANTILE).item(), SHARE * outputs.max().item())

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from sdnb.errors import ParameterError
 
+# 127 * 127 * 1024 < 2**24: so many products of int8 numbers add up without rounding in float32.
 EXACT_SUMMANDS = 1024
-"""127 * 127 * 1024 < 2**24: so many products of int8 numbers add up without rounding in float32."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ FORMATS = {
 """int8 and int4 are symmetric, -128 and -8 are never taken; mxfp8 (e4m3) and mxfp4 (e2m1) follow the OCP
 Microscaling specification 1.0, nvfp4 NVIDIA's Blackwell, int8_block GGUF's Q8_0 with float32 scales."""
 
-PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Formats without a scale."""
+PLAIN = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # formats without a scale
 
 
 def number_format(name: str) -> NumberFormat:
@@ -69,15 +68,10 @@ def largest_entry(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
 
 
 def absmax_scale(largest: Tensor, name: str = "int8") -> Tensor:
-    """The scale s = max|x| / largest number outside of blocks, which maps the largest entry to it.
+    """Return the scales outside of blocks: `largest`, which is max|x|, over the largest number of a format.
 
-    Args:
-        largest: max|x|, one for each scale.
-        name: a key of FORMATS.
-
-    Returns:
-        float32, of the same shape; NaN where an entry is; 1 where everything is zero, and where a format has
-        scales of blocks only (all block formats but nvfp4).
+    float32; NaN where an entry is; 1 where everything is zero, and where a format has scales of blocks only
+    (all block formats but nvfp4).
     """
     kind = number_format(name)
     if kind.block is not None and kind.scale != "float8_e4m3":
@@ -109,15 +103,10 @@ def _block_scales(largest: Tensor, kind: NumberFormat) -> Tensor:
 
 
 def rounded(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
-    """What a format makes of x: round and scale back.
+    """Return what a format makes of x, (..., k): rounded and scaled back, float32.
 
-    Args:
-        x: (..., k).
-        name: a key of FORMATS, or float16 or bfloat16, which have no scale (float16 overflows to inf).
-        scales: "tensor" for one scale, "token" for one for each row.
-
-    Returns:
-        float32, the shape of x.
+    The format is a key of FORMATS, or float16 or bfloat16, which have no scale (float16 overflows to inf);
+    `scales` is "tensor" for one scale, "token" for one for each row.
 
     Raises:
         ParameterError: neither tensor nor token.
@@ -131,15 +120,10 @@ def rounded(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
 
 
 def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
-    """How many positive numbers of a format lie up to a size: what is left to describe a token.
+    """Return how many positive numbers of a format lie up to a size: what is left to describe a token.
 
-    Args:
-        size: largest |x| of each token.
-        scale: of the tensor that the token is in; 1 for float16 and bfloat16.
-        name: a key of FORMATS, or float16 or bfloat16.
-
-    Returns:
-        int64, the shape of size.
+    `size` is the largest |x| of each token, `scale` that of the tensor that it is in, 1 for float16 and
+    bfloat16.
     """
     if name in PLAIN:
         bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16)

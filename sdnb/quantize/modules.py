@@ -56,27 +56,23 @@ class InputStatistics:
 
 
 def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
-    """Find every linear module that a quantizer would take: neither embeddings nor a mixture's experts.
+    """Return every linear module that a quantizer would take, by full name, in the order of the model.
 
-    Args:
-        model: a causal language model.
-
-    Returns:
-        Full name -> module, in the order of the model.
+    Neither embeddings nor a mixture's experts are among them.
 
     Raises:
         ModelError: there is none.
     """
-    kept = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
-    place_of = {
-        id(module): (number, name.partition(".")[0])
+    embeddings = (model.get_output_embeddings(), model.get_input_embeddings())
+    places = {
+        module: (number, name.partition(".")[0])
         for number, layer in enumerate(decoder_layers(model), start=1)
         for name, module in layer.named_modules()
     }
     found = {
-        name: LinearModule(name, module, *place_of.get(id(module), (None, "")))
+        name: LinearModule(name, module, *places.get(module, (None, "")))
         for name, module in model.named_modules()
-        if is_linear(module) and id(module) not in kept
+        if is_linear(module) and module not in embeddings
     }
     if not found:
         raise ModelError(f"{type(model).__name__} has no linear module that could be quantized")
@@ -85,18 +81,17 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
 
 def never_quantized(model: nn.Module) -> list[str]:
     """Full names of the modules that quantizers skip by themselves: the output embedding and tied weights."""
-    owners: dict[int, list[str]] = {}
-    names: list[str] = []
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules(remove_duplicate=False):
-        names += [name] if module is head else []
+    named = list(model.named_modules(remove_duplicate=False))
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in named:
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    tied = {name for group in owners.values() if len(group) > 1 for name in group}
+            owners.setdefault(parameter, []).append(name)
+    chosen = {name for group in owners.values() if len(group) > 1 for name in group}
+    chosen |= {name for name, module in named if module is model.get_output_embeddings()}
     # transformers' own rule also leaves out the module of the last parameter, most often the head
     last = list(model.named_parameters())[-1][0].rpartition(".")[0]
-    chosen = {*names, *tied, *([last] if is_linear(model.get_submodule(last)) else [])}
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name in chosen]
+    chosen |= {last} if is_linear(model.get_submodule(last)) else set()
+    return [name for name, _ in named if name in chosen]
 
 
 @torch.no_grad()
@@ -104,12 +99,7 @@ def norm_feeding(model: nn.Module, linears: dict[str, LinearModule], ids: Tensor
     """Watch which norm feeds each linear module, so that a scale can move from one to the other.
 
     A norm is a leaf module all of whose parameters are vectors; the linear module must be given the very
-    tensor that the norm returned.
-
-    Args:
-        model: a causal language model.
-        linears: from `linear_modules`.
-        ids: a few token ids, (1, T).
+    tensor that the norm returned. `linears` are those of `linear_modules`, `ids` a few token ids, (1, T).
 
     Returns:
         Name of the linear module -> name of the norm, for those that a norm feeds.

@@ -20,11 +20,8 @@ from sdnb.quantize.experts import expert_parameters
 from sdnb.quantize.formats import absmax_scale, exact_product, largest_entry, number_format, numbers
 from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules
 
-SMALLEST = 1e-5
-"""Bound from below of SmoothQuant's largest inputs and weights, so that a dead channel divides nothing."""
-
-ENTRIES_AT_ONCE = 2**19
-"""Inputs rounded at a time on a CPU: they stay in its cache, and no second copy of all of them is made."""
+SMALLEST = 1e-5  # bounds SmoothQuant's largest inputs and weights, so that a dead channel divides nothing
+ENTRIES_AT_ONCE = 2**19  # inputs rounded at a time on a CPU: they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -51,18 +48,13 @@ class Scheme:
             known = ("block",) if block else ("tensor", finer)
             value = getattr(self, field) or known[0]
             if value not in known:
-                raise ParameterError(
-                    f"scales of {field} per {value!r} in {self.number_format}: give {' or '.join(known)}"
-                )
+                scales = f"scales of {field} per {value!r} in {self.number_format}"
+                raise ParameterError(f"{scales}: give {' or '.join(known)}")
             object.__setattr__(self, field, value)
         if self.static and self.inputs != "tensor":
-            raise ParameterError(
-                "only one scale for all inputs can be fixed beforehand; give inputs per tensor, or no static"
-            )
+            raise ParameterError("a static scale is one for all inputs: give inputs per tensor, or no static")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ParameterError(
-                f"alpha is {self.alpha}; SmoothQuant's migration strength lies between 0 and 1"
-            )
+            raise ParameterError(f"alpha is {self.alpha}: give a migration strength between 0 and 1")
 
     @property
     def needs_calibration(self) -> bool:
@@ -84,13 +76,10 @@ SCHEMES = {
 
 
 class QuantizedLinear:
-    """The function that replaces a linear module's `forward`.
+    """The function that replaces the `forward` of a linear module, whose weights are in memory and finite.
 
-    Args:
-        linear: the module, whose weights must be in memory and finite, else a ParameterError.
-        scheme: how to quantize.
-        statistics: of the module's inputs; needed for a static scale.
-        smoothing: SmoothQuant's factors s_j > 0 of the input channels, (k,); x is divided, W multiplied.
+    A static scale needs the `statistics` of the module's inputs; `smoothing` are SmoothQuant's factors of the
+    input channels, s_j > 0, (k,), by which x is divided and W multiplied.
     """
 
     def __init__(
@@ -102,9 +91,7 @@ class QuantizedLinear:
     ):
         weight = linear.weight.detach()
         if weight.is_meta:
-            raise ParameterError(
-                "quantization needs all weights in memory; load the model without device=offload"
-            )
+            raise ParameterError("weights are quantized in memory: load the model without device=offload")
         self.scheme, self.bias = scheme, getattr(linear.module, "bias", None)
         self.smoothing = None if smoothing is None else smoothing.to(weight.device)
         W = weight.float() if smoothing is None else weight.float() * self.smoothing
@@ -168,7 +155,7 @@ def quantized(
     Args:
         model: a causal language model, all weights in memory.
         scheme: how to quantize.
-        skip: full names of modules that keep their precision; names of other modules are ignored.
+        skip: full names of modules that keep their precision.
         statistics: of a calibration text, from `input_statistics`; needed for static scales and SmoothQuant.
         norms: which norm feeds which module, from `norm_feeding`; needed for SmoothQuant.
 
@@ -202,21 +189,11 @@ def smoothing_factors(
     norms: dict[str, str],
     alpha: float,
 ) -> dict[str, Tensor]:
-    """SmoothQuant's s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for the modules that a norm feeds.
+    """Return SmoothQuant's s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), (k,), of modules that a norm feeds.
 
     X diag(s)^-1 has the outlier channels taken down, diag(s) W^T takes them up. All modules fed by one norm
-    share s, so that 1/s can be folded into the norm's gain; others are not smoothed.
-
-    Args:
-        linears: from `linear_modules`.
-        statistics: of the calibration text; modules it never reached are left out.
-        norms: module -> norm that feeds it, from `norm_feeding`.
-        alpha: migration strength; 1 makes all input channels equally large.
-
-    Returns:
-        Full module name -> s, (k,), float32 on the CPU.
-
-    Source: Xiao et al., arXiv 2211.10438, eq. 4.
+    share s, so that 1/s can be folded into the norm's gain; others, and those that the calibration text of
+    the `statistics` never reached, are not smoothed. Source: Xiao et al., arXiv 2211.10438, eq. 4.
     """
     groups: dict[str, list[str]] = {}
     for name, norm in norms.items():
@@ -232,7 +209,7 @@ def smoothing_factors(
 
 
 def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
-    """Share of the weights, without embeddings, that keeps its precision beside the modules quantized."""
+    """Return the share of weights, without embeddings, that keeps its precision beside quantized modules."""
     sizes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
     experts = sum(p.numel() for *_, parameters in expert_parameters(model) for p in parameters)
     return 1 - sum(sizes[name] for name in quantized_names) / (sum(sizes.values()) + experts)
@@ -247,24 +224,16 @@ class PairedRatio:
 
 
 def perplexity_ratio(losses: Tensor, reference: Tensor) -> PairedRatio:
-    """Compare two runs on the same windows: ratio = exp(mean(a - b)), error = ratio std(a - b) / sqrt(W).
+    """Return ratio = exp(mean(a - b)) of two runs on the same windows, error = ratio std(a - b) / sqrt(W).
 
-    Windows differ in difficulty far more than the runs do: their differences have a far smaller error.
-
-    Args:
-        losses: mean negative log-likelihood of each window, in nats, (W,).
-        reference: of the other run, (W,).
-
-    Returns:
-        The ratio and its standard error.
+    `losses` and `reference` are the mean negative log-likelihoods of each window, in nats, (W,). Windows
+    differ in difficulty far more than the runs do: their differences have a far smaller error.
 
     Raises:
         ParameterError: the runs have different numbers of windows.
     """
     if losses.shape != reference.shape:
-        raise ParameterError(
-            f"{len(losses)} windows against {len(reference)}: compare runs over the same text"
-        )
+        raise ParameterError(f"{len(losses)} windows against {len(reference)}: compare runs on the same text")
     difference = losses.double() - reference.double()
     ratio = math.exp(difference.mean())
     spread = difference.std().item() if len(difference) > 1 else math.nan

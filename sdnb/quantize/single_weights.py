@@ -1,7 +1,7 @@
 """The single weight: the entry of a down-projection that writes the massive dimension from a spiking unit."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,24 +34,16 @@ class SingleWeight:
 def single_weights(
     model: nn.Module, ids: Tensor | None = None, layers: Sequence[int] | None = None
 ) -> list[SingleWeight]:
-    """Find the single weight of every layer, in up to three ways.
+    """Return the single weight of every layer, in up to three ways, layer after layer.
 
-    From a spike: at the token with the largest output y of W, row = argmax |y|, column the unit that writes
-    most of it, argmax_i |W[row, i] x_i|. By the gain: the same at the input that the norm and FFN amplify
-    most (`largest_gain`). By the rank-one matrix: the largest entry of sigma_1 u_1 v_1^T of W.
-
-    Args:
-        model: a causal language model, offloaded or not.
-        ids: a text, (B, T), for the spike; None for the weights alone.
-        layers: the ones to look at, 1..L; None for all.
-
-    Returns:
-        Layer after layer; a layer without one down-projection (a mixture of experts) has none, one without a
-        linear view no "gain".
-
-    Source: Yu et al., arXiv 2411.07191 (the spike); paper A's view of the explosion layer for the other two.
+    From a spike: at the token of a text `ids`, (B, T), with the largest output y of W, row = argmax |y|,
+    column the unit that writes most of it, argmax_i |W[row, i] x_i|. By the gain: the same at the input that
+    the norm and FFN amplify most (`largest_gain`); none without a linear view. By the rank-one matrix: the
+    largest entry of sigma_1 u_1 v_1^T of W. A layer without one down-projection (a mixture of experts) has
+    none. `layers`, 1..L, are the ones to look at, None all. Source: Yu et al., arXiv 2411.07191 (the spike);
+    paper A's view of the explosion layer for the other two.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     downs: list[WeightMatrix] = []
     for _, matrices in layer_matrices_or_reason(model, layers):
         found = [] if isinstance(matrices, str) else [m for m in matrices if m.kind == "down"]
@@ -59,45 +51,42 @@ def single_weights(
     spikes = _spikes(model, ids, downs) if ids is not None else {}
     picks = []
     for down in downs:
-        W = down.read()
-
-        def pick(row: int, column: int, down: WeightMatrix = down, W: Tensor = W, **how) -> SingleWeight:
-            value = W[row, column].item()
-            return SingleWeight(down.layer, names[id(down.module)], row, column, value, **how)
-
+        W, found = down.read(), {}
         if down.layer in spikes:
-            picks.append(pick(**_largest_term(W, *spikes[down.layer]), how="spike"))
-        try:
+            found["spike"] = _largest_term(W, *spikes[down.layer])
+        with suppress(LayerUnsupported):
             view = layer_view(model, down.layer)
             if view.ffn.formula is not None:  # a shared expert's matrix has none
                 inner = view.ffn.formula.inner(view.ffn.norm(largest_gain(view).input[None]))[0]
-                picks.append(pick(**_largest_term(W, inner, W @ inner), how="gain"))
-        except LayerUnsupported:
-            pass
-        triplet = leading_triplets(W @ W.T, k=1)  # symmetric: its vector is u_1, its value sigma_1^2
-        u = triplet.U[:, 0].to(W)
-        v_sigma = W.T @ u
-        row, column = int(u.abs().argmax()), int(v_sigma.abs().argmax())
-        entry = (u[row] * v_sigma[column]).item()
-        share = entry / W[row, column].item() if W[row, column] else 0.0
-        picks.append(pick(row, column, how="rank one", size=abs(entry), share=share))
+                found["gain"] = _largest_term(W, inner, W @ inner)
+        found["rank one"] = _largest_of_rank_one(W)
+        for how, (row, column, size, share) in found.items():
+            value = W[row, column].item()
+            picks.append(SingleWeight(down.layer, names[down.module], row, column, value, how, size, share))
     return picks
 
 
-def _largest_term(W: Tensor, x: Tensor, y: Tensor) -> dict:
+def _largest_term(W: Tensor, x: Tensor, y: Tensor) -> tuple[int, int, float, float]:
     """Row, column, size and share of the largest term of the largest entry of y = W x."""
     row = int(y.abs().argmax())
     terms = W[row] * x.to(W)
     column = int(terms.abs().argmax())
-    share = (terms[column] / y[row]).item()
-    return {"row": row, "column": column, "size": y[row].abs().item(), "share": share}
+    return row, column, y[row].abs().item(), (terms[column] / y[row]).item()
+
+
+def _largest_of_rank_one(W: Tensor) -> tuple[int, int, float, float]:
+    """Row, column and size of the largest entry of sigma_1 u_1 v_1^T, and its share of W's."""
+    u = leading_triplets(W @ W.T, k=1).U[:, 0].to(W)  # of a symmetric matrix, whose first vector is u_1
+    v_sigma = W.T @ u
+    row, column = int(u.abs().argmax()), int(v_sigma.abs().argmax())
+    entry = (u[row] * v_sigma[column]).item()
+    return row, column, abs(entry), entry / W[row, column].item() if W[row, column] else 0.0
 
 
 @torch.no_grad()
 def _spikes(model: nn.Module, ids: Tensor, downs: Sequence[WeightMatrix]) -> dict[int, tuple[Tensor, Tensor]]:
     """Input and output (without bias) of each down-projection at the token where its output is largest."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-
     layer_of = {down.module: down.layer for down in downs}
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -115,14 +104,7 @@ def _spikes(model: nn.Module, ids: Tensor, downs: Sequence[WeightMatrix]) -> dic
 
 @contextmanager
 def zeroed_entries(module: nn.Module, entries: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Set entries of a linear module's W to zero for the length of a block; restored bit for bit.
-
-    Args:
-        module: an `nn.Linear` or a `Conv1D`.
-        entries: (row, column) of W, rows are outputs.
-
-    Yields:
-        Nothing.
+    """Set entries (row, column) of a linear module's W, (out, in), to zero for a block; restored bit for bit.
 
     Raises:
         ParameterError: the weights are not in memory, or there is no such entry.
@@ -145,17 +127,9 @@ def zeroed_entries(module: nn.Module, entries: Sequence[tuple[int, int]]) -> Ite
 def similar_entries(
     W: Tensor, row: int, column: int, *, count: int = 100, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """Draw other entries of about the same size, to compare the single weight with.
+    """Return row and column of other entries of W, (m, n), of about the size of one, to compare it with.
 
-    Args:
-        W: (m, n).
-        row: of the single weight.
-        column: of the single weight.
-        count: how many; drawn from the ten times as many whose |size| is nearest.
-        seed: of the draw.
-
-    Returns:
-        (row, column) of each.
+    They are drawn (by `seed`) from the ten times as many whose |size| is nearest.
     """
     apart = (W.float().abs() - W[row, column].float().abs()).abs().flatten()
     apart[row * W.shape[1] + column] = torch.inf

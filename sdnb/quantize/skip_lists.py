@@ -17,20 +17,13 @@ from sdnb.quantize.modules import InputStatistics, linear_modules, never_quantiz
 from sdnb.quantize.schemes import PairedRatio, Scheme, perplexity_ratio, quantized
 
 MIN_TOKEN_RATIO = 32.0
-
-TOOLS = (
-    "transformers", "bitsandbytes", "compressed-tensors", "llm-compressor", "torchao", "optimum-quanto",
-    "gptqmodel", "modelopt", "quark", "auto-round", "llama.cpp",
-)  # fmt: skip
-"""Those that `forms` knows."""
-
+# Modules beside one another that vLLM loads as one, and refuses when only some of them are skipped.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("w1", "w3"),
 )
-"""Modules beside one another that vLLM loads as one, and refuses when only some of them are skipped."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +50,9 @@ class SkipList:
 def skip_list(
     model: nn.Module, statistics: dict[str, InputStatistics], *, threshold: float = MIN_TOKEN_RATIO
 ) -> SkipList:
-    """List the modules whose largest input is many times the median token's largest input.
+    """Return the modules whose largest input is at least `threshold` times the median token's largest one.
 
-    Args:
-        model: a causal language model.
-        statistics: of its linear modules' inputs, from `input_statistics`.
-        threshold: the smallest such ratio that counts as a spike.
-
-    Returns:
-        The list, with full module names, so that layer 1 never matches layer 11.
+    `statistics` are those of `input_statistics`. Names are full, so that layer 1 never matches layer 11.
 
     Raises:
         ParameterError: a threshold of 1 or below, which every module passes.
@@ -81,25 +68,17 @@ def skip_list(
 
 def fused_with(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """Full names of the modules that vLLM fuses with some of the given ones and that are not among them."""
-    given, linears = set(names), linear_modules(model)
-    missing = set()
+    given, missing = set(names), set()
     for name in given:
         parent, _, own = name.rpartition(".")
-        for group in FUSED:
-            if own in group:
-                missing |= {f"{parent}.{other}" for other in group} & set(linears) - given
-    return tuple(name for name in linears if name in missing)
+        missing |= {f"{parent}.{other}" for group in FUSED if own in group for other in group}
+    return tuple(name for name in linear_modules(model) if name in missing - given)
 
 
 def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
-    """The down-projection of each of the given layers: the FFN's last linear module with d outputs.
+    """Return the down-projection of each of some layers, 1..L: the FFN's last linear module with d outputs.
 
-    Args:
-        statistics: with the order of calls.
-        layers: decoder layers, 1..L.
-
-    Returns:
-        Full module names, in the order of `layers`; none where experts lie in one parameter.
+    Full names, in the order of `layers`; none where experts lie in one parameter.
     """
     # The module that a layer calls first reads its input and has d columns. Attention runs before the FFN,
     # side by side or in turn, so that what lies outside of the first module's branch is the FFN's. Behind the
@@ -137,14 +116,12 @@ def sensitivity(
     *,
     share: float = 0.8,
     candidates: int = 12,
-    norms: dict[str, str] | None = None,
 ) -> Sensitivity:
-    """Rank modules by what skipping each recovers, and find the shortest list that recovers a share.
+    """Return modules ranked by what skipping each recovers, and the shortest list that recovers a share.
 
-    Candidates are the modules with the largest output error on the calibration text (`input_statistics` with
-    the same scheme); each is skipped alone and the loss measured; then the best k of them together, k found
-    by bisection: candidates + log2(candidates) + 3 passes. A module that vLLM fuses with others is skipped
-    together with them.
+    Candidates are the modules with the largest output error on the calibration text; each is skipped alone
+    and the loss measured; then the best k of them together, k found by bisection: candidates +
+    log2(candidates) + 3 passes. A module that vLLM fuses with others is skipped together with them.
 
     Args:
         model: a causal language model, all weights in memory.
@@ -153,10 +130,6 @@ def sensitivity(
         statistics: from `input_statistics(model, lines, scheme=scheme)`.
         share: of the added loss that is to be recovered, 0 to 1.
         candidates: modules that are tried.
-        norms: which norm feeds which module, where the scheme is SmoothQuant's.
-
-    Returns:
-        The ranking and the list.
 
     Raises:
         ParameterError: a share outside of 0 to 1, or statistics without output errors.
@@ -168,8 +141,7 @@ def sensitivity(
         raise ParameterError("no output errors: give input_statistics the scheme, with all weights in memory")
 
     def measured(skip: Sequence[str]) -> Tensor:
-        skip = {*skip, *fused_with(model, skip)}
-        with quantized(model, scheme, skip=skip, statistics=statistics, norms=norms):
+        with quantized(model, scheme, skip={*skip, *fused_with(model, skip)}, statistics=statistics):
             return losses()
 
     def recovered(now: Tensor) -> float:
@@ -191,9 +163,6 @@ def sensitivity(
     return Sensitivity(cost, gains, tuple(order[:high]), recovered(best), left)
 
 
-# --- the forms that quantizers take, each bounded so that exactly the listed modules match
-
-
 @dataclass(frozen=True)
 class Form:
     """A skip list as one tool takes it: name of the parameter, its value, and lines to paste."""
@@ -203,34 +172,43 @@ class Form:
     text: str
 
 
+# Tool -> parameter, and its value for some full names, bounded so that exactly these modules match.
+_FORMS: dict[str, tuple[str, Callable[[list[str]], list | dict]]] = {
+    "transformers": ("modules_to_not_convert", list),
+    "bitsandbytes": ("llm_int8_skip_modules", list),
+    "compressed-tensors": ("ignore", list),
+    "llm-compressor": ("ignore", lambda names: [f"re:{re.escape(name)}$" for name in names]),
+    "torchao": ("FqnToConfig", dict.fromkeys),
+    "optimum-quanto": ("exclude", list),
+    "gptqmodel": ("dynamic", lambda names: {f"-:^{re.escape(name)}$": {} for name in names}),
+    "modelopt": ("quant_cfg", lambda names: [{"quantizer_name": f"{n}.*", "enable": False} for n in names]),
+    "quark": ("exclude", list),
+    "auto-round": ("layer_config", lambda names: {name: {"bits": 16, "act_bits": 16} for name in names}),
+}
+TOOLS = (*_FORMS, "llama.cpp")
+# Two ways to say it: a filter over modules, and a configuration by name.
+_TORCHAO = """skip = {}
+linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+quantize_(model, config, filter_fn=lambda m, n: n in linear and n not in skip)
+# or, which can be stored with a checkpoint:
+named = OrderedDict((n, None if n in skip else config) for n in linear)
+quantize_(model, FqnToConfig(named), filter_fn=None)"""
+
+
 def forms(skip: SkipList, model: nn.Module) -> dict[str, Form]:
-    """The list in every form, by the tool's name; their versions are named in book/quantizers.md.
+    """Return the list in the form of each tool, by its name; their versions are named in book/quantizers.md.
 
-    Args:
-        skip: from `skip_list`.
-        model: the model it belongs to, whose architecture says how llama.cpp calls its tensors.
-
-    Returns:
-        Tool -> form. llama.cpp is left out where its converter does not know the architecture.
+    llama.cpp is left out where its converter does not know the model's architecture.
     """
-    names = skip.modules
-    literal = [re.escape(name) for name in names]
-    quantizers = [{"quantizer_name": f"{name}.*", "enable": False} for name in names]
-    values = {
-        "transformers": ("modules_to_not_convert", names),
-        "bitsandbytes": ("llm_int8_skip_modules", names),
-        "compressed-tensors": ("ignore", names),
-        "llm-compressor": ("ignore", [f"re:{name}$" for name in literal]),
-        "torchao": ("FqnToConfig", dict.fromkeys(names)),
-        "optimum-quanto": ("exclude", names),
-        "gptqmodel": ("dynamic", {f"-:^{name}$": {} for name in literal}),
-        "modelopt": ("quant_cfg", quantizers),
-        "quark": ("exclude", names),
-        "auto-round": ("layer_config", {name: {"bits": 16, "act_bits": 16} for name in names}),
-    }
-    found = {tool: Form(name, value, f"{name} = {_python(value)}") for tool, (name, value) in values.items()}
-    found["torchao"] = Form("FqnToConfig", values["torchao"][1], _torchao(names))
-    found["modelopt"] = Form("quant_cfg", quantizers, f'config["quant_cfg"] += {_python(quantizers)}')
+    found = {}
+    for tool, (parameter, value_of) in _FORMS.items():
+        value = value_of(skip.modules)
+        text = f"{parameter} = {_python(value)}"
+        if tool == "modelopt":
+            text = f'config["quant_cfg"] += {_python(value)}'
+        if tool == "torchao":
+            text = _TORCHAO.format(_python(skip.modules))
+        found[tool] = Form(parameter, value, text)
     tensors = [name for module in skip.chosen if (name := gguf_name(model, module)) is not None]
     if tensors or not skip.chosen:
         lines = [f"{re.escape(name)}\\.weight=q8_0" for name in dict.fromkeys(tensors)]
@@ -243,18 +221,6 @@ def _python(value: list | dict) -> str:
     pairs = isinstance(value, dict)
     lines = [f"{key!r}: {entry!r}" for key, entry in value.items()] if pairs else [repr(v) for v in value]
     return "".join(["{" if pairs else "[", *(f"\n    {line}," for line in lines), "\n}" if pairs else "\n]"])
-
-
-def _torchao(names: list[str]) -> str:
-    """Two ways to say it: a filter over modules, and a configuration by name."""
-    return (
-        f"skip = {_python(names)}\n"
-        "linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]\n"
-        "quantize_(model, config, filter_fn=lambda m, n: n in linear and n not in skip)\n"
-        "# or, which can be stored with a checkpoint:\n"
-        "named = OrderedDict((n, None if n in skip else config) for n in linear)\n"
-        "quantize_(model, FqnToConfig(named), filter_fn=None)"
-    )
 
 
 def gguf_name(model: nn.Module, module: str) -> str | None:

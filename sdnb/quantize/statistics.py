@@ -5,9 +5,9 @@ tensors that stay, allocated between large ones that go, leave the heap in piece
 for a model of half a GB).
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +17,32 @@ from sdnb.quantize.formats import largest_entry
 from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules
 from sdnb.quantize.schemes import QuantizedLinear, Scheme
 
-SAMPLED = 2**16
-"""Entries of a module's inputs that its median is taken from, drawn evenly where there are more."""
+SAMPLED = 2**16  # entries of a module's inputs that its median is taken from, drawn where there are more
 
 
 class _Series:
     """Numbers that arrive in parts, in one tensor that seldom grows."""
 
     def __init__(self, size: int):
-        self.values, self.count = torch.empty(size), 0
+        self.kept, self.count = torch.empty(size), 0
+
+    @property
+    def values(self) -> Tensor:
+        return self.kept[: self.count]
 
     def add(self, part: Tensor) -> None:
-        end = self.count + len(part)
-        if end > len(self.values):  # a module that is called more than once for a token
-            self.values = torch.cat([self.values, torch.empty(end)])
-        self.values[self.count : end] = part
-        self.count = end
+        self.count += len(part)
+        if self.count > len(self.kept):  # a module that is called more than once for a token
+            self.kept = torch.cat([self.kept, torch.empty(self.count)])
+        self.values[len(self.values) - len(part) :] = part
 
 
 class _Gathering:
-    """The sums of one module while a text of so many tokens runs."""
+    """What is gathered of one module while a text of so many tokens runs."""
 
     def __init__(self, linear: LinearModule, tokens: int, scheme: Scheme | None):
-        self.linear, self.order, self.tokens = linear, None, _Series(tokens)
         width = linear.weight.shape[1]
+        self.linear, self.order, self.tokens = linear, None, _Series(tokens)
         self.sample, self.share = _Series(min(tokens * width, SAMPLED)), min(1.0, SAMPLED / (tokens * width))
         self.generator = torch.Generator().manual_seed(0)
         self.channels = torch.zeros(width)
@@ -79,21 +81,20 @@ class _Gathering:
         if self.share == 1.0:
             return lines[mask].float().abs().flatten()
         rows = mask.flatten().nonzero().flatten().cpu()
-        count = max(1, int(self.share * len(rows) * lines.shape[-1]))
-        picked = rows[torch.randint(len(rows), (count,), generator=self.generator)]
-        columns = torch.randint(lines.shape[-1], (count,), generator=self.generator)
+        number = max(1, int(self.share * len(rows) * lines.shape[-1]))
+        picked = rows[torch.randint(len(rows), (number,), generator=self.generator)]
+        columns = torch.randint(lines.shape[-1], (number,), generator=self.generator)
         return lines.flatten(0, 1)[picked.to(lines.device), columns.to(lines.device)].float().abs()
 
     def result(self) -> InputStatistics:
-        """The statistics of all calls."""
-        largest = self.tokens.values[: self.tokens.count]
+        largest = self.tokens.values
         return InputStatistics(
             name=self.linear.name,
             layer=self.linear.layer,
             branch=self.linear.branch,
             order=self.order,
             largest=largest.max().item(),
-            median=self.sample.values[: self.sample.count].median().item(),
+            median=self.sample.values.median().item(),
             token_median=largest.double().median().item(),
             output_error=self.error / self.error_tokens if self.error_tokens else None,
             channel_largest=self.channels,
@@ -110,7 +111,9 @@ def input_statistics(
     visit: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
     max_tokens: int = 4096,
 ) -> dict[str, InputStatistics]:
-    """Run a text once and return the statistics of every linear module's inputs.
+    """Return the statistics of every linear module's inputs, by its full name, from one pass over a text.
+
+    Modules that are never called are left out.
 
     Args:
         model: a causal language model.
@@ -120,23 +123,19 @@ def input_statistics(
         visit: called with (l, hidden state (B, T, d), mask of real tokens (B, T), numbers of the lines) for
             l = 0..L of every batch, for whoever needs the residual stream of the same pass.
         max_tokens: tokens in one forward pass.
-
-    Returns:
-        Full module name -> statistics, modules in the order of the model; those never called are left out.
     """
     total = sum(len(line) for line in lines)
-    sums = {n: _Gathering(linear, total, scheme) for n, linear in linear_modules(model).items()}
+    linears = linear_modules(model).values()
+    gathered = {linear.module: _Gathering(linear, total, scheme) for linear in linears}
     running: list[Tensor] = []  # the mask of real tokens, empty during passes that only look for the layers
-    calls = itertools.count()
-
-    of_module = {gathered.linear.module: gathered for gathered in sums.values()}
+    calls = count()
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         if running and args and torch.is_tensor(args[0]) and args[0].numel():
-            of_module[module].add(args[0], output, running[0], next(calls))
+            gathered[module].add(args[0], output, running[0], next(calls))
 
     with ExitStack() as hooks:
-        for module in of_module:
+        for module in gathered:
             hooks.enter_context(module.register_forward_hook(hook))
         for ids, real, numbers in token_batches(lines, max_tokens=max_tokens):
 
@@ -147,4 +146,4 @@ def input_statistics(
 
             visit_states(model, ids, show)
             running.clear()
-    return {name: gathered.result() for name, gathered in sums.items() if gathered.tokens.count}
+    return {found.linear.name: found.result() for found in gathered.values() if found.order is not None}

@@ -73,9 +73,9 @@ def test_one_expert_that_is_scaled_by_hand_is_named(family):
 def test_the_answer_of_the_model_does_not_change():
     model = build("qwen3_moe", **SIZES, **MORE["qwen3_moe"])
     intact = model(LINES[0][None]).logits
-    with watched_experts(model) as results:
+    with watched_experts(model) as experts:
         torch.testing.assert_close(model(LINES[0][None]).logits, intact)
-        assert sum(found.tokens for found in results()) == 2 * 2 * 30, "two layers, two experts a token"
+        assert sum(found.tokens for found in experts) == 2 * 2 * 30, "two layers, two experts a token"
 
 
 def test_a_model_without_experts_is_refused():
