@@ -67,9 +67,8 @@ def test_each_cell_is_a_job_with_its_gpu_and_a_failing_one_is_told(slurm, tmp_pa
     program += ["--profile", str(workflow / "profiles" / "slurm"), "--latency-wait", "5"]
     program += ["--config", "models=models.yaml", "templates=templates"]
     environment = os.environ | {"PATH": f"{slurm}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
+    told = {"capture_output": True, "text": True, "check": False, "timeout": 900}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, **told)
     assert done.returncode == 1 and "AssertionError: no good" in done.stdout + done.stderr
     jobs = [path.read_text() for path in slurm.glob("*.words")]
     assert len(jobs) == 2

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("snakemake", reason="Snakemake is an extra of its own: `make cluster-test` runs these")
 
 from sdnb.run import Model
-from tests.cli.processes import make
+from tests.cli.processes import make, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'model: str = "x"\nresults_dir: str = "r"\nvalue: int = 1\nhurdle: str = ""'
@@ -58,22 +57,16 @@ def place(models, tmp_path):
 
 def start(place: Path, *more: str, config: tuple[str, ...] = ()) -> subprocess.Popen:
     program = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")]
-    settings = ["--config", "models=models.yaml", "templates=templates", *config]
-    return subprocess.Popen(
-        [*program, "--cores", "2", *more, *settings],
-        cwd=place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    settings = ["--cores", "2", *more, "--config", "models=models.yaml", "templates=templates", *config]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*program, *settings], cwd=place, start_new_session=True, **streams)
 
 
-def snakemake(place: Path, *more: str, config: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Exit code and everything said."""
+def snakemake(place: Path, *more: str, config: tuple[str, ...] = ()) -> tuple[int, int, str]:
+    """Exit code, how many cells were planned, and everything said."""
     process = start(place, *more, config=config)
     said = process.communicate(timeout=600)[0]
-    return process.returncode, said
+    return process.returncode, sum(map(int, re.findall(r"^cell +(\d+)$", said, re.M)[:1])), said
 
 
 def log(place: Path) -> list[str]:
@@ -81,67 +74,49 @@ def log(place: Path) -> list[str]:
     return path.read_text().split() if path.is_file() else []
 
 
-def jobs(said: str) -> int:
-    """How many cells a run of Snakemake has planned."""
-    counts = re.findall(r"^cell +(\d+)$", said, re.M)
-    return int(counts[0]) if counts else 0
-
-
 def folder(place: Path, models: Path, name: str) -> Path:
     return place / "results" / Model(str(models / name)).slug
 
 
 def test_a_failing_cell_stops_only_what_waits_for_it_and_alone_is_run_again(place, models):
-    code, said = snakemake(place)
-    assert code == 1 and jobs(said) == 5
+    code, jobs, said = snakemake(place)
+    assert (code, jobs) == (1, 5)
     assert sorted(log(place)) == ["1.", "1.", "1:1", "1:7", "2", "2."], "19 waits for the one that failed"
     failed = folder(place, models, "two")
-    kept = (failed / ".runs" / "02_fails.log").read_text()
-    assert "AssertionError: too high" in kept and "AssertionError: too high" in said
+    assert (
+        "AssertionError: too high" in said and "too high" in (failed / ".runs" / "02_fails.log").read_text()
+    )
     assert (failed / "02_fails.failed.ipynb").is_file() and not (failed / "02_fails.ipynb").exists()
 
-    make(
-        place / "templates" / "02_fails.ipynb", [LOG, "note('2')"], PARAMETERS
-    )  # the other cell of it has changed, too
-    code, said = snakemake(place)
-    assert code == 0 and jobs(said) == 3
+    make(place / "templates" / "02_fails.ipynb", [LOG, "note('2')"], PARAMETERS)  # both cells of it change
+    assert snakemake(place)[:2] == (0, 3)
     assert log(place)[6:] == ["2", "2", "19"], "the reader of records comes last"
     assert not (failed / "02_fails.failed.ipynb").exists()
 
-    code, said = snakemake(place)
-    assert code == 0 and jobs(said) == 0 and len(log(place)) == 9
+    assert snakemake(place)[:2] == (0, 0) and len(log(place)) == 9
     (failed / "01_works.ipynb").unlink()
-    code, said = snakemake(place, "-n")
-    assert code == 0 and jobs(said) == 2 and len(log(place)) == 9
-    code, said = snakemake(place, f"results/{failed.name}/.runs/01_works.done")
-    assert code == 0 and jobs(said) == 1 and log(place)[9:] == ["1:1", "1."]
+    assert snakemake(place, "-n")[:2] == (0, 2) and len(log(place)) == 9
+    assert snakemake(place, f"results/{failed.name}/.runs/01_works.done")[:2] == (0, 1)
+    assert log(place)[9:] == ["1:1", "1."]
 
 
 def test_cells_with_a_gpu_take_turns(place):
-    code, _ = snakemake(
-        place, "--set-resources", "cell:gpu=1", "--resources", "gpu=1", config=("notebooks=1",)
-    )
-    assert code == 0
+    limits = ("--set-resources", "cell:gpu=1", "--resources", "gpu=1")
+    assert snakemake(place, *limits, config=("notebooks=1",))[0] == 0
     assert log(place) in (["1:1", "1.", "1:7", "1."], ["1:7", "1.", "1:1", "1."])
 
 
 def test_what_was_done_before_a_kill_is_not_run_again(place, models):
-    source = "note('2'); time.sleep(value * 100); note('2.')"  # for ever in the model whose value is 7
-    make(place / "templates" / "02_fails.ipynb", [LOG, source.replace("value", "(value - 1)")], PARAMETERS)
-    process = start(place)
-    deadline = time.monotonic() + 300
-    while log(place).count("2.") < 1 or log(place).count("1.") < 2 or log(place).count("2") < 2:
-        assert time.monotonic() < deadline and process.poll() is None, log(place)
-        time.sleep(0.1)
-    while not (folder(place, models, "two") / "02_fails.ipynb").is_file():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    source = "note('2'); time.sleep((value - 1) * 100); note('2.')"  # long where the value is 7
+    make(place / "templates" / "02_fails.ipynb", [LOG, source], PARAMETERS)
+    process, done = start(place), folder(place, models, "two") / "02_fails.ipynb"
+    wait_until(lambda: log(place).count("1.") == log(place).count("2") == 2 and done.is_file())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert log(place).count("2") == 2 and log(place).count("19") == 0
     text = (place / "models.yaml").read_text()
     (place / "models.yaml").write_text(text.replace("value: 7", "value: 1"))
-    code, said = snakemake(place)
+    code, jobs, _ = snakemake(place)
     assert code == 0 and log(place).count("19") == 1
     assert log(place).count("2") == 3, "only the one that was killed"
-    assert jobs(said) == 3, "with it the notebook whose parameter has changed, and the reader"
+    assert jobs == 3, "with it the notebook whose parameter has changed, and the reader"
