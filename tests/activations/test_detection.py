@@ -101,14 +101,6 @@ def test_one_token_spikes_twice_and_ordinary_tokens_grow_past_a_spike():
     assert not found.high[:, 15:].any() and found.threshold < 644
 
 
-def test_a_token_is_measured_where_it_stands_out_not_where_it_is_longest():
-    norms = torch.ones(5, 20)
-    norms[1:3, 5], norms[4], norms[4, 5] = 8.0, 10.0, 13.0
-    found = detect(norms)
-    assert found.explosion_layers == [1] and found.decay_layers == [3]
-    assert found.high.nonzero().tolist() == [[1, 5], [2, 5]]
-
-
 def test_the_threshold_lets_an_early_spike_pass():
     norms = torch.ones(4, 20)
     norms[1:3, 5], norms[3], norms[3, 5] = 6.0, 100.0, 110.0
@@ -130,12 +122,9 @@ def test_a_slow_climb_is_no_explosion_of_one_layer():
     assert falling.explosion_layers == [1] and falling.descents == [(10, 17)] and falling.decay_layers == []
     even = detect(together(torch.linspace(1, 900, 33), ordinary(32, 5.0)))
     assert even.explosion_layers == [] and even.climbs == [(1, 32)]
-
-
-def test_a_jump_within_a_climb_is_a_jump():
     steps = torch.tensor([0, 0.03, 0.04, 0.6, 0.09, 0.08, 0.1, 0.06])
     found = detect(together(1 + 1000 * steps.cumsum(0), ordinary(7, 3.0)))
-    assert found.explosion_layers == [3] and found.climbs == [(4, 7)]
+    assert found.explosion_layers == [3] and found.climbs == [(4, 7)], "a jump within a climb is a jump"
 
 
 def test_growth_and_fall_common_to_all_tokens_are_neither():
@@ -210,21 +199,18 @@ def test_layers_and_states_of_the_fewer_kind_are_found():
         assert found.high[4:12, :4].all(), "the shorter kind must stay above the threshold"
 
 
-def test_steps_are_in_units_of_the_waves_own_peak():
-    norms = torch.tensor([1.0, 1, 101, 41, 1, 1, 1001, 1001])
-    norms = together(norms, torch.ones(8, 5))
+@pytest.mark.parametrize(
+    ("token", "others", "expected"),
+    [  # in units of the peak of each wave, without what ordinary tokens do as well
+        ([1, 1, 101, 41, 1, 1, 1001, 1001], [1] * 8, [0, 100 / 101, -60 / 101, -40 / 101, 0, 1000 / 1001, 0]),
+        ([1, 41, 101, 41, 11], [1, 6, 1, 2, 1], [35 / 101, 60 / 101, -60 / 101, -29 / 101]),
+    ],
+)
+def test_steps(token, others, expected):
+    norms = together(torch.tensor(token).float(), torch.tensor(others).float()[:, None].expand(-1, 5))
     steps = detect(norms).steps
-    expected = torch.tensor([0, 100 / 101, -60 / 101, -40 / 101, 0, 1000 / 1001, 0], dtype=torch.float64)
-    torch.testing.assert_close(steps[:, 0], expected)
+    torch.testing.assert_close(steps[:, 0], torch.tensor(expected, dtype=torch.float64))
     assert not steps[:, 1:].any()
-
-
-def test_steps_leave_out_what_ordinary_tokens_do_as_well():
-    norms = together(
-        torch.tensor([1.0, 41, 101, 41, 11]), torch.tensor([1.0, 6, 1, 2, 1])[:, None].expand(5, 4)
-    )
-    steps = detect(norms).steps[:, 0] * 101
-    torch.testing.assert_close(steps, torch.tensor([35.0, 60, -60, -29], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from sdnb.activations import perplexity, quantized_cache, sink_rate, sink_sequences, sinks
+from sdnb.activations import quantized_cache, sink_rate, sink_sequences, sinks
 from sdnb.activations.sinks import attention_maps
 from sdnb.errors import ModelError, ParameterError, TextError
 from sdnb.layers import decoder_layers
@@ -61,17 +61,28 @@ def test_the_rate_equals_a_loop(model, position, epsilon):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_tells_its_attention_and_is_restored(family):
+def test_every_family_tells_its_attention_and_attends_to_the_cache(family):
     model = build(family)
-    before, logits = model.config._attn_implementation, model(IDS, use_cache=False).logits
-    maps = list(attention_maps(model, IDS))
-    assert len(maps) == 2 and all(m.shape == (3, 4, 6, 6) for m in maps)
+    before, exact = model.config._attn_implementation, model(IDS, use_cache=False).logits
+    for _ in range(2):  # and once more
+        maps = list(attention_maps(model, IDS))
+        assert len(maps) == 2 and all(m.shape == (3, 4, 6, 6) for m in maps)
     for m in maps:
         torch.testing.assert_close(m.sum(-1), torch.ones(3, 4, 6))
         assert not m.triu(1).any()
     assert model.config._attn_implementation == before
-    assert len(list(attention_maps(model, IDS))) == 2  # and once more
-    assert torch.equal(model(IDS, use_cache=False).logits, logits)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert sinks(model, IDS).key_norms.shape == (2, 3, 6)
+    with torch.no_grad():
+        errors = []
+        for bits in (8, 4, 2):
+            with quantized_cache(model, bits=bits):
+                errors.append((model(IDS, use_cache=False).logits - exact).norm() / exact.norm())
+        assert 0 < errors[0] < errors[1] < errors[2] and errors[0] < 0.02
+        with quantized_cache(model, bits=2, keep=range(6)):
+            assert torch.equal(model(IDS, use_cache=False).logits, exact)
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert torch.equal(model(IDS, use_cache=False).logits, exact)
 
 
 def test_configurations_are_restored_after_an_error(model, monkeypatch):
@@ -122,15 +133,6 @@ def test_sinks_by_head_and_token_equal_a_loop(model):
         for linear, norms in ((attention.k_proj, found.key_norms), (attention.v_proj, found.value_norms)):
             expected = linear(u).view(2, 20, 2, 8).norm(dim=-1).mean(-1)  # rotating keys keeps their norms
             torch.testing.assert_close(norms[layer], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_sequences_of_a_text():
-    assert sink_sequences(torch.arange(2000)).shape == (16, 64)
-    rows = sink_sequences(torch.arange(130), begin_token=7)
-    assert rows.shape == (2, 64) and rows[:, 0].tolist() == [7, 7] and rows[1, 1:4].tolist() == [63, 64, 65]
-    assert sink_sequences(torch.arange(5)).shape == (1, 5)
-    with pytest.raises(TextError):
-        sink_sequences(torch.arange(1))
 
 
 def rounded_by_hand(keys, values, bits, keep):
@@ -186,33 +188,6 @@ def test_positions_that_are_kept_may_differ_from_line_to_line(model):
     assert torch.equal(some[1], exact[1]) and not torch.equal(some[2], exact[2])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_attends_to_the_cache(family):
-    model = build(family)
-    assert sinks(model, IDS).key_norms.shape == (2, 3, 6)
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    with torch.no_grad():
-        exact = model(IDS, use_cache=False).logits
-        errors = []
-        for bits in (8, 4, 2):
-            with quantized_cache(model, bits=bits):
-                errors.append((model(IDS, use_cache=False).logits - exact).norm() / exact.norm())
-        assert 0 < errors[0] < errors[1] < errors[2] and errors[0] < 0.02
-        with quantized_cache(model, bits=2, keep=range(6)):
-            assert torch.equal(model(IDS, use_cache=False).logits, exact)
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-
-
-def test_perplexity_with_a_cache_of_few_bits(model):
-    ids = torch.randint(3, 96, (48,), generator=torch.Generator().manual_seed(1))
-    exact = perplexity(model, ids, window=12).nll
-    with quantized_cache(model, bits=2):
-        assert not torch.allclose(perplexity(model, ids, window=12).nll, exact, rtol=1e-3)
-    with quantized_cache(model, bits=2, keep=range(12)):
-        assert torch.equal(perplexity(model, ids, window=12).nll, exact)
-    assert torch.equal(perplexity(model, ids, window=12).nll, exact)
-
-
 def test_a_model_without_a_cache_is_refused(model, monkeypatch):
     for layer in decoder_layers(model):
         forward = layer.self_attn.forward
@@ -223,6 +198,10 @@ def test_a_model_without_a_cache_is_refused(model, monkeypatch):
         model(IDS, use_cache=False)
 
 
-def test_bad_input(model):
+def test_bits_and_sequences(model):
     with pytest.raises(ParameterError, match="bits"), quantized_cache(model, bits=0):
         pass
+    assert sink_sequences(torch.arange(2000)).shape == (16, 64)
+    assert sink_sequences(torch.arange(130), begin_token=7).shape == (2, 64)
+    with pytest.raises(TextError):
+        sink_sequences(torch.arange(1))

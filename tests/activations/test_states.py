@@ -1,7 +1,5 @@
 """Hooked states against the model's own output, and the ledger against what its modules return."""
 
-from contextlib import ExitStack
-
 import pytest
 import torch
 
@@ -18,7 +16,6 @@ from sdnb.activations import (
 )
 from sdnb.errors import ParameterError
 from sdnb.layers import model_matrices
-from sdnb.layers.calls import unwrap
 from tests.families import FAMILIES, STREAMED
 from tests.families import build as family_model
 from tests.tiny import build
@@ -80,7 +77,7 @@ def test_padded_batches_give_every_line_its_own_states(model):
         torch.testing.assert_close(seen[number], hidden_states(model, line[None])[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_float16_overflow_is_explained():
+def test_what_is_not_finite_is_explained():
     lines, model = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 8, 7])], small()
     assert find_defect(model.half(), lines).norms.isfinite().all()
     weight = model.model.layers[1].mlp.down_proj.weight.data
@@ -88,14 +85,10 @@ def test_float16_overflow_is_explained():
     for run in (lambda: find_defect(model, lines), lambda: perplexity(model, lines[0])):
         with pytest.raises(ParameterError, match=r"layer 2 are not finite in float16.*65,504.*bfloat16"):
             run()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_otherwise_is_damaged(dtype):
-    model = small().to(dtype)
-    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ParameterError, match=r"layer 2 are not finite.*damaged"):
-        find_defect(model, [torch.tensor([5, 6, 7])])
+    weight[0, 0] = float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ParameterError, match=r"layer 2 are not finite.*damaged"):
+            find_defect(model.to(dtype), lines)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -135,25 +128,6 @@ def test_entries_of_every_family_are_what_its_branches_add(family):
     torch.testing.assert_close(total, book.coordinate[-1])
     torch.testing.assert_close(book.coordinate.float(), states @ U, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(book.norms, states.norm(dim=-1))
-
-
-@pytest.mark.parametrize(
-    ("family", "attention", "ffn"),
-    [("llama", ".self_attn", ".mlp"), ("gpt2", ".attn", ".mlp"),
-     ("gemma2", ".post_attention_layernorm", ".post_feedforward_layernorm")],
-)  # fmt: skip
-def test_entries_are_what_the_modules_return(family, attention, ffn):
-    model = small(family)
-    book = ledger(model, IDS, 7 * U)
-    for entries, suffix in ((book.attention, attention), (book.ffn, ffn)):
-        outputs = []
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in model.named_modules():
-                if name.endswith(suffix):
-                    hook = lambda m, a, r, outputs=outputs: outputs.append(unwrap(r).clone())  # noqa: E731
-                    stack.enter_context(module.register_forward_hook(hook))
-            model(IDS, use_cache=False)
-        torch.testing.assert_close(entries.float(), torch.stack(outputs) @ U, rtol=1e-3, atol=1e-4)
 
 
 def test_rounding_is_no_change_of_the_residual_stream():
