@@ -1,11 +1,10 @@
 """How a layer's view comes about: isolated, watched, read, and compared with the layer.
 
 With one token the softmax is 1, so what attention's output projection reads is made of entries of what the
-linear maps before it wrote, copied as often as heads share them. Which entries those are is told by their
-numbers: fused, interleaved, grouped and transposed layouts need no table. Where values pass more than that
-(norms in latent attention), the real module's answers to the d rows of the identity are the matrix, at the
-cost of a pass of d rows. Where it is no matrix at all (gates, sinks, clips), least squares on Gaussian rows
-find one. The FFN's matrices are told by the roles of their rows, its activation by trial.
+linear maps before it wrote, copied as often as heads share them. Which entries, their numbers tell. Where
+values pass more than that (norms in latent attention), the real module's answers to the rows of the identity
+are the matrix. Where there is none (gates, sinks, clips), least squares find one. The FFN's matrices are told
+by the roles of their rows, its activation by trial.
 """
 
 from __future__ import annotations
@@ -52,9 +51,6 @@ Activation = Callable[[Tensor], Tensor]
 def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
     """Take one decoder layer apart by watching a float32 copy of it, and check the parts against the layer.
 
-    Layers that are built alike are watched once: the next one is read in the same places, and checked in
-    full; if it does not fit up to rounding, it is watched like the first.
-
     Args:
         model: a causal language model of transformers, or what `sdnb.load` returned; on any device, in any
             dtype, offloaded or not.
@@ -68,6 +64,7 @@ def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
     """
     isolated = IsolatedLayer(find_decoder(model), number)
     structures = isolated.decoder.known.structures
+    # layers built alike are watched once: the next one is read in the same places, and checked in full
     alike = _read_alike(isolated, structures[isolated.key]) if isolated.key in structures else None
     if alike is not None:
         return alike
@@ -125,10 +122,9 @@ def _read_alike(isolated: IsolatedLayer, structure: Structure) -> LayerView | No
 
 def zero_and_basis_rows(isolated: IsolatedLayer) -> Tensor:
     """Zero and eight rows of the identity, (9, d)."""
-    d = isolated.hidden_size
-    some = torch.randperm(d, generator=torch.Generator().manual_seed(5))[:8]
-    basis = nn.functional.one_hot(some, d).to(isolated.device, torch.float32)
-    return nn.functional.pad(basis, (0, 0, 1, 0))
+    some = torch.randperm(isolated.hidden_size, generator=torch.Generator().manual_seed(5))[:8]
+    basis = nn.functional.one_hot(some, isolated.hidden_size).float()
+    return torch.cat([0 * basis[:1], basis]).to(isolated.device)
 
 
 @torch.no_grad()
@@ -348,29 +344,23 @@ def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> Tensor:
 @torch.no_grad()
 def measured(view: LayerView) -> LayerView:
     """The view with its errors: what was read off the layer against the real one, in a run of each part."""
-    x = view.isolated.states()
-    *of_attention, answers = _attention_errors(view, x)
-    of_ffn, of_layer = _ffn_and_layer_errors(view, x, view.attention.added(answers))
-    # one number after the other would make a GPU wait five times
-    basis, near, far, formula, layer = torch.stack([*of_attention, of_ffn, of_layer]).tolist()
-    attention = replace(view.attention, error_basis=basis, error=near, error_far=far)
+    x, attention = view.isolated.states(), view.attention
+    fed, basis = attention.normed(x), zero_and_basis_rows(view.isolated)
+    groups = [fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3), basis]
+    *answers, real = view.attention_module(torch.cat(groups)).split([len(rows) for rows in groups])
+    near, *far = (_affine_error(attention, *pair) for pair in zip(groups[:-1], answers, strict=True))
+    with view.isolated.altered(linearised(attention.inner_norms)):
+        real = view.attention_module(basis) if attention.inner_norms else real
+    off = basis @ attention.matrix.T + attention.bias - real
+    on_basis = torch.maximum(ratio(off[:1], real), ratio(off[1:], real))
+    formula, layer = _ffn_and_layer_errors(view, x, attention.added(answers[0]))
+    # one number after the other would make a GPU wait each time
+    numbers = torch.stack([near, torch.stack(far).max(), on_basis, formula, layer]).tolist()
+    near, far, on_basis, formula, layer = numbers
+    on_basis = on_basis if attention.fit_residual is None else 0.0  # a fit need not agree there
+    attention = replace(attention, error=near, error_far=far, error_basis=on_basis)
     ffn = replace(view.ffn, error=None if view.ffn.formula is None else formula)
     return replace(view, attention=attention, ffn=ffn, error=layer)
-
-
-def _attention_errors(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The errors on the basis, on normed rows, on sums and multiples; the real output on the rows."""
-    attention, fed, basis = view.attention, view.attention.normed(x), zero_and_basis_rows(view.isolated)
-    groups = [basis, fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3)]
-    answers = view.attention_module(torch.cat(groups)).split([len(rows) for rows in groups])
-    errors = [_affine_error(attention, *pair) for pair in zip(groups[1:], answers[1:], strict=True)]
-    with view.isolated.altered(linearised(attention.inner_norms)):
-        real = view.attention_module(basis) if attention.inner_norms else answers[0]
-    error = basis @ attention.matrix.T + attention.bias - real
-    on_basis = torch.maximum(ratio(error[:1], real), ratio(error[1:], real))
-    if attention.fit_residual is not None:
-        on_basis = torch.zeros_like(on_basis)  # a fit is none of these
-    return on_basis, errors[0], torch.stack(errors[1:]).max(), answers[1]
 
 
 def _affine_error(attention: AttentionBranch, rows: Tensor, real: Tensor) -> Tensor:

@@ -12,10 +12,8 @@ Every branch has a norm in most families; few have a post-norm (Gemma) or a mult
 layer (GPT-J, Falcon) gives x to both branches: x + a + f. The residual path is nearly always bare. In BERT it
 passes the norm that the FFN reads, and an output norm; in Doge it has coefficients.
 
-A `LayerView` holds this picture for one layer. `view.attention` and `view.ffn` are its branches: every norm's
-gain and bias, multipliers, attention's matrix W_O rep(W_V), the FFN's formula, and how far each is from the
-real module. `view.structure` says which submodules are which, by name. `view.layer(x)`, `view.ffn_branch(x)`
-and their like run the real modules. A view comes about in three steps:
+A `LayerView` holds this picture for one layer; its methods run the real modules. It comes about in three
+steps:
 
 1. `isolated.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
 2. `watching.py` finds the parts, by what modules do and not by their names: what mixes tokens is attention;
@@ -70,9 +68,7 @@ class Structure:
     values: tuple[tuple[str, ...], Tensor] | None = None
     gate: Rows | None = None  # what stands inside the FFN's activation
     up: Rows | None = None  # what the activation multiplies; None in a plain unit
-    # "layer:" and the path of an attribute of the layer, or a name that transformers knows; None where the
-    # FFN's formula is not recognised
-    activation: str | None = None
+    activation: str | None = None  # "layer:" and a path in the layer, or a name in transformers
 
 
 @dataclass(frozen=True)
@@ -102,16 +98,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class AttentionBranch(Branch):
-    """Attention: for a token alone its module is u -> matrix u + bias.
+    """Attention: for a token alone its module is u -> matrix u + bias."""
 
-    The matrix is W_O rep(W_V). Where attention is none (gates, sinks, clips) it is the least-squares fit on
-    Gaussian rows. A norm inside the value path (latent attention) is in it by its gain, without the divisor
-    that depends on the data.
-    """
-
-    matrix: Tensor | None = None  # (d, d)
+    matrix: Tensor | None = None  # W_O rep(W_V), (d, d); where it is none, the fit on Gaussian rows
     bias: Tensor | None = None  # (d,)
-    inner_norms: tuple[Norm, ...] = ()  # those inside the value path
+    inner_norms: tuple[Norm, ...] = ()  # in the value path (latent attention), in the matrix by their gains
     fit_residual: float | None = None  # what a least-squares fit left, relative to the module's answers
     error_far: float | None = None  # on sums and multiples of rows, where clips and sinks cannot hide
     error_basis: float | None = None  # on zero and on rows of the identity, where even these must agree
@@ -160,8 +151,7 @@ class FFNFormula:
 class FFNBranch(Branch):
     """The feed-forward network."""
 
-    # None where it is not recognised and the FFN has to be sampled; one dead unit where there is no FFN
-    formula: FFNFormula | None = None
+    formula: FFNFormula | None = None  # None where it is not recognised; one dead unit where there is no FFN
 
 
 @dataclass(frozen=True)
@@ -175,8 +165,7 @@ class LayerView:
         ffn: norms, multiplier, formula and its error.
         output_norm: the norm that the whole sum passes at the end (BERT), as a rule None.
         error: norms, multipliers and sum around the real modules against the layer, relative to a branch.
-        status: "exact"; "approximate" if attention is no exact matrix (clips, sinks, gates); "sampled" if the
-            FFN's formula is not recognised.
+        status: "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN has no formula.
     """
 
     isolated: IsolatedLayer

@@ -143,7 +143,8 @@ def test_contract(case):
     assert view.status == "exact"
     errors = contract(view, seen)
     assert max(errors.values()) < TOLERANCE, errors
-    of_attention = (view.attention.error, view.attention.error_far, view.attention.error_basis)
+    attention = view.attention
+    of_attention = (attention.error, attention.error_far, attention.error_basis)
     assert max(*of_attention, view.ffn.error, view.error) < TOLERANCE
     assert len(decoder_layers(model)) == LAYERS == model.config.num_hidden_layers
     for number in range(1, LAYERS + 1):  # both branches change the hidden state: no check is blind to one

@@ -1,5 +1,0 @@
-"""Moved into `watching.py`."""
-
-from sdnb.layers.watching import BranchModules
-
-__all__ = ["BranchModules"]
