@@ -43,14 +43,10 @@ INTERVENTIONS = {
     "direction": "project the direction out",
     "massive": "massive dimensions to zero",
     "attention": "attention to zero",
-}
-"""What can be switched on, and how it is called on the page."""
-LINES = 16
-"""Lines of the held-out text that the direction and the massive dimensions are taken from."""
-LONGEST = 256
-"""Tokens of a sentence that can still be told apart in a picture."""
-MOST_LAYERS = 32
-"""Layers with a frame of their own in the book."""
+}  # what can be switched on, and how it is called on the page
+LINES = 16  # of the held-out text that the direction and the massive dimensions are taken from
+LONGEST = 256  # tokens of a sentence that can still be told apart in a picture
+MOST_LAYERS = 32  # with a frame of their own in the book
 _KEPT = 3  # models in memory
 _LEAST = 1e-6
 _WIDTH = 7.2  # of the pictures, in inches

@@ -456,10 +456,6 @@ def _gather(loaded: object, text: object, seed: int | None) -> dict:
 
 def _peak_memory_mib() -> int:
     """Peak resident memory of this process."""
-    status = Path("/proc/self/status")  # `ru_maxrss` counts what the parent had before the fork, too
-    found = re.search(r"^VmHWM:\s*(\d+)", status.read_text() if status.is_file() else "", re.M)
-    if found:
-        return round(int(found[1]) / 1024)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

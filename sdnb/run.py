@@ -21,8 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ DONE, UNCHANGED, FAILED = "done", "unchanged", "failed"
 NO_MODEL = "random_matrix"
 """Folder of a notebook that looks at no model."""
 _OWN = ("model", "results_dir")
+_LOST = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,10 @@ def matrix(
     wished, known = pick(there, asked), {path: declared(path) for path in there}
     chosen = [pick(there, model.notebooks) if model.notebooks else wished for model in models]
     chosen = [[path for path in paths if asked is None or path in wished] for paths in chosen]
-    _refuse_unknown(given, known, {path for paths in chosen for path in paths})
+    _refuse_unknown(given, ChainMap(*(known[path] for paths in chosen for path in paths)))
     cells = {}
     for model, paths in zip(models, chosen, strict=True):
-        _refuse_unknown(model.parameters, known, {*there})
+        _refuse_unknown(model.parameters, ChainMap(*known.values()))
         own = given | model.parameters | ({"revision": model.revision} if model.revision else {})
         own |= {"model": model.name, "results_dir": str(results)}
         for path in paths:
@@ -260,19 +262,15 @@ def _literal(entry: dict) -> object:
         return None
 
 
-def _refuse_unknown(given: dict, known: dict[Path, dict], run: set[Path]) -> None:
+def _refuse_unknown(given: dict, known: dict[str, object]) -> None:
     for name in given:
         if name in _OWN:
             raise ParameterError(f"{name} is no parameter to pass: give MODEL and --results-dir instead.")
-        holders = {path for path, names in known.items() if name in names}
-        if not holders:
-            everything = set().union(*known.values()) - {*_OWN}
-            near = difflib.get_close_matches(name, everything, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(everything))}."
-            raise ParameterError(f"No notebook has a parameter {name!r}: {hint}")
-        if not holders & run:
-            these, those = (", ".join(sorted(map(number, paths))) for paths in (run, holders))
-            raise ParameterError(f"None of the notebooks {these} has a parameter {name!r}; {those} do.")
+        if name not in known:
+            names = sorted({*known} - {*_OWN})
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
+            raise ParameterError(f"No notebook of this run has a parameter {name!r}: {hint}")
 
 
 # --- what a cell depends on
@@ -345,7 +343,9 @@ def run_all(
                 ended = wait(futures, timeout=0.3, return_when="FIRST_COMPLETED").done
                 _show_progress(events, bars)
                 for future in ended:
-                    outcomes.append(_outcome(future, futures.pop(future)))
+                    cell = futures.pop(future)
+                    lost = isinstance(future.exception(), BrokenProcessPool)
+                    outcomes.append(Outcome(cell, FAILED, reason=_LOST) if lost else future.result())
                     _show_end(outcomes[-1], f"{len(outcomes)}/{len(cells)}", bars)
     except BaseException:  # an interrupt: what runs is given up, kernels end when they miss their parent
         for worker in {*multiprocessing.active_children()} - others:
@@ -359,14 +359,6 @@ def run_all(
             bar.close()
     print(_table(outcomes))
     return outcomes
-
-
-def _outcome(future: Future, cell: Cell) -> Outcome:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        lost = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
-        return Outcome(cell, FAILED, reason=lost)
 
 
 def _show_progress(events: object, bars: dict) -> None:
