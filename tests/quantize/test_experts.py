@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from sdnb.errors import ModelError
-from sdnb.quantize import (
-    Scheme,
-    expert_statistics,
-    kept_share,
-    quantized,
-    super_experts,
-    watched_experts,
-)
+from sdnb.quantize import Scheme, expert_statistics, kept_share, quantized, super_experts, watched_experts
 from tests.tiny import build
 
 SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.7}
@@ -56,6 +49,9 @@ def test_statistics_are_those_of_a_loop_over_tokens(family):
         assert entry.tokens == tokens
         assert (entry.largest_input, entry.largest_output) == pytest.approx((x, y), rel=1e-4)
     assert found[9].name == "model.layers.1.mlp.experts.1"
+    intact = model(LINES[0][None]).logits
+    with watched_experts(model):
+        torch.testing.assert_close(model(LINES[0][None]).logits, intact)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -68,14 +64,6 @@ def test_one_expert_that_is_scaled_by_hand_is_named(family):
     after = expert_statistics(model, LINES)
     assert [(s.layer, s.expert) for s in super_experts(after)] == [(2, 3)]
     assert before[0].largest_output < 0.1 * super_experts(after)[0].largest_output
-
-
-def test_the_answer_of_the_model_does_not_change():
-    model = build("qwen3_moe", **SIZES, **MORE["qwen3_moe"])
-    intact = model(LINES[0][None]).logits
-    with watched_experts(model) as experts:
-        torch.testing.assert_close(model(LINES[0][None]).logits, intact)
-        assert sum(found.tokens for found in experts) == 2 * 2 * 30, "two layers, two experts a token"
 
 
 def test_a_model_without_experts_is_refused():

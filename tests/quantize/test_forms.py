@@ -9,6 +9,7 @@ import json
 import re
 from collections import OrderedDict
 from fnmatch import fnmatch
+from pathlib import Path
 
 import gguf
 import pytest
@@ -19,7 +20,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sdnb.quantize import SkipList, forms, fused_with, linear_modules, never_quantized
-from sdnb.quantize.skip_lists import gguf_name
+from sdnb.quantize.skip_lists import TOOLS, gguf_name
 from tests.tiny import build, tiny_model
 
 TWELVE = {"d": 32, "f": 64, "layers": 12, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}
@@ -61,12 +62,19 @@ RULES = {  # whether a module keeps its precision
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
+GATED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "qwen2_moe"])
 def test_each_form_round_trips_by_its_rule(family):
-    model = build(family, **TWELVE)
-    chosen = the_list(model)
+    if family == "qwen2_moe":  # where `gate` must not match `gate_proj`
+        model = build(family, **GATED, shared_expert_intermediate_size=24, **TWELVE)
+        chosen = SkipList(("model.layers.1.mlp.shared_expert_gate",), (), ("lm_head",), 32.0)
+    else:
+        model = build(family, **TWELVE)
+        chosen = the_list(model)
     found = forms(chosen, model)
-    assert set(found) == {*RULES, "llama.cpp"}
+    assert {*RULES} < set(found) <= {*TOOLS}
     for tool, rule in RULES.items():
         value = json.loads(json.dumps(found[tool].value))
         kept = {name for name in linears(model) if rule(value, name)}
@@ -94,15 +102,6 @@ def test_what_transformers_would_skip_by_itself_is_on_the_list(family, tied):
     theirs = {key for key in get_keys_to_not_convert(model) if key in modules}
     weighty = {key for key in theirs if getattr(modules[key], "weight", torch.zeros(1)).ndim == 2}
     assert weighty and weighty <= set(never_quantized(model))
-
-
-def test_names_are_bounded_so_that_gate_does_not_match_gate_proj():
-    model = build("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24,
-                  num_experts_per_tok=2, **TWELVE)  # fmt: skip
-    chosen = SkipList(("model.layers.1.mlp.shared_expert_gate",), (), ("lm_head",), 32.0)
-    found = forms(chosen, model)
-    for tool, rule in RULES.items():
-        assert {name for name in linears(model) if rule(found[tool].value, name)} == set(chosen.modules)
 
 
 GGUF = {
@@ -134,23 +133,18 @@ def test_llama_cpp_lines_match_exactly_the_listed_tensors():
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tiny_model(tmp_path, "llama", d=32, f=64, layers=12)
-
-
-@pytest.fixture
-def saved(folder):
+def saved(tmp_path):
     """A folder, its model, a list, and what must stay: two lists of names."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = tiny_model(tmp_path / "saved", "llama", d=32, f=64, layers=12)
+    model = load(folder)
     chosen = the_list(model)
     assert DOWN in chosen.spiking and len(chosen.fused) == 2
     return folder, model, forms(chosen, model), set(chosen.modules)
 
 
-def load(folder, config):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config
-    ).eval()
+def load(folder, config=None):
+    option = {} if config is None else {"quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **option)
 
 
 def test_a_quantization_config_of_transformers_leaves_exactly_the_list(saved):
@@ -160,106 +154,108 @@ def test_a_quantization_config_of_transformers_leaves_exactly_the_list(saved):
     options[found["transformers"].parameter] = found["transformers"].value
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": options}))
-    quantized = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    quantized = load(folder)
     assert {n for n in linears(model) if type(quantized.get_submodule(n)) is nn.Linear} == kept
 
 
-def test_bitsandbytes_leaves_exactly_the_list(saved):
-    pytest.importorskip("bitsandbytes")
-    folder, model, found, kept = saved
-    config = BitsAndBytesConfig(
-        load_in_8bit=True, **{found["bitsandbytes"].parameter: found["bitsandbytes"].value}
-    )
-    quantized = load(folder, config)
-    assert {n for n in linears(model) if type(quantized.get_submodule(n)) is nn.Linear} == kept
+# What each tool itself leaves alone, given the folder, the model and its forms.
 
 
-def plain(model) -> set[str]:
-    """Modules whose weight is an ordinary parameter."""
-    return {n for n in linears(model) if type(model.get_submodule(n).weight) is nn.Parameter}
+def by_bitsandbytes(package, folder, model, found) -> set[str]:
+    option = {found["bitsandbytes"].parameter: found["bitsandbytes"].value}
+    quantized = load(folder, BitsAndBytesConfig(load_in_8bit=True, **option))
+    return {name for name in linears(model) if type(quantized.get_submodule(name)) is nn.Linear}
 
 
-def test_torchao_leaves_exactly_the_list(saved):
-    quantization = pytest.importorskip("torchao.quantization")
-    folder, model, found, kept = saved
-    kind = quantization.Int8DynamicActivationInt8WeightConfig()
+def by_torchao(package, folder, model, found) -> set[str]:
+    """Through transformers, by the filter and by the configuration of its form: three times the same."""
+
+    def plain(model) -> set[str]:
+        return {n for n in linears(model) if type(model.get_submodule(n).weight) is nn.Parameter}
+
+    kind = package.Int8DynamicActivationInt8WeightConfig()
     quantized = load(folder, TorchAoConfig(kind, modules_to_not_convert=found["transformers"].value))
-    assert plain(quantized) == kept
     assert quantized(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
-    known = {"model": model, "torch": torch, "OrderedDict": OrderedDict, "config": kind}
+    known = {"torch": torch, "OrderedDict": OrderedDict, "config": kind, "quantize_": package.quantize_}
+    known["FqnToConfig"], fresh = package.FqnToConfig, load(folder)
     by_filter, by_name = found["torchao"].text.split("# or")
-    exec(by_filter, known | {"quantize_": quantization.quantize_})
-    assert plain(model) == kept
-    known["model"] = fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    setup = by_filter.rpartition("quantize_")[0]
-    exec(
-        f"{setup}# or{by_name}",
-        known | {"quantize_": quantization.quantize_, "FqnToConfig": quantization.FqnToConfig},
-    )
-    assert plain(fresh) == kept
+    exec(by_filter, known | {"model": model})
+    exec(f"{by_filter.rpartition('quantize_')[0]}# or{by_name}", known | {"model": fresh})
+    assert plain(quantized) == plain(model) == plain(fresh)
+    return plain(fresh)
 
 
-def test_quanto_leaves_exactly_the_list(saved):
-    quanto = pytest.importorskip("optimum.quanto")
-    _, model, found, kept = saved
-    every = linears(model)
-    quanto.quantize(
-        model, weights=quanto.qint8, **{found["optimum-quanto"].parameter: found["optimum-quanto"].value}
-    )
-    assert {name for name in every if not isinstance(model.get_submodule(name), quanto.nn.QLinear)} == kept
+def by_quanto(package, folder, model, found) -> set[str]:
+    every, form = linears(model), found["optimum-quanto"]
+    package.quantize(model, weights=package.qint8, **{form.parameter: form.value})
+    return {name for name in every if not isinstance(model.get_submodule(name), package.nn.QLinear)}
 
 
-@pytest.mark.parametrize("tool", ["compressed-tensors", "llm-compressor"])
-def test_compressed_tensors_leaves_exactly_the_list(saved, tool):
-    match = pytest.importorskip("compressed_tensors.utils.match")
-    _, model, found, kept = saved
-    taken = {name for name, _ in match.match_named_modules(model, ["Linear"], found[tool].value)}
-    assert {*linears(model)} - taken == kept
+def by_compressed_tensors(package, folder, model, found) -> set[str]:
+    """Both of its forms, and fused modules as vLLM asks: skipped as a whole, or not at all."""
     fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-    for layer in range(12):  # as vLLM asks: the fused module is skipped as a whole, or not at all
-        for name, shards in (
-            ("self_attn.qkv_proj", fused["qkv_proj"]),
-            ("mlp.gate_up_proj", fused["gate_up_proj"]),
-        ):
-            parent = f"model.layers.{layer}.{name.partition('.')[0]}."
-            whole = match.is_match(
-                parent + name.partition(".")[2], nn.Linear(1, 1), found[tool].value, fused=fused
-            )
-            assert {parent + shard in kept for shard in shards} == {whole}
+    every = linears(model)
+    for tool in ("llm-compressor", "compressed-tensors"):
+        value = found[tool].value
+        kept = {*every} - {name for name, _ in package.match_named_modules(model, ["Linear"], value)}
+        for layer in range(12):
+            for name, shards in (("self_attn.qkv_proj", "qkv_proj"), ("mlp.gate_up_proj", "gate_up_proj")):
+                parent = f"model.layers.{layer}.{name.removesuffix(shards)}"
+                whole = package.is_match(parent + shards, nn.Linear(1, 1), value, fused=fused)
+                assert {parent + shard in kept for shard in fused[shards]} == {whole}
+    return kept
 
 
-def test_modelopt_leaves_exactly_the_list(saved):
-    quantization = pytest.importorskip("modelopt.torch.quantization")
-    _, model, found, kept = saved
-    config = {
-        "quant_cfg": [*quantization.INT8_DEFAULT_CFG["quant_cfg"], *found["modelopt"].value],
-        "algorithm": "max",
-    }
-    quantized = quantization.quantize(model, config, lambda m: m(torch.tensor([[3, 4, 5]])))
-    left = {
-        n
-        for n in linears(build("llama", **TWELVE))
-        if not quantized.get_submodule(n).weight_quantizer.is_enabled
-    }
-    assert left == kept
+def by_modelopt(package, folder, model, found) -> set[str]:
+    every, defaults = linears(model), package.INT8_DEFAULT_CFG["quant_cfg"]
+    config = {"quant_cfg": [*defaults, *found["modelopt"].value], "algorithm": "max"}
+    quantized = package.quantize(model, config, lambda m: m(torch.tensor([[3, 4, 5]])))
+    return {name for name in every if not quantized.get_submodule(name).weight_quantizer.is_enabled}
 
 
-def test_quark_leaves_exactly_the_list(saved):
-    parser = pytest.importorskip("quark.torch.export.main_export.quant_config_parser")
-    config = pytest.importorskip("quark.torch.quantization.config.config")
-    _, model, found, kept = saved
-    whole = config.QConfig(
-        global_quant_config=config.QLayerConfig(), **{found["quark"].parameter: found["quark"].value}
-    )
-    taken = {n for n in linears(model) if parser.get_layer_quant_config(whole, nn.Linear, n) is not None}
-    assert {*linears(model)} - taken == kept
+def by_quark(package, folder, model, found) -> set[str]:
+    from quark.torch.export.main_export.quant_config_parser import get_layer_quant_config
+
+    form = found["quark"]
+    whole = package.QConfig(global_quant_config=package.QLayerConfig(), **{form.parameter: form.value})
+    return {name for name in linears(model) if get_layer_quant_config(whole, nn.Linear, name) is None}
 
 
-def test_auto_round_leaves_exactly_the_list(saved):
-    resolver = pytest.importorskip("auto_round.compressors.layer_config_resolver")
-    _, model, found, kept = saved
+def by_auto_round(package, folder, model, found) -> set[str]:
     value = {name: dict(entry) for name, entry in found["auto-round"].value.items()}
-    resolved = resolver._traverse_and_expand_layer_config(value, model, (nn.Linear,), (), [], {"bits"}, None)[
-        0
-    ]
-    assert {name for name, entry in resolved.items() if entry["bits"] == 16} == kept
+    resolved = package._traverse_and_expand_layer_config(value, model, (nn.Linear,), (), [], {"bits"}, None)
+    return {name for name, entry in resolved[0].items() if entry["bits"] == 16}
+
+
+@pytest.mark.parametrize(
+    ("package", "kept_by"),
+    [
+        ("bitsandbytes", by_bitsandbytes),
+        ("torchao.quantization", by_torchao),
+        ("optimum.quanto", by_quanto),
+        ("compressed_tensors.utils.match", by_compressed_tensors),
+        ("modelopt.torch.quantization", by_modelopt),
+        ("quark.torch.quantization.config.config", by_quark),
+        ("auto_round.compressors.layer_config_resolver", by_auto_round),
+    ],
+)
+def test_the_tool_itself_leaves_exactly_the_list(saved, package, kept_by):
+    folder, model, found, kept = saved
+    assert kept_by(pytest.importorskip(package), folder, model, found) == kept
+
+
+PAGE = Path(__file__).parents[2] / "book" / "quantizers.md"
+LISTED, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_lines_of_the_page_run(tmp_path, monkeypatch, block):
+    """As they stand, where the tool that they are for is installed."""
+    for tool in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+        pytest.importorskip(tool)
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(tiny_model(tmp_path / "model", d=32, f=64, layers=12))}
+    exec(LISTED, names)
+    if "scheme" in block:
+        exec(BLOCKS[0], names)
+    exec(block, names)

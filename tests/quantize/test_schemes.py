@@ -83,9 +83,8 @@ def test_every_linear_module_but_the_head_is_replaced_and_put_back(case):
     intact = model(IDS).logits
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with quantized(model, Scheme()) as names:
-        changed = model(IDS).logits
+        assert not torch.equal(intact, model(IDS).logits)
         assert names == list(linear_modules(model))
-    assert not torch.equal(intact, changed)
     assert torch.equal(intact, model(IDS).logits)
     with pytest.raises(ZeroDivisionError), quantized(model, Scheme()):
         raise ZeroDivisionError
@@ -117,18 +116,6 @@ def test_every_scheme_comes_near_and_bits_count(case):
     assert errors["mxfp8"] < errors["mxfp4"] and errors["nvfp4"] < errors["mxfp4"]
 
 
-def test_a_block_contains_an_outlier_and_a_tensor_does_not(linears):
-    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
-    x[0, 0, 3] = 5000.0
-    linear, errors = linears["transformer.h.0.mlp.c_proj"], {}
-    exact = linear.module(x)
-    for title, scheme in SCHEMES.items():
-        off = QuantizedLinear(linear, scheme)(x) - exact
-        errors[title] = (off.norm(dim=-1) / exact.norm(dim=-1))[0, 1:].mean().item()
-    assert errors["int8 tensor"] > 0.8, "the others are rounded to nothing"
-    assert errors["int8 blocks of 32"] < 0.02 and errors["int8 channel, token"] < 0.05
-
-
 def test_what_is_not_a_number_does_not_become_one(linears):
     linear = linears["transformer.h.0.mlp.c_fc"]
     for scheme in SCHEMES.values():
@@ -150,6 +137,9 @@ def test_static_scales_come_from_the_calibration_text(case):
     x[..., 0] = statistics[name].largest
     torch.testing.assert_close(module(x), QuantizedLinear(linear, Scheme())(x))
     torch.testing.assert_close(module(10 * x), module(x))  # beyond the calibrated range: saturates
+    rest = {other: found for other, found in statistics.items() if other != name}
+    with quantized(model, Scheme(static=True), statistics=rest) as names:
+        assert names == list(rest), "modules without statistics keep their precision"
 
 
 def test_smoothing_moves_scale_and_changes_no_product(case):
@@ -181,14 +171,6 @@ def test_smoothquant_takes_an_outlier_channel_down():
         with quantized(model, Scheme(static=True, alpha=alpha), statistics=statistics, norms=norms):
             errors[alpha] = (model(IDS).logits - intact).norm() / intact.norm()
     assert errors[0.5] < errors[None] / 3
-
-
-def test_modules_without_statistics_keep_their_precision(case):
-    model, statistics, _ = case
-    first = next(iter(statistics))
-    rest = {name: found for name, found in statistics.items() if name != first}
-    with quantized(model, Scheme(static=True), statistics=rest) as names:
-        assert first not in names and len(names) == len(rest)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme("nvfp4"), Scheme(inputs="token")])

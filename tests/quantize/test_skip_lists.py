@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM
 
 from sdnb.errors import ParameterError
 from sdnb.quantize import (
-    MIN_TOKEN_RATIO,
     Scheme,
     fused_with,
     input_statistics,
@@ -38,13 +37,6 @@ def test_planted_spikes_are_on_the_list_and_nothing_else(tmp_path, family):
     assert set(chosen.spiking) == expected and chosen.fused == ()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_an_ordinary_model_has_only_the_defaults(family):
-    model = build(family, **TWELVE)
-    chosen = skip_list(model, input_statistics(model, lines(), scheme=None))
-    assert chosen.chosen == [] and chosen.modules == never_quantized(model)
-
-
 def test_the_threshold_is_a_ratio_and_is_obeyed():
     model = build("llama", **TWELVE)
     statistics = input_statistics(model, lines(), scheme=None)
@@ -52,7 +44,8 @@ def test_the_threshold_is_a_ratio_and_is_obeyed():
     chosen = skip_list(model, statistics, threshold=(ratios[2] + ratios[3]) / 2)
     assert len(chosen.spiking) == 3
     assert [statistics[name].token_ratio for name in chosen.spiking] == ratios[:3], "the largest first"
-    assert ratios[0] < MIN_TOKEN_RATIO
+    ordinary = skip_list(model, statistics)
+    assert ordinary.chosen == [] and ordinary.modules == never_quantized(model)
     with pytest.raises(ParameterError, match="threshold"):
         skip_list(model, statistics, threshold=1.0)
 
