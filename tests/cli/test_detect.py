@@ -5,14 +5,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
 
 from sdnb import encode, gguf, hidden_states, load
 from sdnb.cli import main
 from sdnb.inspection import MULTIPLES, inspect_model, report
 from sdnb.quantize.skip_lists import TOOLS
 from tests import ggufs
-from tests.tiny import build, planted_model, save, tiny_model, tiny_tokenizer
+from tests.tiny import build, planted_model, save, tiny_model
 
 LINES = [f"the module number {n} provides a class for {n} objects" + " of it" * (n % 3) for n in range(12)]
 SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 384, "seed": 1, "scale": 0.7}
@@ -46,7 +45,7 @@ def test_finds_what_was_planted(planted):
     assert values["explosion_layers"] == [truth.explosion_layer]
     assert values["decay_layers"] == [truth.decay_layer]
     [begin] = values["high_norm_tokens"]
-    assert begin["token_id"] == 0 and begin["position"] == "first" and begin["count"] == 12
+    assert (begin["token_id"], begin["position"], begin["count"]) == (0, "first", 12)
     assert begin["peak_norm"] == pytest.approx(truth.peak_norm, rel=0.1)
     assert values["high_norm_kinds"] == {"begin token": 12}
     assert values["begin_token"] and values["add_special_tokens"] and values["begin_token_note"] is None
@@ -191,11 +190,9 @@ def test_texts(planted, options):
     assert values["begin_token"] == bool(options.get("chat")) and not values["add_special_tokens"]
     assert (values["begin_token_note"] is None) == bool(options.get("chat"))
     assert ("begin token" in values["high_norm_kinds"]) == bool(options.get("chat"))
-
-
-def test_max_tokens_counts_all_lines(planted):
-    whole = inspect_model(planted[0], LINES, costs=False, max_tokens=40)
-    assert whole["token_count"] == 40 and 1 < whole["line_count"] < 12
+    if not options:
+        cut = inspect_model(loaded, LINES, costs=False, max_tokens=40)
+        assert cut["token_count"] == 40 and 1 < cut["line_count"] < 12, "the tokens of all lines"
 
 
 def test_command(tmp_path, capsys):
@@ -241,15 +238,3 @@ def test_without_a_tokenizer_another_models_is_taken(tmp_path, planted, capsys):
     assert "--base" in error and "token_ids" not in error
     other = tiny_model(tmp_path / "other", **{k: v for k, v in SIZES.items() if k != "seed"})
     assert main(["detect", str(tmp_path / "bare"), "--base", str(other), "--max-lines", "4"]) == 0
-
-
-def test_an_encoder_is_refused_in_one_line(tmp_path, capsys):
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=384, hidden_size=32, **sizes)
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    capsys.readouterr()
-    assert main(["detect", str(tmp_path)]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert "decoder" in captured.err or "causal" in captured.err
