@@ -124,13 +124,6 @@ def shown(live, side: int = 0) -> tuple[bytes, bytes, str]:
     return panel.norms.value, panel.spectrum.value, panel.table.value
 
 
-def test_it_starts_at_the_explosion_layer_with_one_model(live, planted):
-    left, right = live.panels
-    assert left.layer.value == planted.explosion_layer and left.layer.max == 6 and live.begin.value
-    assert all(shown(live)) and "tokens" in left.status.value
-    assert not any(shown(live, 1)) and right.layer.layout.display == "none"
-
-
 def test_each_control_changes_what_depends_on_it(live):
     norms, spectrum, _ = shown(live)
     live.panels[0].layer.value = 5
@@ -167,12 +160,14 @@ def test_errors_are_said_and_nothing_stays(live, control, value, said, monkeypat
 
 
 def test_two_models_beside_each_other(live, planted):
-    right = live.panels[1]
-    right.model.value = live.panels[0].model.value
-    assert shown(live)[0] == right.norms.value
+    left, right = live.panels
+    assert left.layer.value == planted.explosion_layer and left.layer.max == 6 and live.begin.value
+    assert all(shown(live)) and "tokens" in left.status.value
+    assert not any(shown(live, 1)) and right.layer.layout.display == "none"
+    right.model.value = left.model.value
+    assert shown(live) == shown(live, 1)
     right.layer.value = 6
-    assert "Layer 6" in right.table.value
-    assert f"Layer {planted.explosion_layer}" in live.panels[0].table.value
+    assert "Layer 6" in right.table.value and f"Layer {planted.explosion_layer}" in left.table.value
     right.model.value = ""
     assert not any(shown(live, 1))
 

@@ -68,14 +68,14 @@ def test_figures_are_picked_at_the_layers_of_the_largest_step(results):
 
 
 def test_the_command_writes_csv(results, tmp_path, capsys):
+    target = tmp_path / "new" / "summary.csv"
     assert main(["summary", "--results-dir", str(results)]) == 0
     printed = capsys.readouterr().out
+    assert main(["summary", "--results-dir", str(results), "--out", str(target)]) == 0
+    assert target.read_text(encoding="utf-8") == printed and capsys.readouterr().out == ""
     rows = {row["model"]: row for row in csv.DictReader(io.StringIO(printed))}
     assert rows["org/one"]["explosion_layers"] == "2 1" and rows["org/two"]["explosion_layers"] == "none"
     assert rows["org/two"]["angle_deg"] == "" and float(rows["org/one"]["decay_eigenvalue"]) == -7.5
-    target = tmp_path / "new" / "summary.csv"
-    assert main(["summary", "--results-dir", str(results), "--out", str(target)]) == 0
-    assert target.read_text(encoding="utf-8") == printed and capsys.readouterr().out == ""
 
 
 def test_what_is_missing_or_damaged_is_told_and_nothing_is_written(results, tmp_path, capsys):
