@@ -1,18 +1,11 @@
 """The defect of a model on a text, read in one pass: direction, layers, thresholds, massive dimensions."""
 
-import hashlib
-import io
-import json
-import pickle
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 from sdnb.activations.detection import MIN_RATIO, MIN_STEP, Detection, detect
@@ -25,7 +18,6 @@ from sdnb.activations.states import (
 )
 from sdnb.bar import progress
 from sdnb.errors import ParameterError, TextError
-from sdnb.files import atomic_write, locked
 from sdnb.text import encode
 
 MASSIVE = 5.0  # times the root mean square of a state's entries
@@ -136,12 +128,7 @@ class Defect(Detection):
 
 
 def find_defect(
-    loaded: object,
-    text: object,
-    *,
-    threshold: float | None = None,
-    results_dir: str | Path | None = None,
-    states: bool = True,
+    loaded: object, text: object, *, threshold: float | None = None, states: bool = True
 ) -> Defect:
     """Return the high-norm states of a text, their mean, and the layers that make and unmake them.
 
@@ -152,18 +139,11 @@ def find_defect(
         loaded: a loaded model (`sdnb.load`).
         text: an encoded text (`sdnb.encode`), or a list of token ids, each (T_i,).
         threshold: a norm that replaces the automatic one.
-        results_dir: where the result is kept for other notebooks; None keeps nothing.
         states: keep the high-norm states themselves in `Defect.states`.
     """
-
-    def compute() -> Defect:
-        reader = StateReader(loaded, text, threshold=threshold)
-        reader.read()
-        return reader.defect()
-
-    folder = None if results_dir is None else Path(results_dir).expanduser()
-    defect = compute() if folder is None else _cached(loaded, text, threshold, folder, compute)
-    return defect if states else replace(defect, states=None)
+    reader = StateReader(loaded, text, threshold=threshold)
+    reader.read()
+    return reader.defect() if states else replace(reader.defect(), states=None)
 
 
 class StateReader:
@@ -287,28 +267,6 @@ def _by_layer(
         made[(steps[number - 1] >= MIN_STEP) & (layers >= number)] = number
     groups = {number: states[made == number] for number in explosion_layers}
     return {number: part.double().mean(dim=0).float() for number, part in groups.items() if len(part)}
-
-
-def _cached(
-    loaded: object, text: object, threshold: float | None, folder: Path, compute: Callable[[], Defect]
-) -> Defect:
-    """The defect as an earlier notebook left it, or as it is computed and left for the next one."""
-    sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
-    asked = {
-        "tokens": [line.tolist() for line in getattr(text, "lines", text)], "threshold": threshold,
-        "dtype": loaded.dtype, "weights": loaded.fingerprint, "sources": hashlib.sha256(sources).hexdigest(),
-        "versions": [torch.__version__, transformers.__version__],
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    path = folder / loaded.slug / "cache" / f"defect-{key[:20]}.pt"
-    with locked(path.with_suffix(".lock")):  # of several notebooks that ask at once one reads the text
-        with suppress(OSError, RuntimeError, pickle.UnpicklingError):  # not there, or damaged
-            values = torch.load(path, weights_only=True)
-            return Defect(**values | {"states": HighNormStates(**values["states"])})
-        defect, content = compute(), io.BytesIO()
-        torch.save(vars(defect) | {"states": vars(defect.states)}, content)
-        atomic_write(path, content.getbuffer())
-        return defect
 
 
 def mean_pairwise_angle(states: Tensor, *, seed: int = 0) -> tuple[float, float]:

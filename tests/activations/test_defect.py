@@ -204,24 +204,6 @@ def test_what_counts_as_exploded_after_a_layer():
         found.at(5)
 
 
-def test_the_cache_gives_back_what_was_found(loaded, tmp_path, monkeypatch):
-    found = find_defect(loaded, LINES, results_dir=tmp_path)
-    monkeypatch.setattr(StateReader, "read", lambda *_: pytest.fail("the text is read again"))
-    again = find_defect(loaded, LINES, results_dir=tmp_path)
-    old, new = (vars(one) | {"states": vars(one.states)} for one in (found, again))
-    torch.testing.assert_close(new, old, rtol=0, atol=0)
-    assert find_defect(loaded, LINES, results_dir=tmp_path, states=False).states is None
-    monkeypatch.undo()
-    other = find_defect(loaded, LINES, threshold=3.0, results_dir=tmp_path)
-    few = find_defect(loaded, LINES[:3], results_dir=tmp_path)
-    assert few.count < found.count != other.count
-    [*files] = (tmp_path / loaded.slug / "cache").glob("*.pt")
-    assert len(files) == 3
-    for path in files:
-        path.write_bytes(path.read_bytes()[:100])  # damaged files are written again
-    assert find_defect(loaded, LINES, results_dir=tmp_path).count == found.count
-
-
 def test_mean_pairwise_angle_equals_the_double_loop(monkeypatch):
     monkeypatch.setattr(defect, "ROWS_AT_ONCE", 10)
     states = torch.randn(37, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 1.0
