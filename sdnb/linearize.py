@@ -115,10 +115,8 @@ def linear_layer(
     Source: paper A (arXiv 2502.07004): I + R = (I + F)(I + A), and I + A + F for a parallel residual.
     """
     if method not in ("closed_form", "sampled") or input_scale not in ("paper", "gain"):
-        raise ParameterError(
-            "method is 'closed_form' or 'sampled' and input_scale 'paper' or 'gain', "
-            f"not {method!r} and {input_scale!r}"
-        )
+        allowed = "method is 'closed_form' or 'sampled' and input_scale 'paper' or 'gain'"
+        raise ParameterError(f"{allowed}, not {method!r} and {input_scale!r}")
     ffn, formula, error = view.ffn, view.ffn.formula, None
     inside = ffn.norm if input_scale == "gain" else None  # what the fit's inputs are scaled by
     if method == "closed_form" and formula is not None:
@@ -195,23 +193,15 @@ def _closed_form_ffn(formula: object, norm: Norm | None, centre: bool) -> Tensor
     units = _UNITS[F.device.type != "cpu"]
     for start in range(0, len(formula.w), units):
         rows = slice(start, start + units)
-        w, b, v, c = (
-            None if t is None else t[rows].detach() for t in (formula.w, formula.b, formula.v, formula.c)
-        )
-        if norm is not None:
-            (w, b), (v, c) = (_scaled_inputs(norm, centre, *pair) for pair in ((w, b), (v, c)))
+        parts = (formula.w, formula.b, formula.v, formula.c)
+        w, b, v, c = (None if part is None else part[rows].detach() for part in parts)
+        if norm is not None:  # w x + b as a function of x where its input is g x + beta
+            w, b = _times_diagonal(w, norm, centre), w @ norm.bias + (0 if b is None else b)
+            if v is not None:
+                v, c = _times_diagonal(v, norm, centre), v @ norm.bias + (0 if c is None else c)
         B = closed_form_fit(w, formula.activation, b, v, c)
         add_product_(F, formula.down[:, rows].detach(), B, weights=True)
     return F
-
-
-def _scaled_inputs(
-    norm: Norm, centre: bool, w: Tensor | None, b: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return w diag(g) and w beta + b: w x + b as a function of x where its input is g x + beta."""
-    if w is None:
-        return None, None
-    return _times_diagonal(w, norm, centre), w @ norm.bias + (0 if b is None else b)
 
 
 def _branch_matrix(branch: object, norm: Norm | None, M: Tensor, centre: bool) -> Tensor:
@@ -417,9 +407,7 @@ def sampled_fit(
         XX += X.T @ X
         XY = XY + (X.T @ Y).double()
     if not torch.isfinite(XY).all():
-        raise ParameterError(
-            "the function answered NaN or infinity to Gaussian inputs: are the weights sound?"
-        )
+        raise ParameterError("the function answered NaN or infinity: are the weights sound?")
     B = torch.cholesky_solve(XY, torch.linalg.cholesky(XX)).T.float().contiguous()
     size, [(X, Y)] = B.norm().item(), batches(_SAMPLES_AT_ONCE)
     spread = (X.square().sum(1) * (Y - X @ B.T).square().sum(1)).double().mean().item()

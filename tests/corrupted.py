@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.norms import Norm
 from sdnb.layers.reading import measured, read_attention, verdict
-from sdnb.layers.view import LayerView, is_one
+from sdnb.layers.view import LayerView, Norm, is_one
 from sdnb.layers.weights import is_linear
 
 VISIBLE = 1e-3  # a bias, or a deviation of a gain from 1, that is smaller cannot be missed

@@ -70,14 +70,10 @@ def expected_nearest_angle(d: int, n: int) -> float:
         return math.exp(n * math.log1p(-nearer)) if nearer < 1 else 0.0
 
     # the integrand falls from 1 to 0 within a narrow range: cut there, in quantiles of the smallest angle
-    cuts = [
-        random_angle_quantile(d, -math.expm1(math.log1p(-q) / n)) for q in (1e-12, 0.01, 0.5, 0.99, 1 - 1e-12)
-    ]
-    edges = [0.0, *(math.radians(cut) for cut in cuts), math.pi / 2]
-    parts = (
-        integrate.quad(all_beyond, low, high)[0] for low, high in itertools.pairwise(edges) if low < high
-    )
-    return math.degrees(math.fsum(parts))
+    shares = (-math.expm1(math.log1p(-q) / n) for q in (1e-12, 0.01, 0.5, 0.99, 1 - 1e-12))
+    edges = [0.0, *(math.radians(random_angle_quantile(d, share)) for share in shares), math.pi / 2]
+    ranges = [(low, high) for low, high in itertools.pairwise(edges) if low < high]
+    return math.degrees(math.fsum(integrate.quad(all_beyond, *each)[0] for each in ranges))
 
 
 def log10_chance(angle_deg: float, d: int) -> float:
@@ -94,9 +90,7 @@ def log10_chance(angle_deg: float, d: int) -> float:
         ParameterError: an angle outside 0 to 90 degrees, or a dimension below 2.
     """
     if not 0 <= angle_deg <= 90 or d < 2:
-        raise ParameterError(
-            f"a chance needs an angle of 0 to 90 degrees and d >= 2, not {angle_deg} and {d}"
-        )
+        raise ParameterError(f"an angle is 0 to 90 degrees and d at least 2, not {angle_deg} and {d}")
     a, x = (d - 1) / 2, math.sin(math.radians(angle_deg)) ** 2
     if x == 0:
         return -math.inf

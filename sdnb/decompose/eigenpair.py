@@ -72,10 +72,8 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
     """
     d = len(direction)
     if R.shape != (d, d) or direction.dim() != 1 or method not in ("auto", "dense", "shifted"):
-        raise ParameterError(
-            f"nearest_eigenpair needs R (d, d), a direction (d,) and method auto, dense or shifted, "
-            f"not {tuple(R.shape)}, {tuple(direction.shape)}, {method!r}"
-        )
+        given = f"{tuple(R.shape)}, {tuple(direction.shape)}, {method!r}"
+        raise ParameterError(f"R is (d, d), direction (d,), method auto, dense or shifted; not {given}")
     R = R.detach().to(torch.promote_types(R.dtype, torch.float32))
     q = direction.detach().to(R)
     scale = (R.norm() / d**0.5).item()  # how far R moves a random unit vector

@@ -67,9 +67,7 @@ def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5)
     """
     d = M.shape[-1]
     if M.dim() not in (2, 3) or M.shape[-2] != d or not 1 <= k <= d or 0 in M.shape:
-        raise ParameterError(
-            f"leading_triplets needs square matrices and 1 <= k <= {d}, not {tuple(M.shape)}, k={k}"
-        )
+        raise ParameterError(f"matrices are square and 1 <= k <= {d}, not {tuple(M.shape)} and k={k}")
     M = M.detach().to(torch.promote_types(M.dtype, torch.float32))
     scale = _scale(M)
     M = M / scale[..., None, None] if (scale != 1).any() else M

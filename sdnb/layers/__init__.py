@@ -2,9 +2,8 @@
 
 from sdnb.layers.decoder import decoder_layers
 from sdnb.layers.matrices import WeightMatrix, layer_matrices, model_matrices, replaced_matrices
-from sdnb.layers.norms import Norm
 from sdnb.layers.reading import each_layer, layer_view
-from sdnb.layers.view import FFNFormula, LayerView
+from sdnb.layers.view import FFNFormula, LayerView, Norm
 from sdnb.layers.watching import BranchModules, LayerBranches, residual_branches
 
 __all__ = [

@@ -1,7 +1,6 @@
 """The weight matrices of a layer as the model uses them: Q, K, V, attention output, up, gate, down.
 
-A fused matrix is cut by what its rows do, so that GPT-NeoX's blocks per head, Falcon's per group of keys and
-Phi-3's plain thirds need no table. Rows are told apart by gradients in a copy of the layer with random
+A fused matrix is cut by what its rows do. They are told apart by gradients in a copy of the layer with random
 parameters, so that none vanishes by accident, and by two questions: does the last token's output depend on
 the row at an earlier token, and does the output of a token that stands alone depend on it? Keys: yes, no.
 Values: yes, yes. Queries: no, no. All else: no, yes, which leaves attention's output (it reads values
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.calls import StopForward
-from sdnb.layers.decoder import find_decoder
-from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.decoder import IsolatedLayer, find_decoder
 from sdnb.layers.weights import as_float32, is_linear, linear_weight
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,19 @@ from transformers.activations import ACT2FN
 from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.calls import RUN_ERRORS, same
-from sdnb.layers.decoder import find_decoder
-from sdnb.layers.isolated import ROWS_AT_ONCE, IsolatedLayer, random_rows
+from sdnb.layers.decoder import ROWS_AT_ONCE, IsolatedLayer, find_decoder, random_rows
 from sdnb.layers.matrices import find_roles
-from sdnb.layers.norms import linearised
-from sdnb.layers.view import AttentionBranch, FFNFormula, LayerView, Rows, Structure
-from sdnb.layers.watching import additions, fit_residual, ratio, read_norms, relative, trial_rows, watch_layer
+from sdnb.layers.view import FFNFormula, LayerView, Rows, Structure
+from sdnb.layers.watching import (
+    additions,
+    fit_residual,
+    linearised,
+    ratio,
+    read_norms,
+    relative,
+    trial_rows,
+    watch_layer,
+)
 from sdnb.layers.weights import is_linear, linear_weight
 from sdnb.products import add_product_
 
@@ -71,8 +79,11 @@ def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
     view = watch_layer(isolated)
     structure = structures[isolated.key] = replace(find_ffn(view), values=find_values(view))
     view = measured(read_ffn(read_attention(replace(view, structure=structure))))
-    if not max(view.attention.error, view.attention.error_far) < EXACT:
-        view = _fitted(view)
+    if not max(view.attention.error, view.attention.error_far) < EXACT and (
+        fit_attention(view, FIRST_LOOK).attention.fit_residual < HOPELESS
+    ):
+        fitted = measured(fit_attention(view))
+        view = fitted if fitted.attention.error < view.attention.error else view
     if not view.attention.matrix.any():
         reason = "writes the same whatever it reads in a token alone: there is no matrix to read"
         raise LayerUnsupported(number, structure.attention.module, reason)
@@ -220,14 +231,6 @@ def fit_attention(view: LayerView, rows: int = FIT_ROWS, seed: int = 6) -> Layer
     return replace(view, attention=attention)
 
 
-def _fitted(view: LayerView) -> LayerView:
-    """The view with attention fitted where it is no matrix; as it was, where a fit is no better."""
-    if not fit_attention(view, FIRST_LOOK).attention.fit_residual < HOPELESS:
-        return view
-    fitted = measured(fit_attention(view))
-    return fitted if fitted.attention.error < view.attention.error else view
-
-
 @torch.no_grad()
 def find_ffn(view: LayerView) -> Structure:
     """The layer's structure with its FFN's gate, up and activation, where these reproduce the real module."""
@@ -235,10 +238,8 @@ def find_ffn(view: LayerView) -> Structure:
     roles = find_roles(isolated) if down else None
     if roles is None or "down" not in roles.rows.get(down, {}):
         return structure
-    gates, ups = (
-        [(name, _slice(parts[kind])) for name, parts in roles.rows.items()
-         if kind in parts and down in roles.direct[name]] for kind in ("gate", "up")
-    )  # fmt: skip
+    readers = {name: parts for name, parts in roles.rows.items() if down in roles.direct[name]}
+    gates, ups = ([(name, p[kind]) for name, p in readers.items() if kind in p] for kind in ("gate", "up"))
     if len(ups) != 1 or len(gates) > 1:
         return structure
     gate, up = (gates[0], ups[0]) if gates else (ups[0], None)
@@ -246,9 +247,15 @@ def find_ffn(view: LayerView) -> Structure:
     rows, target = (calls[name].reshape(-1, calls[name].shape[-1]) for name in (gate[0], down))
     g = nn.functional.linear(rows, *_cut(isolated, gate))
     u = 1.0 if up is None else nn.functional.linear(rows, *_cut(isolated, up))
-    tests = [(_tried(phi, g, u, target), name) for name, phi in _activations(view)]
-    error, best = min(tests, key=lambda test: test[0])
-    if not error < RECOGNISED:
+
+    def error(activation: Activation) -> float:
+        with suppress(*RUN_ERRORS):  # what is no activation may raise anything
+            inner = activation(g) * u
+            return relative(inner - target, target) if inner.shape == target.shape else math.inf
+        return math.inf
+
+    least, best = min(((error(phi), name) for name, phi in _activations(view)), key=lambda test: test[0])
+    if not least < RECOGNISED:
         return structure
     found = replace(structure, gate=gate, up=up, activation=best)
     trials = formula_trials(rows)
@@ -256,27 +263,21 @@ def find_ffn(view: LayerView) -> Structure:
     return found if works else structure
 
 
-def _slice(rows: Tensor) -> Tensor | slice:
-    """Row numbers as a slice where they are equally far apart: to take these copies nothing."""
-    steps = rows.diff().unique().tolist() or [1]
-    return rows if len(steps) > 1 else slice(rows[0].item(), rows[-1].item() + 1, steps[0])
-
-
 def _cut(isolated: IsolatedLayer, part: Rows) -> tuple[Tensor, Tensor | None]:
     """Rows of a linear map: their weights and their biases."""
     module, rows = isolated.module(part[0]), part[1]
-    rows = rows.to(isolated.device) if torch.is_tensor(rows) else rows
+    steps = rows.diff().unique().tolist() or [1]
+    if len(steps) == 1:  # equally far apart: to take these copies nothing
+        rows = slice(rows[0].item(), rows[-1].item() + 1, steps[0])
+    else:
+        rows = rows.to(isolated.device)
     return linear_weight(module)[rows], None if module.bias is None else module.bias[rows]
 
 
 def _activations(view: LayerView) -> Iterator[tuple[str, Activation]]:
     """Functions that may be the activation: those the layer holds, the configuration names, common ones."""
-    attention = view.structure.attention.module
-    modules = [
-        (name, module)
-        for module, name in view.isolated.names.items()
-        if name != attention and not name.startswith(f"{attention}.")
-    ]
+    attention, names = view.structure.attention.module, view.isolated.names
+    modules = [(name, m) for m, name in names.items() if not f"{name}.".startswith(f"{attention}.")]
     yield from ((OF_LAYER + name, m) for name, m in modules if all(p.ndim < 2 for p in m.parameters()))
     for name, module in modules:
         for key, value in vars(module).items():
@@ -287,16 +288,6 @@ def _activations(view: LayerView) -> Iterator[tuple[str, Activation]]:
     yield from ((name, ACT2FN[name]) for name in dict.fromkeys([*named, *COMMON]))
 
 
-def _tried(activation: Activation, g: Tensor, u: Tensor | float, target: Tensor) -> float:
-    """How far activation(g) * u is from the real inner units; infinite where the candidate does not run."""
-    try:
-        inner = activation(g) * u
-    except RUN_ERRORS:
-        return math.inf
-    fits = torch.is_tensor(inner) and inner.shape == target.shape
-    return relative(inner - target, target) if fits else math.inf
-
-
 def _activation(isolated: IsolatedLayer, name: str) -> Activation:
     """An activation by its name, made to take float64 and to keep it."""
     if name.startswith(OF_LAYER):
@@ -304,11 +295,9 @@ def _activation(isolated: IsolatedLayer, name: str) -> Activation:
         activation = getattr(isolated.module(owner), key)
     else:
         activation = ACT2FN[name]
-    try:
+    with suppress(*RUN_ERRORS):
         if activation(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64:
             return activation
-    except RUN_ERRORS:
-        pass
     return lambda x: activation(x.float()).to(x.dtype)
 
 
@@ -348,7 +337,12 @@ def measured(view: LayerView) -> LayerView:
     fed, basis = attention.normed(x), zero_and_basis_rows(view.isolated)
     groups = [fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3), basis]
     *answers, real = view.attention_module(torch.cat(groups)).split([len(rows) for rows in groups])
-    near, *far = (_affine_error(attention, *pair) for pair in zip(groups[:-1], answers, strict=True))
+
+    def affine_error(rows: Tensor, real: Tensor) -> Tensor:
+        ours = rows @ attention.matrix.T / attention.inner_scale(rows, real) + attention.bias
+        return ratio(ours - real, real - attention.bias)  # a large bias must not hide a wrong matrix
+
+    near, *far = map(affine_error, groups[:-1], answers)
     with view.isolated.altered(linearised(attention.inner_norms)):
         real = view.attention_module(basis) if attention.inner_norms else real
     off = basis @ attention.matrix.T + attention.bias - real
@@ -361,12 +355,6 @@ def measured(view: LayerView) -> LayerView:
     attention = replace(attention, error=near, error_far=far, error_basis=on_basis)
     ffn = replace(view.ffn, error=None if view.ffn.formula is None else formula)
     return replace(view, attention=attention, ffn=ffn, error=layer)
-
-
-def _affine_error(attention: AttentionBranch, rows: Tensor, real: Tensor) -> Tensor:
-    """Matrix and bias against the real answers, the divisors of inner norms put back row by row."""
-    ours = rows @ attention.matrix.T / attention.inner_scale(rows, real) + attention.bias
-    return ratio(ours - real, real - attention.bias)  # a large bias must not hide a wrong matrix
 
 
 def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ passes the norm that the FFN reads, and an output norm; in Doge it has coefficie
 A `LayerView` holds this picture for one layer; its methods run the real modules. It comes about in three
 steps:
 
-1. `isolated.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
+1. `decoder.py` copies the layer out of the model in float32, so that it runs by itself and can be watched.
 2. `watching.py` finds the parts, by what modules do and not by their names: what mixes tokens is attention;
    with the last linear map of both branches ablated, what is left of the layer is the residual path.
 3. `reading.py` reads attention's matrix and the FFN's formula, the latter with what `matrices.py` says of
@@ -31,8 +31,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdnb.layers.isolated import IsolatedLayer
-from sdnb.layers.norms import Norm
+from sdnb.layers.decoder import IsolatedLayer
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm or a LayerNorm: gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0.
+
+    Args:
+        gain: the diagonal of the linear part, shape (d,).
+        bias: the answer to a row whose normed value is zero, shape (d,).
+        centred: whether the mean is subtracted (LayerNorm) or not (RMS norm).
+        epsilon: what is added to the mean square.
+        name: the module's name in the layer.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    centred: bool
+    epsilon: float
+    name: str
+
+    def scale(self, x: Tensor) -> Tensor:
+        """sqrt(mean((x - c mean(x))^2) + epsilon), the divisor that depends on the data, (n, 1)."""
+        return (self.centre(x).square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+    def centre(self, x: Tensor) -> Tensor:
+        """The rows without their mean, if the norm subtracts it; shape (n, d) in and out."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The norm without its divisor, gain * (x - c mean(x)) + bias; shape (n, d) in and out."""
+        return self.gain * self.centre(x) + self.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The whole formula, on rows of shape (n, d)."""
+        return self.gain * self.centre(x) / self.scale(x) + self.bias
 
 
 @dataclass(frozen=True)
@@ -48,7 +82,7 @@ class BranchStructure:
     gated: bool = False  # a gate between norm and module belongs to the branch
 
 
-Rows = tuple[str, Tensor | slice]  # rows of a linear map: its name and their numbers
+Rows = tuple[str, Tensor]  # rows of a linear map: its name and their numbers
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,34 @@ As a rule it returns its input. Where it does not, the stream passes norms itsel
 a coefficient (Doge), and what stands between its places tells which.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.calls import ModuleCall, outermost, same
-from sdnb.layers.decoder import find_decoder, unsupported_type
-from sdnb.layers.isolated import IsolatedLayer, random_rows
-from sdnb.layers.norms import Norm, after, before, linearised, measure_norm, norms_among
-from sdnb.layers.view import AttentionBranch, Branch, BranchStructure, FFNBranch, LayerView, Structure, is_one
+from sdnb.layers.calls import RUN_ERRORS, ModuleCall, outermost, same
+from sdnb.layers.decoder import IsolatedLayer, find_decoder, random_rows, unsupported_type
+from sdnb.layers.view import (
+    AttentionBranch,
+    Branch,
+    BranchStructure,
+    FFNBranch,
+    LayerView,
+    Norm,
+    Structure,
+    is_one,
+)
 from sdnb.layers.weights import is_linear, structure_key
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
 RESTORED = 1e-4  # of the branches, for identities of the residual path that hold up to rounding
+NORMED = 1e-5  # relative error of a norm's formula on random rows
+LARGE, SMALL = 1e3, 1e-3  # entries at which a norm's epsilon does not matter, and at which it does
 UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
 
 
@@ -117,6 +128,71 @@ def trial_rows(isolated: IsolatedLayer) -> Tensor:
     """Rows as a norm makes them, some of their multiples, and their sums, (24, d)."""
     rows = random_rows(isolated.hidden_size, isolated.device, 0)  # a clip shows on rows of real length only,
     return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])  # a sink on sums only
+
+
+def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
+    """Measure a norm of rows of a size and device; None if the module does not follow the formula."""
+    with torch.no_grad(), suppress(*RUN_ERRORS):  # modules that are no norms may raise anything
+        return _measured(name, module, like)
+    return None
+
+
+def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
+    d = like.shape[-1]
+    rows = _trial_rows(d, like.device)
+    answers = module(rows.clone())  # a module may write into its input
+    if answers.shape[1:] != (d,):
+        return None
+    up, down, moved, large, small, real = answers.split((8, 8, 8, 1, 1, 24))
+    signs, trials = rows[24:25] / LARGE, rows[-24:]
+    bias = (up + down).mean(0) / 2
+    shifted = (moved - up).norm() / (up - bias).norm()
+    rough = Norm(torch.ones_like(bias), torch.zeros_like(bias), bool(shifted < 1e-3), 0.0, name)
+    gain = ((large - bias) / rough(LARGE * signs))[0]
+    # at entries of size t the answer shrinks by t / sqrt(t^2 + epsilon)
+    shrunk = ((small - bias).norm() / (gain * rough(SMALL * signs)).norm()).double()
+    size = rough.scale(SMALL * signs).double().square()
+    epsilon = (size * (shrunk**-2 - 1)).clamp(min=0).item()
+    norm = Norm(gain, bias, rough.centred, epsilon, name)
+    pairs = zip(norm(trials).chunk(3), real.chunk(3), strict=True)
+    errors = torch.stack([(got - want).norm() / want.norm() for got, want in pairs])
+    return norm if (errors <= NORMED).all() else None
+
+
+@lru_cache(maxsize=8)  # drawn for every norm of every layer otherwise
+def _trial_rows(d: int, device: torch.device) -> Tensor:
+    """What norms are fed: large rows, their negatives, the same shifted, +-1 large and small, and others."""
+    x = random_rows(d, device, 0)
+    signs = (1.0 - 2.0 * (torch.arange(d, device=device) % 2)).to(x)[None]
+    large, alternating = (LARGE * x, -LARGE * x, LARGE * (x + 1)), (LARGE * signs, SMALL * signs)
+    return torch.cat([*large, *alternating, x, 0.1 * x, 30 * x + 3])
+
+
+def norms_among(calls: Collection[ModuleCall], d: int) -> list[ModuleCall]:
+    """Those of some calls that are norms of hidden states of size d."""
+    fitting = [c for c in calls if c.given.shape == c.returned.shape and c.given.shape[-1] == d]
+    return [c for c in fitting if measure_norm(c.name, c.module, c.given) is not None]
+
+
+def before(calls: Collection[ModuleCall], read: Tensor) -> ModuleCall | None:
+    """The call that wrote a tensor which others read: a norm if there is one, else the outermost."""
+    return _preferred([c for c in calls if same(c.returned, read) and c.changes()], read)
+
+
+def after(calls: Collection[ModuleCall], written: Tensor) -> ModuleCall | None:
+    """The call that reads a tensor and changes it: a norm if there is one, else the outermost."""
+    return _preferred([c for c in calls if same(c.given, written) and c.changes()], written)
+
+
+def _preferred(calls: list[ModuleCall], like: Tensor) -> ModuleCall | None:
+    """The first norm among calls (in BERT the module around one returns the same), else the outermost."""
+    norms = norms_among(calls, like.shape[-1])
+    return norms[0] if norms else min(calls, key=lambda c: c.name.count("."), default=None)
+
+
+def linearised(norms: Collection[Norm]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What norms return when their divisors are left out, for `IsolatedLayer.altered`."""
+    return {norm.name: lambda given, _, norm=norm: norm.linear(given) for norm in norms}
 
 
 def _nonlinearity(isolated: IsolatedLayer, name: str) -> float:

@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModel
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.decoder import find_decoder
-from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.decoder import IsolatedLayer, find_decoder
 from sdnb.layers.matrices import (
     check_roles,
     find_roles,

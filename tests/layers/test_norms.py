@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdnb.layers.norms import measure_norm
+from sdnb.layers.watching import measure_norm
 
 D = 24
 

@@ -12,8 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sdnb.errors import LayerUnsupported
 from sdnb.layers import decoder_layers, layer_view, reading, residual_branches
-from sdnb.layers.decoder import find_decoder
-from sdnb.layers.isolated import IsolatedLayer
+from sdnb.layers.decoder import IsolatedLayer, find_decoder
 from sdnb.layers.reading import find_values, read_attention
 from sdnb.layers.watching import watch_layer
 from tests.families import build
