@@ -32,12 +32,9 @@ class Ablation:
 
 @contextmanager
 def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None) -> Iterator[None]:
-    """Take the attention or the FFN of some layers out of the model: the residual stream passes by unchanged.
+    """Take a branch, "attention" or "ffn", of some layers out of the model: the residual stream passes by.
 
-    Args:
-        model: a causal language model.
-        branch: "attention" or "ffn".
-        numbers: the layers, 1..L; all of them when None.
+    `numbers` are the layers, 1..L; all of them when None.
 
     Raises:
         ParameterError: another branch, or no such layer.
@@ -62,10 +59,7 @@ def project_out(model: object, directions: Mapping[int, Tensor]) -> Iterator[Non
 
     The residual stream keeps the direction, and so does attention where it shares the norm with the FFN
     (Falcon, GPT-J). Paper A removes the leading right singular vector of F at the explosion layer there.
-
-    Args:
-        model: a causal language model.
-        directions: layer number 1..L -> the direction, (d,), of any length but zero.
+    `directions` maps layers, 1..L, to directions, (d,), of any length but zero.
 
     Raises:
         ParameterError: a direction of length zero, or no such layer.
@@ -112,10 +106,8 @@ def set_dimensions(
 ) -> Iterator[None]:
     """Set dimensions of layers' outputs to fixed values (Sun et al., arXiv 2402.17762: zero, or their mean).
 
-    Args:
-        model: a causal language model.
-        values: layer number 1..L -> dimension 0..d-1 -> the value it gets.
-        above: layer number -> only entries with an absolute value above this are set; all when None.
+    `values` maps layers, 1..L, to dimensions, 0..d-1, and these to the values that they get; `above` maps
+    layers to the absolute value above which entries are set, all of them when None.
 
     Raises:
         ParameterError: there is no such layer or dimension.

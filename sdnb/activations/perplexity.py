@@ -105,15 +105,9 @@ def continuation(
 ) -> Tensor:
     """Return the ids of a sampled continuation, x_t ~ softmax(logits / temperature), (count,), on the CPU.
 
-    Each step is a full forward pass without a cache, so that an intervention acts on all of it, and the
-    random numbers, one a token, do not depend on the model, so that texts can be compared.
-
-    Args:
-        model: a causal language model.
-        ids: token ids of the beginning, (T,).
-        count: tokens to sample.
-        temperature: 0 takes the likeliest token.
-        seed: of the uniform numbers.
+    It stands behind `ids`, (T,); temperature 0 takes the likeliest token. Each step is a full forward pass
+    without a cache, so that an intervention acts on all of it, and the random numbers (by `seed`), one a
+    token, do not depend on the model, so that texts can be compared.
     """
     model = as_module(model)
     device = input_device(model)

@@ -87,11 +87,8 @@ def token_batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Yield right-padded batches of lines of similar length: ids (B, T), which are real (B, T), line numbers.
 
-    A causal model gives the real tokens the same states with padding behind them, so no mask is needed.
-
-    Args:
-        lines: token ids of each line, (T_i,).
-        max_tokens: the largest batch, in tokens, padding included; a longer line is a batch of its own.
+    A causal model gives the real tokens the same states with padding behind them, so no mask is needed. A
+    batch has at most `max_tokens`, padding included; a longer line (T_i,) is a batch of its own.
     """
     lines = list(lines)
     groups: list[list[int]] = []
@@ -110,14 +107,9 @@ def matrix_inputs(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Return what matrices read on a text, the norms of the hidden states, (L+1, N), and positions, (N,).
 
-    Lines of equal length run together, so that an encoder sees no padding; tokens come in that order. The
-    inputs (N, m) of each matrix, by its name, have the model's dtype; neighbours that read the same (Q, K and
-    V; gate and up) share one tensor.
-
-    Args:
-        model: a language model, decoder or encoder.
-        lines: token ids of each line, (T_i,).
-        matrices: whose inputs are kept; N m numbers for each tensor that is read.
+    Lines of equal length (T_i,) run together, so that an encoder sees no padding; tokens come in that order.
+    The inputs (N, m) of each matrix, by its name, have the model's dtype; neighbours that read the same (Q, K
+    and V; gate and up) share one tensor.
     """
     batches: dict[int, list[Tensor]] = defaultdict(list)
     for line in lines:
@@ -173,11 +165,7 @@ def ledger(model: object, ids: Tensor, direction: Tensor) -> Ledger:
     """Return what every attention and FFN output adds along `direction`, token by token, from one pass.
 
     h_l = h_{l-1} + attention_l + ffn_l + stream_l, hence u.h_L = u.h_0 + the sum of u.(entries) over layers.
-
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T).
-        direction: any vector along the direction, (d,); the entries are float64 on the CPU.
+    `ids` are token ids, (B, T), `direction` is any vector along u, (d,); entries are float64 on the CPU.
     """
     u = nn.functional.normalize(direction.double().cpu(), dim=0)
     entries: dict[tuple[int, str], Tensor] = {}

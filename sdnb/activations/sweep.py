@@ -137,16 +137,11 @@ class Coefficients:
 def ffn_input_coefficients(
     model: object, layer: int, direction: Tensor, items: Tensor, *, prefix: Tensor | None = None
 ) -> Coefficients:
-    """Return each item's coordinate along a direction where the FFN's norm of a layer reads it.
+    """Return each item's coordinate along v where the FFN's norm of a layer 1..L reads it.
 
-    Where there is no norm, `normalised` is divided by the rms all the same.
-
-    Args:
-        model: a causal language model.
-        layer: the layer, 1..L.
-        direction: v, (d,), of any length; the leading right singular vector of F in paper A.
-        items: token ids, (n,).
-        prefix: as of `item_norms`.
+    `direction` is v, (d,), of any length, in paper A the leading right singular vector of F; `items` and
+    `prefix` are those of `item_norms`. Where there is no norm, `normalised` is divided by the rms all the
+    same.
     """
     norm, raw, normalised = layer_view(model, layer).ffn.norm, [], []
     unit = nn.functional.normalize(direction.float(), dim=0)

@@ -150,14 +150,9 @@ def quantized(
 ) -> Iterator[list[str]]:
     """Quantize every linear module but those to skip and the output embedding, for the length of a block.
 
-    Experts in three-dimensional parameters are no linear modules and keep their precision.
-
-    Args:
-        model: a causal language model, all weights in memory.
-        scheme: how to quantize.
-        skip: full names of modules that keep their precision.
-        statistics: of a calibration text, from `input_statistics`; needed for static scales and SmoothQuant.
-        norms: which norm feeds which module, from `norm_feeding`; needed for SmoothQuant.
+    Modules in `skip` keep their precision, by full name, and so do experts in three-dimensional parameters.
+    Static scales and SmoothQuant need the `statistics` of a calibration text, from `input_statistics`, and
+    SmoothQuant also the `norms` that feed modules, from `norm_feeding`.
 
     Yields:
         Full names of the quantized modules, without those whose statistics are needed and missing.
