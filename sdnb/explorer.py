@@ -100,10 +100,6 @@ class Exploration:
 
     def layer(self, number: int) -> LayerFacts:
         """The facts of a layer 1..L."""
-        if not 1 <= number <= self.layer_count:
-            raise ParameterError(
-                f"layer {number} does not exist: the model has layers 1 to {self.layer_count}"
-            )
         if number not in self._facts:
             try:
                 linear = linear_layer(layer_view(self.loaded, number), seed=self.seed)
