@@ -19,14 +19,6 @@ def close(a, b, tolerance=1e-5):
 
 
 class TestApproximate:
-    def test_a_clip_makes_attention_approximate(self):
-        clipped = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1.0}), 1)
-        assert clipped.status == "approximate"
-        assert 1e-2 < clipped.attention.error < 0.7
-        assert clipped.attention.error < 2 * clipped.attention.fit_residual
-        wide = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1e4}), 1)
-        assert wide.status == "exact"
-
     def test_a_mixture_of_experts_is_sampled(self):
         options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
         model = random_model("mixtral", **options)
@@ -41,15 +33,17 @@ class TestApproximate:
     def test_an_attention_that_is_no_matrix_is_fitted(self):
         """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""
         view = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1.0}), 1)
+        assert view.status == "approximate" and 1e-2 < view.attention.error < 0.7
         u = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(1))
         left = view.attention_module(u) - u @ view.attention.matrix.T - view.attention.bias
         assert (left.T @ u / len(u)).norm() < 0.1 * view.attention.matrix.norm()
-        assert left.norm() / view.attention_module(u).norm() == pytest.approx(
-            view.attention.fit_residual, rel=0.1
-        )
+        share = (left.norm() / view.attention_module(u).norm()).item()
+        assert share == pytest.approx(view.attention.fit_residual, rel=0.1)
         wrong = replace(view.attention, matrix=view.attention.matrix.roll(1, 0))
         with pytest.raises(LayerUnsupported, match="not a linear map"):
             verdict(measured(replace(view, attention=wrong)))
+        wide = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1e4}), 1)
+        assert wide.status == "exact"
 
     def test_a_layer_of_attention_alone(self):
         kinds = {"layers_block_type": ["attention", "mlp"], "head_dim": 8, "n_groups": 1}
@@ -114,16 +108,8 @@ class TestUnsupported:
         kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         kinds["mamba_n_heads"] = 8
         model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
-        with pytest.raises(
-            LayerUnsupported, match=r"layer 2, self_attn.*does not return its input"
-        ) as unsupported:
+        with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn.*does not return its input"):
             layer_view(model, 2)
-        assert unsupported.value.layer == 2
-
-    def test_recurrent_networks_that_pass_for_gated_attention(self):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
-        with pytest.raises(ModelError, match="recurrent"):
-            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
 
     def test_state_space_models(self):
         sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
@@ -132,7 +118,10 @@ class TestUnsupported:
         with pytest.raises(LayerUnsupported, match="layer 1, layer: a state-space mixer"):
             list(each_layer(model))
 
-    def test_encoder_decoders(self):
+    def test_recurrent_networks_and_encoder_decoders(self):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
+        with pytest.raises(ModelError, match="recurrent"):  # though it passes for gated attention
+            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
         sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
         with pytest.raises(ModelError, match="encoder-decoder"):
             layer_view(random_model("t5", AutoModelForSeq2SeqLM, **sizes), 1)
