@@ -163,13 +163,6 @@ def contents(results: Path) -> dict[str, object]:
     return found
 
 
-def differences(results: Path, reference: dict[str, object]) -> list[str]:
-    """Where a sweep's results are not those of the undisturbed one."""
-    here = contents(results)
-    names = sorted(here.keys() | reference.keys())
-    return [f"{name} is not as it should be" for name in names if here.get(name) != reference.get(name)]
-
-
 def leftovers(sweep: Sweep) -> list[str]:
     """What must not outlive a sweep: temporary files, old pairs, held locks, processes."""
     found = [f"process {pid} is still there" for pid in sweep.processes()]
@@ -188,9 +181,12 @@ def leftovers(sweep: Sweep) -> list[str]:
 
 
 def finished(sweep: Sweep, reference: dict[str, object]) -> list[str]:
-    """What is wrong with a sweep that has ended."""
+    """What is wrong with a sweep that has ended: damage, differences from the undisturbed one, leftovers."""
     sweep.settle()
-    return damaged(sweep.results) + differences(sweep.results, reference) + leftovers(sweep)
+    here = contents(sweep.results)
+    names = [name for name in here.keys() | reference.keys() if here.get(name) != reference.get(name)]
+    wrong = damaged(sweep.results) + leftovers(sweep)
+    return wrong + [f"{name} is not as it should be" for name in sorted(names)]
 
 
 def torture(sweep: Sweep, kills: int, seconds: float, seed: int) -> tuple[dict, list[str]]:
