@@ -4,13 +4,14 @@ Not called `sdnb.detect`: that is the rule of `sdnb.activations.detection`. `ins
 `--json` prints, `report` the text.
 """
 
-import math
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from statistics import median_high
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def inspect_model(
             note(f"{done:,} of {encoded.tokens:,} tokens read")
 
     options = {"scheme": quantize.Scheme() if in_memory and (costs or measure) else None, "visit": visit}
-    mixture = any(True for _ in expert_parameters(model))
+    mixture = next(expert_parameters(model), None) is not None
     if mixture:
         options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
     with seen.watch(), quantize.watched_experts(model) if mixture else nullcontext([]) as experts:
@@ -126,7 +127,7 @@ def inspect_model(
         if (scheme := quantize.SCHEMES[measure[0]]) != quantize.Scheme():
             statistics = quantize.input_statistics(model, encoded.lines, scheme=scheme)
         values["sensitivity"] = _sensitivity(model, windows, skip, statistics, measure[0], share)
-    return _plain(values)
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)  # what is not finite is null
 
 
 def _read(
@@ -431,15 +432,6 @@ def _sensitivity(
     }  # fmt: skip
 
 
-def _plain(value: object) -> object:
-    """The same with tuples as lists and what is not finite as null."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- the report
 
 
@@ -661,5 +653,4 @@ def _few(items: Sequence, limit: int = 6) -> str:
 
 
 def _median_ratio(norms: dict) -> float:
-    ratios = sorted(a / b for a, b in zip(norms["sinks"], norms["others"], strict=True) if b)
-    return ratios[len(ratios) // 2]
+    return median_high(a / b for a, b in zip(norms["sinks"], norms["others"], strict=True) if b)
