@@ -81,11 +81,9 @@ def _numbers(words: str) -> list[str]:
 def _add_run(add) -> None:
     add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, zoo/<name>, or a models.yaml")
     add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
-    text = "numbers or names, 01,04; default: those that the book runs on its main model"
-    add("--notebooks", type=_numbers, metavar="NN,...", help=text)
+    add("--notebooks", type=_numbers, metavar="NN,...", help="01,04 (default: as the book's main model)")
     add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
-    text = "folder of records and executed notebooks (default: %(default)s)"
-    add("--results-dir", type=Path, default=Path("results"), help=text)
+    add("--results-dir", type=Path, default=Path("results"), help="for all that comes out (default: results)")
     many = {"action": "append", "default": []}
     add("-p", dest="pairs", nargs=2, metavar=("NAME", "VALUE"), help="a parameter", **many)
     add("-f", dest="files", type=Path, metavar="YAML", help="a file of parameters", **many)
@@ -130,15 +128,11 @@ def _add_detect(add) -> None:
     add("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
     add("--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does")
     add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
-    text = "largest input over the median token's that puts a module on the list (default: %(default)g)"
-    add("--min-ratio", type=float, default=32.0, metavar="R", help=text)
+    add("--min-ratio", type=float, default=32.0, help="input over the median's that puts it on the list")
     add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
-    text = "quantize, measure perplexity without and with the list, and rank modules by what they give back"
-    add("--measure", action="store_true", help=text)
-    text = "what to measure, as 'nvfp4' 'int8 tensor' (the first one for the ranking)"
-    add("--schemes", nargs="+", metavar="NAME", help=text)
-    text = "part of the loss that the shortest list must give back (default: %(default)s)"
-    add("--share", type=float, default=0.8, help=text)
+    add("--measure", action="store_true", help="quantize, and rank modules by what they give back")
+    add("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
+    add("--share", type=float, default=0.8, help="part of the loss that the list must give back")
     add("--progress", action="store_true", help="say on standard error what is done")
     add("--all", action="store_true", help="show every layer and linear module, not those that stand out")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
@@ -206,8 +200,7 @@ def _add_spectra(add) -> None:
     add("model", help="hub id, folder, GGUF file, or zoo/<name>; a decoder or an encoder")
     _add_loading(add)
     add("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
-    text = "probability of any outlier in a matrix of noise (default: %(default)s)"
-    add("--rate", type=float, default=0.001, help=text)
+    add("--rate", type=float, default=0.001, help="probability of any outlier in a matrix of noise")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
 
 
@@ -280,15 +273,11 @@ def _run_summary(args: argparse.Namespace) -> int:
 
 
 def _add_book(add) -> None:
-    text = "models that were run, or files of them, first that of the main pages (default: book/models.yaml)"
-    add("models", nargs="*", metavar="MODEL", help=text)
+    add("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
     add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
-    text = "where they were run (default: %(default)s)"
-    add("--results-dir", type=Path, default=Path("results"), help=text)
-    text = "the pages go to OUT/_build/html (default: %(default)s)"
-    add("--out", type=Path, default=Path(), help=text)
-    text = "build nothing, but put the first model's results of these notebooks into book/stored"
-    add("--store", type=_numbers, metavar="NN,...", help=text)
+    add("--results-dir", type=Path, default=Path("results"), help="where they were run (default: results)")
+    add("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
+    add("--store", type=_numbers, metavar="NN,...", help="keep the first model's results in book/stored")
 
 
 def _run_book(args: argparse.Namespace) -> int:

@@ -96,4 +96,4 @@ def test_spectra_of_an_encoder_as_json(tmp_path, capsys):
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path, capsys):
     assert main(["spectra", str(tiny_model(tmp_path / "plain")), "--layers", "9"]) == 1
-    assert "has layers 1 to 3" in capsys.readouterr().err
+    assert "layers 1 to 3" in capsys.readouterr().err
