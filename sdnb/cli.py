@@ -83,7 +83,7 @@ def _add_run(add) -> None:
     add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
     add("--notebooks", type=_numbers, metavar="NN,...", help="01,04 (default: as the book's main model)")
     add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
-    add("--results-dir", type=Path, default=Path("results"), help="for all that comes out (default: results)")
+    add("--results-dir", type=Path, default=Path("results"), help="folder of all results (default: results)")
     many = {"action": "append", "default": []}
     add("-p", dest="pairs", nargs=2, metavar=("NAME", "VALUE"), help="a parameter", **many)
     add("-f", dest="files", type=Path, metavar="YAML", help="a file of parameters", **many)
@@ -128,11 +128,11 @@ def _add_detect(add) -> None:
     add("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
     add("--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does")
     add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
-    add("--min-ratio", type=float, default=32.0, help="input over the median's that puts it on the list")
+    add("--min-ratio", type=float, default=32.0, help="input over the median's that lists it (default: 32)")
     add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
     add("--measure", action="store_true", help="quantize, and rank modules by what they give back")
     add("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
-    add("--share", type=float, default=0.8, help="part of the loss that the list must give back")
+    add("--share", type=float, default=0.8, help="part of the loss that the list gives back (default: 0.8)")
     add("--progress", action="store_true", help="say on standard error what is done")
     add("--all", action="store_true", help="show every layer and linear module, not those that stand out")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
@@ -200,7 +200,7 @@ def _add_spectra(add) -> None:
     add("model", help="hub id, folder, GGUF file, or zoo/<name>; a decoder or an encoder")
     _add_loading(add)
     add("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
-    add("--rate", type=float, default=0.001, help="probability of any outlier in a matrix of noise")
+    add("--rate", type=float, default=0.001, help="chance of any outlier in noise (default: 0.001)")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
 
 
