@@ -84,14 +84,11 @@ def replaced_matrices(changes: Sequence[tuple[WeightMatrix, Tensor]]) -> Iterato
 
 
 def layer_matrices(model: nn.Module, number: int) -> list[WeightMatrix]:
-    """Find the weight matrices of one layer by watching it, and check them on the real weights.
+    """Return the weight matrices of one layer, found by watching it, and checked on the real weights.
 
     Args:
         model: a language model of transformers, decoder or encoder.
         number: the layer, 1..L.
-
-    Returns:
-        The matrices: q, k, v, o, gate, up, down, attention_gate, those that there are.
 
     Raises:
         LayerUnsupported: the matrices cannot be told apart.

@@ -48,7 +48,7 @@ APPROXIMATE = 0.7  # above it the matrix explains less than half of the squared 
 AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1
 NEAR = 4  # candidates on each side, in the order of the first row: rounding may exchange neighbours there
 FIT_ROWS = 32  # rows for each column of a matrix that has to be fitted
-FIRST_LOOK, HOPELESS = 4, 0.9  # rows a column of a first fit, and what it may leave: some mixers are slow
+FIRST_LOOK, HOPELESS = 4, 1.08  # rows a column of a first fit, and what it may leave: some mixers are slow
 
 COMMON = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "quick_gelu")  # inline
 OF_LAYER = "layer:"  # before the path of an activation that the layer holds
@@ -57,15 +57,12 @@ Activation = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
-    """Take one decoder layer apart by watching a float32 copy of it, and check the parts against the layer.
+    """Return one decoder layer taken apart by watching a float32 copy of it, the parts checked against it.
 
     Args:
         model: a causal language model of transformers, or what `sdnb.load` returned; on any device, in any
             dtype, offloaded or not.
         number: the layer, 1..L.
-
-    Returns:
-        The layer's view.
 
     Raises:
         LayerUnsupported: the layer is not recognised, or does not pass the check.
@@ -91,7 +88,7 @@ def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
 
 
 def each_layer(model: nn.Module | Loaded, unsupported: dict[int, str] | None = None) -> Iterator[LayerView]:
-    """Take the layers apart one after the other, with a progress bar; one without a linear view is skipped.
+    """Yield the layers' views in order, with a progress bar; `LayerUnsupported` if none has a linear view.
 
     Args:
         model: a causal language model of transformers, or what `sdnb.load` returned.
@@ -99,21 +96,18 @@ def each_layer(model: nn.Module | Loaded, unsupported: dict[int, str] | None = N
 
     Yields:
         The views of the layers, in order.
-
-    Raises:
-        LayerUnsupported: no layer has a linear view.
     """
-    reasons: list[LayerUnsupported] = []
-    count = len(find_decoder(model).layers)
-    for number in progress(range(1, count + 1), desc="layers"):
+    first, views = None, 0
+    for number in progress(range(1, len(find_decoder(model).layers) + 1), desc="layers"):
         try:
             yield layer_view(model, number)
+            views += 1
         except LayerUnsupported as error:
-            reasons.append(error)
+            first = first or error
             if unsupported is not None:
                 unsupported[number] = str(error)
-    if len(reasons) == count:
-        raise LayerUnsupported(1, reasons[0].module, reasons[0].reason)
+    if not views:
+        raise first
 
 
 def _read_alike(isolated: IsolatedLayer, structure: Structure) -> LayerView | None:

@@ -1,13 +1,11 @@
 """Finding the parts of a layer by what they do, in passes of its isolated copy.
 
-Attention moves the last token's output when an earlier token is changed. The trick that needs no table for
-the rest: with the last linear map of both branches ablated, what is left of the layer is the residual path.
-As a rule it returns its input. Where it does not, the stream passes norms itself (BERT norms the sum) or has
-a coefficient (Doge), and what stands between its places tells which.
+Attention moves the last token's output when an earlier token is changed. Norms are measured by feeding them.
+The trick that needs no table for the rest: with the last linear map of both branches ablated, what is left of
+the layer is the residual path, as a rule its input.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.calls import RUN_ERRORS, ModuleCall, outermost, same
+from sdnb.layers.calls import RUN_ERRORS, ModuleCall, is_float, outermost, same
 from sdnb.layers.decoder import IsolatedLayer, find_decoder, random_rows, unsupported_type
 from sdnb.layers.view import (
     AttentionBranch,
@@ -46,8 +44,7 @@ class BranchModules:
         norm: the norm before it, or None.
         post_norm: the norm behind it, or None.
         multiplier: its coefficient in the layer's sum, a number or one for each coordinate, (d,).
-        ablated: the module that, returning zeros, takes the branch out of the layer: the last linear map,
-            since the module around it adds the residual in some families (Bloom, MPT).
+        ablated: the module that, returning zeros, takes the branch out of the layer: the last linear map.
     """
 
     inputs: tuple[nn.Module, ...]
@@ -68,14 +65,11 @@ class LayerBranches:
 
 
 def residual_branches(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerBranches]:
-    """Find where in the real model branches of decoder layers begin and end, so that hooks can be put there.
+    """Return where in the real model branches of decoder layers begin and end, to put hooks there.
 
     Args:
         model: a causal language model of transformers, or what `sdnb.load` returned.
-        numbers: the layers, 1..L; all of them when None.
-
-    Returns:
-        One entry for each number, in the order given.
+        numbers: the layers, 1..L, in the order wanted; all of them when None.
 
     Raises:
         LayerUnsupported: a branch is not recognised.
@@ -130,18 +124,15 @@ def trial_rows(isolated: IsolatedLayer) -> Tensor:
     return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])  # a sink on sums only
 
 
+@torch.no_grad()
 def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     """Measure a norm of rows of a size and device; None if the module does not follow the formula."""
-    with torch.no_grad(), suppress(*RUN_ERRORS):  # modules that are no norms may raise anything
-        return _measured(name, module, like)
-    return None
-
-
-def _measured(name: str, module: nn.Module, like: Tensor) -> Norm | None:
-    d = like.shape[-1]
-    rows = _trial_rows(d, like.device)
-    answers = module(rows.clone())  # a module may write into its input
-    if answers.shape[1:] != (d,):
+    rows = _trial_rows(like.shape[-1], like.device)
+    try:
+        answers = module(rows.clone())  # a module may write into its input
+    except RUN_ERRORS:  # those that are no norms may raise anything
+        return None
+    if not is_float(answers) or answers.shape != rows.shape:
         return None
     up, down, moved, large, small, real = answers.split((8, 8, 8, 1, 1, 24))
     signs, trials = rows[24:25] / LARGE, rows[-24:]
