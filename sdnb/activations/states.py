@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from sdnb.bar import progress
 from sdnb.layers import WeightMatrix, decoder_layers, residual_branches
@@ -97,9 +96,11 @@ def token_batches(
             groups.append([])
         groups[-1].append(index)
     for group in groups:
-        batch = [lines[i] for i in group]
-        ids = pad_sequence(batch, batch_first=True, padding_value=int(batch[0][-1]))
-        yield ids, torch.arange(ids.shape[1]) < torch.tensor([len(line) for line in batch])[:, None], group
+        lengths = torch.tensor([len(lines[i]) for i in group])
+        place = torch.arange(int(lengths.max()))
+        # A line is filled up with its own last token, which stretches the range of a quantized input least.
+        ids = torch.stack([lines[i][place.clamp(max=len(lines[i]) - 1)] for i in group])
+        yield ids, place < lengths[:, None], group
 
 
 def matrix_inputs(
