@@ -34,22 +34,15 @@ class LinearLayer:
 
     L = (I + F)(I + A), or I + A + F if parallel. Where the residual stream passes norms (BERT) or has
     coefficients (Doge) itself, L = T (S2 + F)(S1 + A), or T (S2 + A + F).
-
-    Args:
-        A: attention's matrix, shape (d, d).
-        F: the FFN's matrix on the stream before the norm that it reads from, shape (d, d).
-        parallel: whether attention and FFN read the same input.
-        method: how the FFN was fitted, "closed_form" or "sampled".
-        standard_error: of the sampled fit, relative in Frobenius norm; None for the closed form.
-        stream: S1, S2 and T, what the stream goes through beside attention, beside the FFN and at the end,
-            shape (d, d) each; None where that is I everywhere, as nearly always.
     """
 
-    A: Tensor
-    F: Tensor
-    parallel: bool
-    method: str
-    standard_error: float | None = None
+    A: Tensor  #: attention's matrix, shape (d, d)
+    F: Tensor  #: the FFN's matrix on the stream before the norm that it reads from, shape (d, d)
+    parallel: bool  #: whether attention and FFN read the same input
+    method: str  #: how the FFN was fitted, "closed_form" or "sampled"
+    standard_error: float | None = None  #: of the sampled fit, relative in Frobenius norm
+    #: S1, S2 and T, what the stream goes through beside attention, beside the FFN and at the end, shape
+    #: (d, d) each; None where that is I everywhere, as nearly always
     stream: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -351,15 +344,10 @@ def _row_products(X: Tensor, Y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SampledFit:
-    """A least-squares fit from samples, with its uncertainty.
+    """A least-squares fit from samples, with its uncertainty."""
 
-    Args:
-        B: the fitted matrix, shape (m, d), float32.
-        standard_error: expected |B - B_limit| / |B| in Frobenius norm.
-    """
-
-    B: Tensor
-    standard_error: float
+    B: Tensor  #: the fitted matrix, shape (m, d), float32
+    standard_error: float  #: expected |B - B_limit| / |B| in Frobenius norm
 
 
 def sampled_fit(

@@ -26,24 +26,16 @@ _BESIDE = 6  # candidates that are polished together, those nearest to the shift
 
 @dataclass(frozen=True)
 class Eigenpair:
-    """An eigenvalue, its eigenvector, and how far that lies from the direction asked for.
+    """An eigenvalue, its eigenvector, and how far that lies from the direction asked for."""
 
-    Args:
-        value: the eigenvalue; of a complex pair the one with positive imaginary part.
-        vector: complex, shape (d,), of length 1, turned so that its largest component is real, as in LAPACK.
-        angle_deg: acute angle between the vector's real part and the direction.
-        plane_angle_deg: angle between the direction and span(Re, Im), the invariant plane of a complex pair,
-            which does not depend on how the vector is turned; equal to angle_deg for a real pair.
-        residual: |R x - value x|.
-        method: "dense" or "shifted".
-    """
-
-    value: complex
-    vector: Tensor
-    angle_deg: float
+    value: complex  #: of a complex pair the one with positive imaginary part
+    vector: Tensor  #: complex, shape (d,), of length 1, its largest component real, as in LAPACK
+    angle_deg: float  #: acute angle between the vector's real part and the direction
+    #: angle between the direction and span(Re, Im), the invariant plane of a complex pair, which does not
+    #: depend on how the vector is turned; equal to angle_deg for a real pair
     plane_angle_deg: float
-    residual: float
-    method: str
+    residual: float  #: |R x - value x|
+    method: str  #: "dense" or "shifted"
 
 
 def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> Eigenpair | None:

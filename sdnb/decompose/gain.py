@@ -22,19 +22,12 @@ _FASTER, _SLOWER = 2.0, 0.25  # factors of the step after a success and a failur
 
 @dataclass(frozen=True)
 class Gain:
-    """The maximiser of |f(x)| over unit vectors that was found.
+    """The maximiser of |f(x)| over unit vectors that was found."""
 
-    Args:
-        input: x, shape (d,), of length 1.
-        output: f(x), shape (d,).
-        gain: |f(x)|.
-        slope: |gradient of |f| along the sphere| / |f| at x; 0 at a maximum.
-    """
-
-    input: Tensor
-    output: Tensor
-    gain: float
-    slope: float
+    input: Tensor  #: x, shape (d,), of length 1
+    output: Tensor  #: f(x), shape (d,)
+    gain: float  #: |f(x)|
+    slope: float  #: |gradient of |f| along the sphere| / |f| at x; 0 at a maximum
 
 
 def largest_gain(

@@ -21,25 +21,16 @@ _SAFE = 30  # binary exponent up to which neither squares nor their sums leave f
 
 @dataclass(frozen=True)
 class Triplets:
-    """The k leading singular triplets, M V = U diag(S), largest first; of several matrices with n in front.
+    """The k leading singular triplets, M V = U diag(S), largest first; of n matrices with n in front."""
 
-    Args:
-        U: left singular vectors as columns, shape (d, k).
-        S: singular values, shape (k,).
-        V: right singular vectors as columns, shape (d, k).
-        residual: larger of |M v - s u| and |M^T u - s v| over s, shape (k,); 0 where s is 0.
-        gap: distance of s to the nearest other singular value over s, shape (k,); a direction without a gap
-            means nothing. 0 where s is 0.
-        method: "filtered", or "dense" where the size or a small gap asked for the full decomposition (of
-            several matrices, of any).
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    residual: Tensor
+    U: Tensor  #: left singular vectors as columns, shape (d, k)
+    S: Tensor  #: singular values, shape (k,)
+    V: Tensor  #: right singular vectors as columns, shape (d, k)
+    residual: Tensor  #: larger of |M v - s u| and |M^T u - s v| over s, shape (k,); 0 where s is 0
+    #: distance of s to the nearest other singular value over s, shape (k,), 0 where s is 0; a direction
+    #: without a gap means nothing
     gap: Tensor
-    method: str
+    method: str  #: "filtered", or "dense" where the size or a small gap of any matrix asked for all
 
 
 def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5) -> Triplets:

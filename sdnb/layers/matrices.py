@@ -32,21 +32,13 @@ NOISE = 1_000_003  # random numbers drawn for a parameter, then repeated; a prim
 
 @dataclass(frozen=True, eq=False)
 class WeightMatrix:
-    """One weight matrix of a layer: some rows, or all, of an affine leaf.
+    """One weight matrix of a layer: some rows, or all, of an affine leaf."""
 
-    Args:
-        layer: 1..L.
-        kind: q, k, v, o, gate, up, down or attention_gate.
-        name: "<layer>.<kind>", with the leaf's name behind it where a layer has several of a kind.
-        module: the real leaf.
-        rows: row numbers of W in the leaf's matrix (out, in).
-    """
-
-    layer: int
-    kind: str
-    name: str
-    module: nn.Module
-    rows: Tensor
+    layer: int  #: 1..L
+    kind: str  #: q, k, v, o, gate, up, down or attention_gate
+    name: str  #: "<layer>.<kind>", with the leaf's name behind it where a layer has several of a kind
+    module: nn.Module  #: the real leaf
+    rows: Tensor  #: row numbers of W in the leaf's matrix (out, in)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -233,7 +233,10 @@ def find_ffn(view: LayerView) -> Structure:
     if roles is None or "down" not in roles.rows.get(down, {}):
         return structure
     readers = {name: parts for name, parts in roles.rows.items() if down in roles.direct[name]}
-    gates, ups = ([(name, p[kind]) for name, p in readers.items() if kind in p] for kind in ("gate", "up"))
+    gates, ups = (
+        [(name, _slice(parts[kind])) for name, parts in readers.items() if kind in parts]
+        for kind in ("gate", "up")
+    )
     if len(ups) != 1 or len(gates) > 1:
         return structure
     gate, up = (gates[0], ups[0]) if gates else (ups[0], None)
@@ -257,14 +260,16 @@ def find_ffn(view: LayerView) -> Structure:
     return found if works else structure
 
 
+def _slice(rows: Tensor) -> Tensor | slice:
+    """Row numbers as a slice where they are equally far apart: to take these copies nothing."""
+    steps = rows.diff().unique().tolist() or [1]
+    return rows if len(steps) > 1 else slice(rows[0].item(), rows[-1].item() + 1, steps[0])
+
+
 def _cut(isolated: IsolatedLayer, part: Rows) -> tuple[Tensor, Tensor | None]:
     """Rows of a linear map: their weights and their biases."""
     module, rows = isolated.module(part[0]), part[1]
-    steps = rows.diff().unique().tolist() or [1]
-    if len(steps) == 1:  # equally far apart: to take these copies nothing
-        rows = slice(rows[0].item(), rows[-1].item() + 1, steps[0])
-    else:
-        rows = rows.to(isolated.device)
+    rows = rows.to(isolated.device) if torch.is_tensor(rows) else rows
     return linear_weight(module)[rows], None if module.bias is None else module.bias[rows]
 
 

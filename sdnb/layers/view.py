@@ -36,21 +36,13 @@ from sdnb.layers.decoder import IsolatedLayer
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm or a LayerNorm: gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0.
+    """An RMS norm or a LayerNorm: gain * (x - c mean(x)) / scale(x) + bias, with c = 1 if centred, else 0."""
 
-    Args:
-        gain: the diagonal of the linear part, shape (d,).
-        bias: the answer to a row whose normed value is zero, shape (d,).
-        centred: whether the mean is subtracted (LayerNorm) or not (RMS norm).
-        epsilon: what is added to the mean square.
-        name: the module's name in the layer.
-    """
-
-    gain: Tensor
-    bias: Tensor
-    centred: bool
-    epsilon: float
-    name: str
+    gain: Tensor  #: the diagonal of the linear part, shape (d,)
+    bias: Tensor  #: the answer to a row whose normed value is zero, shape (d,)
+    centred: bool  #: whether the mean is subtracted (LayerNorm) or not (RMS norm)
+    epsilon: float  #: what is added to the mean square
+    name: str  #: the module's name in the layer
 
     def scale(self, x: Tensor) -> Tensor:
         """sqrt(mean((x - c mean(x))^2) + epsilon), the divisor that depends on the data, (n, 1)."""
@@ -82,7 +74,7 @@ class BranchStructure:
     gated: bool = False  # a gate between norm and module belongs to the branch
 
 
-Rows = tuple[str, Tensor]  # rows of a linear map: its name and their numbers
+Rows = tuple[str, Tensor | slice]  # rows of a linear map: its name and their numbers
 
 
 @dataclass(frozen=True)
@@ -151,25 +143,15 @@ class AttentionBranch(Branch):
 
 @dataclass(frozen=True)
 class FFNFormula:
-    """A feed-forward network down(phi(w u + b) [* (v u + c)]), one row of w (and v) for each inner unit.
+    """A feed-forward network down(phi(w u + b) [* (v u + c)]), one row of w (and v) for each inner unit."""
 
-    Args:
-        w: rows w_i, shape (f, d).
-        b: biases b_i, shape (f,), or None.
-        v: rows v_i of a gated unit, shape (f, d), or None.
-        c: biases c_i, shape (f,), or None.
-        activation: phi, element by element, in float32 and in float64.
-        down: the matrix behind the units, shape (d, f).
-        down_bias: its bias, shape (d,), or None.
-    """
-
-    w: Tensor
-    b: Tensor | None
-    v: Tensor | None
-    c: Tensor | None
-    activation: Callable[[Tensor], Tensor]
-    down: Tensor
-    down_bias: Tensor | None
+    w: Tensor  #: rows w_i, shape (f, d)
+    b: Tensor | None  #: biases b_i, shape (f,)
+    v: Tensor | None  #: rows v_i of a gated unit, shape (f, d)
+    c: Tensor | None  #: biases c_i, shape (f,)
+    activation: Callable[[Tensor], Tensor]  #: phi, element by element, in float32 and in float64
+    down: Tensor  #: the matrix behind the units, shape (d, f)
+    down_bias: Tensor | None  #: its bias, shape (d,)
 
     def inner(self, u: Tensor) -> Tensor:
         """The inner units phi(w_i.u + b_i) [* (v_i.u + c_i)] of rows (n, d), shape (n, f)."""
@@ -190,24 +172,15 @@ class FFNBranch(Branch):
 
 @dataclass(frozen=True)
 class LayerView:
-    """A decoder layer taken apart; see the picture above. All tensors are float32, on the layer's device.
+    """A decoder layer taken apart; see the picture above. All tensors are float32, on the layer's device."""
 
-    Args:
-        isolated: the float32 copy of the layer.
-        structure: which submodules are which.
-        attention: norms, multiplier, matrix, bias and their errors.
-        ffn: norms, multiplier, formula and its error.
-        output_norm: the norm that the whole sum passes at the end (BERT), as a rule None.
-        error: norms, multipliers and sum around the real modules against the layer, relative to a branch.
-        status: "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN has no formula.
-    """
-
-    isolated: IsolatedLayer
-    structure: Structure
-    attention: AttentionBranch
-    ffn: FFNBranch
-    output_norm: Norm | None
-    error: float | None = None
+    isolated: IsolatedLayer  #: the float32 copy of the layer
+    structure: Structure  #: which submodules are which
+    attention: AttentionBranch  #: norms, multiplier, matrix, bias and their errors
+    ffn: FFNBranch  #: norms, multiplier, formula and its error
+    output_norm: Norm | None  #: the norm that the whole sum passes at the end (BERT), as a rule None
+    error: float | None = None  #: of norms, multipliers and sum around the real modules, relative to a branch
+    #: "exact"; "approximate" if attention is no exact matrix; "sampled" if the FFN has no formula
     status: str | None = None
 
     @property

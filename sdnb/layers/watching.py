@@ -37,21 +37,13 @@ UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordin
 
 @dataclass(frozen=True)
 class BranchModules:
-    """One branch of one layer, as modules of the real model.
+    """One branch of one layer, as modules of the real model."""
 
-    Args:
-        inputs: the modules that read the branch's normed input; none where the layer has no such branch.
-        norm: the norm before it, or None.
-        post_norm: the norm behind it, or None.
-        multiplier: its coefficient in the layer's sum, a number or one for each coordinate, (d,).
-        ablated: the module that, returning zeros, takes the branch out of the layer: the last linear map.
-    """
-
-    inputs: tuple[nn.Module, ...]
-    norm: nn.Module | None
-    post_norm: nn.Module | None
-    multiplier: float | Tensor
-    ablated: nn.Module
+    inputs: tuple[nn.Module, ...]  #: read the branch's normed input; none where the layer has no such branch
+    norm: nn.Module | None  #: before it
+    post_norm: nn.Module | None  #: behind it
+    multiplier: float | Tensor  #: in the layer's sum, a number or one for each coordinate, (d,)
+    ablated: nn.Module  #: returning zeros, takes the branch out of the layer: its last linear map
 
 
 @dataclass(frozen=True)
