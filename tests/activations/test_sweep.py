@@ -6,19 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdnb.activations import (
-    embedding_norms,
-    ffn_input_coefficients,
-    hidden_states,
-    item_norms,
-    item_trajectories,
-    random_norms,
-    set_dimensions,
-    sweep,
-    vocabulary_sample,
-    zero_attention,
-    zero_branch,
-)
+import sdnb
+from sdnb.activations import sweep
 from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers, layer_view
 from tests.families import FAMILIES, LAYERS, STREAMED, build
@@ -52,11 +41,11 @@ def full_pass(model, sequence):
 def test_norms_equal_a_plain_full_forward_pass_with_and_without_attention(any_model):
     for layer in range(LAYERS):
         expected = torch.stack([full_pass(any_model, item[None])[layer][0, -1].norm() for item in ITEMS])
-        with_attention = item_norms(any_model, layer, ITEMS)
+        with_attention = sdnb.item_norms(any_model, layer, ITEMS)
         torch.testing.assert_close(with_attention, expected, rtol=1e-5, atol=0)
-    with zero_attention(any_model):
+    with sdnb.zero_attention(any_model):
         expected = torch.stack([full_pass(any_model, item[None])[1][0, -1].norm() for item in ITEMS])
-        found = item_norms(any_model, 1, ITEMS)
+        found = sdnb.item_norms(any_model, 1, ITEMS)
         fits = sweep._by_value_path(any_model, 1, ITEMS[:, None], False) is not None
     assert fits, "every family of these has an exact value path"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -68,23 +57,23 @@ def test_a_prefix_stands_before_each_item(model, prefix):
     prefixes = prefix.expand(len(ITEMS), prefix.shape[-1])
     sequences = [torch.cat([before, item[None]]) for before, item in zip(prefixes, ITEMS, strict=True)]
     states = [full_pass(model, sequence) for sequence in sequences]
-    paths = item_trajectories(model, ITEMS, prefix)
+    paths = sdnb.item_trajectories(model, ITEMS, prefix)
     assert paths.shape == (LAYERS + 1, len(ITEMS))
     for layer in range(LAYERS):
         expected = torch.stack([s[layer][0, -1].norm() for s in states])
         torch.testing.assert_close(paths[layer], expected, rtol=1e-4, atol=0)
-        found = item_norms(model, layer, ITEMS, prefix=prefix)
+        found = sdnb.item_norms(model, layer, ITEMS, prefix=prefix)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_random_embeddings_equal_a_plain_forward_pass(model, monkeypatch):
     count, length, generator = 1030, 3.5, torch.Generator().manual_seed(4)  # more than one draw
-    found = random_norms(model, 1, count, length, seed=4)
+    found = sdnb.random_norms(model, 1, count, length, seed=4)
     monkeypatch.setattr(sweep, "batch_size", lambda model, tokens=1: 515)
-    with set_dimensions(model, {2: {0: 0.0}}):  # the plain way, since there is a hook
-        again = random_norms(model, 1, count, length, seed=4)
+    with sdnb.set_dimensions(model, {2: {0: 0.0}}):  # the plain way, since there is a hook
+        again = sdnb.random_norms(model, 1, count, length, seed=4)
     torch.testing.assert_close(found, again, rtol=1e-4, atol=0)  # the draw does not depend on the batch
-    assert not torch.allclose(found, random_norms(model, 1, count, length, seed=5))
+    assert not torch.allclose(found, sdnb.random_norms(model, 1, count, length, seed=5))
     rows = torch.randn(1024, model.get_input_embeddings().weight.shape[1], generator=generator)
     rows = length * nn.functional.normalize(rows[:9], dim=1)
     states = model(inputs_embeds=rows[:, None], output_hidden_states=True, use_cache=False).hidden_states
@@ -98,11 +87,11 @@ def test_coefficients_equal_what_the_norm_is_given(family):
     view = layer_view(model, layer)
     norm = view.ffn.norm
     for prefix in (None, torch.tensor([7])):
-        found = ffn_input_coefficients(model, layer, 5 * direction, ITEMS, prefix=prefix)
+        found = sdnb.ffn_input_coefficients(model, layer, 5 * direction, ITEMS, prefix=prefix)
         for i, item in enumerate(ITEMS[:2].tolist()):
             # Another way to the FFN's input: what the layer gives without its FFN, or its own input.
-            with zero_branch(model, "ffn", [layer]):
-                states = hidden_states(model, torch.tensor([[item] if prefix is None else [7, item]]))
+            with sdnb.zero_branch(model, "ffn", [layer]):
+                states = sdnb.hidden_states(model, torch.tensor([[item] if prefix is None else [7, item]]))
             x = states[layer - view.parallel, 0, -1]
             assert torch.isclose(found.raw[i], x @ direction / direction.norm(), rtol=1e-3, atol=1e-4)
             normed = x / x.square().mean().sqrt()
@@ -115,11 +104,11 @@ def test_coefficients_equal_what_the_norm_is_given(family):
 def test_embedding_norms():
     model = build("llama")
     torch.testing.assert_close(
-        embedding_norms(model, ITEMS), model.model.embed_tokens.weight[ITEMS].norm(dim=1)
+        sdnb.embedding_norms(model, ITEMS), model.model.embed_tokens.weight[ITEMS].norm(dim=1)
     )
     scaled = build("gemma3_text")
     expected = scaled.model.embed_tokens.weight[ITEMS].norm(dim=1) * 32**0.5
-    torch.testing.assert_close(embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(sdnb.embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("family", [*SOME, "olmo2", "granite", "bert", "doge"])
@@ -136,20 +125,20 @@ def test_the_value_path_equals_plain_forward_passes(family):
 def test_the_value_path_leaves_out_what_is_ablated(family, branch):
     model = build(family)
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    with zero_branch(model, branch, [2]):
+    with sdnb.zero_branch(model, branch, [2]):
         expected = sweep._forward(model, 2, ITEMS[:, None], False)
         rows = sweep._by_value_path(model, 2, ITEMS[:, None], False)
         assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-        torch.testing.assert_close(item_norms(model, 2, ITEMS), expected.norm(dim=1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected.norm(dim=1), rtol=1e-5, atol=0)
     assert hooks == [len(module._forward_hooks) for module in model.modules()]
 
 
 def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
     model = build("llama")
-    expected = item_norms(model, 2, ITEMS)
-    with set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
+    expected = sdnb.item_norms(model, 2, ITEMS)
+    with sdnb.set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
         assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
-        assert not torch.allclose(item_norms(model, 2, ITEMS), expected, rtol=1e-3)
+        assert not torch.allclose(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-3)
     assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], False) is None
     view = sweep.layer_view(model, 2)
     other = dataclasses.replace(view, status="approximate")
@@ -157,7 +146,7 @@ def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
     assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
     monkeypatch.setattr(sweep, "layer_view", lambda *_: view)  # layer 2 in the place of layer 1: proved wrong
     assert sweep._by_value_path(model, 1, ITEMS[:, None], False) is None
-    torch.testing.assert_close(item_norms(model, 2, ITEMS), expected)
+    torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected)
 
 
 def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
@@ -167,34 +156,32 @@ def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
     monkeypatch.setattr(
         sweep, "layer_view", lambda model, number: views.append(number) or real(model, number)
     )
-    item_norms(model, 3, ITEMS)
+    sdnb.item_norms(model, 3, ITEMS)
     assert views == [1, 2, 3]
     for number, layer in enumerate(decoder_layers(model), start=1):
         layer.register_forward_hook(lambda m, a, r, number=number: calls.append(number))
     model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
-    item_norms(model, 3, ITEMS)
-    random_norms(model, 3, 20, 1.0)
-    ffn_input_coefficients(model, 2, torch.ones(32), ITEMS)
+    sdnb.item_norms(model, 3, ITEMS)
+    sdnb.random_norms(model, 3, 20, 1.0)
+    sdnb.ffn_input_coefficients(model, 2, torch.ones(32), ITEMS)
     assert set(calls) == {1, 2, 3}
 
 
 def test_a_sample_of_the_vocabulary_and_its_standard_error():
     model = plain("llama", d=16, f=32, layers=1, heads=4, vocabulary=5000, seed=1, scale=0.7)
-    sample = vocabulary_sample(model)
+    sample = sdnb.vocabulary_sample(model)
     assert len(sample.items) == 4096 and sample.size == 5000 and sample.items.unique().equal(sample.items)
-    assert torch.equal(sample.items, vocabulary_sample(model).items)
-    assert not torch.equal(sample.items, vocabulary_sample(model, seed=1).items)
-    whole = vocabulary_sample(model, items=10**9)
+    assert torch.equal(sample.items, sdnb.vocabulary_sample(model).items)
+    assert not torch.equal(sample.items, sdnb.vocabulary_sample(model, seed=1).items)
+    whole = sdnb.vocabulary_sample(model, items=10**9)
     property_ = torch.rand(5000, generator=torch.Generator().manual_seed(0)) < 0.3
     truth, error = whole.share(property_[whole.items])
     assert error == 0
-    shares, errors = zip(
-        *(vocabulary_sample(model, 400, seed).share(property_[vocabulary_sample(model, 400, seed).items])
-          for seed in range(300)), strict=True,
-    )  # fmt: skip
+    samples = [sdnb.vocabulary_sample(model, 400, seed) for seed in range(300)]
+    shares, errors = zip(*(part.share(property_[part.items]) for part in samples), strict=True)
     away = torch.tensor(shares) - truth
     assert away.square().mean().sqrt() == pytest.approx(sum(errors) / 300, rel=0.1)
     with pytest.raises(ParameterError, match="items"):
-        vocabulary_sample(model, 0)
+        sdnb.vocabulary_sample(model, 0)
     with pytest.raises(ParameterError, match="0 to 1"):
-        item_norms(model, 2, ITEMS)
+        sdnb.item_norms(model, 2, ITEMS)
