@@ -2,7 +2,14 @@
 
 from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_experts, watched_experts
 from sdnb.quantize.formats import FORMATS, absmax_scale, levels_left, rounded
-from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules, never_quantized, norm_feeding
+from sdnb.quantize.modules import (
+    InputStatistics,
+    LinearModule,
+    down_projections,
+    linear_modules,
+    never_quantized,
+    norm_feeding,
+)
 from sdnb.quantize.schemes import (
     SCHEMES,
     PairedRatio,
@@ -19,7 +26,6 @@ from sdnb.quantize.skip_lists import (
     Form,
     Sensitivity,
     SkipList,
-    down_projections,
     forms,
     fused_with,
     sensitivity,

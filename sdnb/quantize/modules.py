@@ -1,14 +1,15 @@
 """The linear modules of a model, found without a table of names, their inputs, and which norm feeds them."""
 
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sdnb.activations import input_device
-from sdnb.errors import ModelError
-from sdnb.layers import decoder_layers
+from sdnb.errors import LayerUnsupported, ModelError
+from sdnb.layers import WeightMatrix, decoder_layers, layer_matrices
 from sdnb.layers.weights import is_linear, linear_weight
 
 
@@ -19,7 +20,6 @@ class LinearModule:
     name: str  #: full name, as in `named_modules` of the model
     module: nn.Module  #: an `nn.Linear`, or the `Conv1D` of GPT-2, which stores the transpose
     layer: int | None  #: the decoder layer it belongs to, 1..L, or None outside of all
-    branch: str = ""  #: name of the layer's own child that holds it, such as "mlp"; "" outside of all layers
 
     @property
     def weight(self) -> Tensor:
@@ -33,8 +33,6 @@ class InputStatistics:
 
     name: str  #: full name of the module
     layer: int | None  #: its decoder layer, 1..L, or None
-    branch: str  #: the layer's own child that holds it, such as "mlp"
-    order: int  #: its place in the order of calls, 0 first
     largest: float  #: max |x|
     median: float  #: median |x|, to 0.5 % where there are more than 65,536 entries
     token_median: float  #: median over tokens of max_j |x_tj|
@@ -42,7 +40,6 @@ class InputStatistics:
     #: for, or the weights are not in memory
     output_error: float | None
     channel_largest: Tensor  #: max_t |x_tj| for each input channel j, (k,), float32 on the CPU
-    parameters: int  #: entries of W
 
     @property
     def ratio(self) -> float | None:
@@ -64,18 +61,28 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
         ModelError: there is none.
     """
     embeddings = (model.get_output_embeddings(), model.get_input_embeddings())
-    places = {
-        module: (number, name.partition(".")[0])
-        for number, layer in enumerate(decoder_layers(model), start=1)
-        for name, module in layer.named_modules()
-    }
+    layers = enumerate(decoder_layers(model), start=1)
+    layer_of = {module: number for number, layer in layers for module in layer.modules()}
     found = {
-        name: LinearModule(name, module, *places.get(module, (None, "")))
+        name: LinearModule(name, module, layer_of.get(module))
         for name, module in model.named_modules()
         if is_linear(module) and module not in embeddings
     }
     if not found:
         raise ModelError(f"{type(model).__name__} has no linear module that could be quantized")
+    return found
+
+
+def down_projections(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, WeightMatrix]:
+    """Return the down-projection of each of some layers, 1..L, by full name; of all when None.
+
+    There is none where a layer is not recognised, or its experts lie in one parameter.
+    """
+    names, found = {module: name for name, module in model.named_modules()}, {}
+    for layer in range(1, len(decoder_layers(model)) + 1) if layers is None else layers:
+        with suppress(LayerUnsupported):
+            downs = [matrix for matrix in layer_matrices(model, layer) if matrix.kind == "down"]
+            found |= {names[down.module]: down for down in downs if len(downs) == 1}
     return found
 
 

@@ -1,6 +1,6 @@
 """The single weight: the entry of a down-projection that writes the massive dimension from a spiking unit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from sdnb.activations import input_device
 from sdnb.decompose import largest_gain, leading_triplets
 from sdnb.errors import LayerUnsupported, ParameterError
 from sdnb.layers import WeightMatrix, layer_view
-from sdnb.layers.matrices import layer_matrices_or_reason
 from sdnb.layers.weights import linear_weight
+from sdnb.quantize.modules import down_projections
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,10 @@ def single_weights(
     none. `layers`, 1..L, are the ones to look at, None all. Source: Yu et al., arXiv 2411.07191 (the spike);
     paper A's view of the explosion layer for the other two.
     """
-    names = {module: name for name, module in model.named_modules()}
-    downs: list[WeightMatrix] = []
-    for _, matrices in layer_matrices_or_reason(model, layers):
-        found = [] if isinstance(matrices, str) else [m for m in matrices if m.kind == "down"]
-        downs += found if len(found) == 1 else []
-    spikes = _spikes(model, ids, downs) if ids is not None else {}
+    downs = down_projections(model, layers)
+    spikes = _spikes(model, ids, downs.values()) if ids is not None else {}
     picks = []
-    for down in downs:
+    for name, down in downs.items():
         W, found = down.read(), {}
         if down.layer in spikes:
             found["spike"] = _largest_term(W, *spikes[down.layer])
@@ -62,7 +58,7 @@ def single_weights(
         found["rank one"] = _largest_of_rank_one(W)
         for how, (row, column, size, share) in found.items():
             value = W[row, column].item()
-            picks.append(SingleWeight(down.layer, names[down.module], row, column, value, how, size, share))
+            picks.append(SingleWeight(down.layer, name, row, column, value, how, size, share))
     return picks
 
 
@@ -84,7 +80,7 @@ def _largest_of_rank_one(W: Tensor) -> tuple[int, int, float, float]:
 
 
 @torch.no_grad()
-def _spikes(model: nn.Module, ids: Tensor, downs: Sequence[WeightMatrix]) -> dict[int, tuple[Tensor, Tensor]]:
+def _spikes(model: nn.Module, ids: Tensor, downs: Iterable[WeightMatrix]) -> dict[int, tuple[Tensor, Tensor]]:
     """Input and output (without bias) of each down-projection at the token where its output is largest."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     layer_of = {down.module: down.layer for down in downs}

@@ -6,7 +6,7 @@ ratio of 32 the median token is left with fewer than four of them, and at 254 it
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -73,25 +73,6 @@ def fused_with(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
         parent, _, own = name.rpartition(".")
         missing |= {f"{parent}.{other}" for group in FUSED if own in group for other in group}
     return tuple(name for name in linear_modules(model) if name in missing - given)
-
-
-def down_projections(statistics: dict[str, InputStatistics], layers: Collection[int]) -> list[str]:
-    """Return the down-projection of each of some layers, 1..L: the FFN's last linear module with d outputs.
-
-    Full names, in the order of `layers`; none where experts lie in one parameter.
-    """
-    # The module that a layer calls first reads its input and has d columns. Attention runs before the FFN,
-    # side by side or in turn, so that what lies outside of the first module's branch is the FFN's. Behind the
-    # down-projection there may be a gate of one output (the shared expert of Qwen2-MoE).
-    found = []
-    for layer in layers:
-        called = sorted((s for s in statistics.values() if s.layer == layer), key=lambda s: s.order)
-        for module in reversed(called):
-            outputs = module.parameters // len(module.channel_largest)
-            if module.branch != called[0].branch and outputs == len(called[0].channel_largest):
-                found.append(module.name)
-                break
-    return found
 
 
 @dataclass(frozen=True)

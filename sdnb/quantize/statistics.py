@@ -7,7 +7,6 @@ for a model of half a GB).
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ class _Gathering:
 
     def __init__(self, linear: LinearModule, tokens: int, scheme: Scheme | None):
         width = linear.weight.shape[1]
-        self.linear, self.order, self.tokens = linear, None, _Series(tokens)
+        self.linear, self.tokens = linear, _Series(tokens)
         self.sample, self.share = _Series(min(tokens * width, SAMPLED)), min(1.0, SAMPLED / (tokens * width))
         self.generator = torch.Generator().manual_seed(0)
         self.channels = torch.zeros(width)
@@ -52,9 +51,8 @@ class _Gathering:
             self.quantized.bias = None
         self.error, self.error_tokens = 0.0, 0
 
-    def add(self, inputs: Tensor, outputs: Tensor, real: Tensor, order: int) -> None:
+    def add(self, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
         """Take one call, (B, T, k), or rows in another order when a mixture has sorted them."""
-        self.order = order if self.order is None else self.order
         if inputs.numel() == real.numel() * inputs.shape[-1]:
             lines, mask = inputs.reshape(*real.shape, -1), real.to(inputs.device)
         else:
@@ -91,14 +89,11 @@ class _Gathering:
         return InputStatistics(
             name=self.linear.name,
             layer=self.linear.layer,
-            branch=self.linear.branch,
-            order=self.order,
             largest=largest.max().item(),
             median=self.sample.values.median().item(),
             token_median=largest.double().median().item(),
             output_error=self.error / self.error_tokens if self.error_tokens else None,
             channel_largest=self.channels,
-            parameters=self.linear.weight.numel(),
         )
 
 
@@ -128,11 +123,10 @@ def input_statistics(
     linears = linear_modules(model).values()
     gathered = {linear.module: _Gathering(linear, total, scheme) for linear in linears}
     running: list[Tensor] = []  # the mask of real tokens, empty during passes that only look for the layers
-    calls = count()
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         if running and args and torch.is_tensor(args[0]) and args[0].numel():
-            gathered[module].add(args[0], output, running[0], next(calls))
+            gathered[module].add(args[0], output, running[0])
 
     with ExitStack() as hooks:
         for module in gathered:
@@ -146,4 +140,4 @@ def input_statistics(
 
             visit_states(model, ids, show)
             running.clear()
-    return {found.linear.name: found.result() for found in gathered.values() if found.order is not None}
+    return {found.linear.name: found.result() for found in gathered.values() if found.tokens.count}

@@ -77,7 +77,6 @@ def test_equal_the_inputs_themselves(family):
         by_hand = error_by_hand(kept, linear_modules(model)[name].weight)
         assert statistics.output_error == pytest.approx(by_hand, rel=0.02)
         assert f".{statistics.layer - 1}." in name
-        assert statistics.parameters == model.get_submodule(name).weight.numel()
 
 
 def error_by_hand(kept: list[torch.Tensor], W: torch.Tensor) -> float:
@@ -129,11 +128,10 @@ def test_one_pass_and_no_trace():
 
 
 @pytest.mark.parametrize("family", DOWN)
-def test_down_projection_is_the_last_module_that_writes_d_numbers(family):
+def test_down_projections(family):
     model = build(family, seed=1, **SIZES, **MORE.get(family, {}))
-    found = input_statistics(model, lines())
     expected = [DOWN[family].format(2), DOWN[family].format(0)] if DOWN[family] else []
-    assert down_projections(found, [3, 1]) == expected
+    assert list(down_projections(model, [3, 1])) == expected and down_projections(model, []) == {}
 
 
 @pytest.mark.parametrize("family", FED)
