@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.calls import StopForward
 from sdnb.layers.decoder import IsolatedLayer, find_decoder
+from sdnb.layers.watching import relative
 from sdnb.layers.weights import as_float32, is_linear, linear_weight
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "attention_gate")
@@ -330,12 +331,9 @@ def check_roles(isolated: IsolatedLayer, roles: Roles) -> None:
             calls = isolated.watch(x.clone(), {"", *roles.rows})
         return calls[-1].returned, {call.name: call.given for call in reversed(calls)}
 
-    def size(error: Tensor, of: Tensor) -> float:
-        return float(error.norm() / of.norm().clamp(min=1e-30))
-
     plain, inputs = run({})
     scalings = ({"q": -1.0, "k": -1.0}, {"q": 2.0, "k": 0.5})
-    error = min(size(run(scales)[0] - plain, plain - x) for scales in scalings)
+    error = min(relative(run(scales)[0] - plain, plain - x) for scales in scalings)
     if not error <= AGREES:
         reason = f"queries and keys are cut wrongly (error {error:.1e})"
         raise LayerUnsupported(isolated.number, ", ".join(sorted(own)), reason)
@@ -343,7 +341,7 @@ def check_roles(isolated: IsolatedLayer, roles: Roles) -> None:
         if any(kind in parts for parts in roles.rows.values()):
             changed = run({scale: -1.0})[1]
             for name in [name for name, parts in roles.rows.items() if reader in parts and name in inputs]:
-                error = size(changed[name] + inputs[name], inputs[name])
+                error = relative(changed[name] + inputs[name], inputs[name])
                 if not error <= AGREES:
                     reason = f"does not read the negative of {scale} (error {error:.1e})"
                     raise LayerUnsupported(isolated.number, name, reason)
