@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from sdnb.activations import input_device
 from sdnb.errors import LayerUnsupported, ModelError
@@ -88,17 +89,9 @@ def down_projections(model: nn.Module, layers: Iterable[int] | None = None) -> d
 
 def never_quantized(model: nn.Module) -> list[str]:
     """Full names of the modules that quantizers skip by themselves: the output embedding and tied weights."""
-    named = list(model.named_modules(remove_duplicate=False))
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in named:
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(name)
-    chosen = {name for group in owners.values() if len(group) > 1 for name in group}
-    chosen |= {name for name, module in named if module is model.get_output_embeddings()}
-    # transformers' own rule also leaves out the module of the last parameter, most often the head
-    last = list(model.named_parameters())[-1][0].rpartition(".")[0]
-    chosen |= {last} if is_linear(model.get_submodule(last)) else set()
-    return [name for name, _ in named if name in chosen]
+    skipped = get_keys_to_not_convert(model)  # with the last module, most often the head or a norm
+    named = model.named_modules(remove_duplicate=False)
+    return [name for name, module in named if name in skipped and module.weight.ndim == 2]
 
 
 @torch.no_grad()

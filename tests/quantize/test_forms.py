@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sdnb.quantize import SkipList, forms, fused_with, linear_modules, never_quantized
@@ -92,16 +91,6 @@ def test_the_text_of_a_form_is_python_that_gives_its_value(tool):
         assert [name for name, config in known["given"].items() if config is None] == list(found.value)
     else:
         assert (known["config"]["quant_cfg"] if tool == "modelopt" else known[found.parameter]) == found.value
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mpt"])
-def test_what_transformers_would_skip_by_itself_is_on_the_list(family, tied):
-    model = build(family, tie_word_embeddings=tied, **TWELVE)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    theirs = {key for key in get_keys_to_not_convert(model) if key in modules}
-    weighty = {key for key in theirs if getattr(modules[key], "weight", torch.zeros(1)).ndim == 2}
-    assert weighty and weighty <= set(never_quantized(model))
 
 
 GGUF = {
