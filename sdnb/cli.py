@@ -17,7 +17,6 @@ COMMANDS = {
     "run": "run notebooks on models and keep what is done",
     "detect": "find high-norm tokens, input spikes and the modules a quantizer should skip",
     "signature": "say which models descend from one another, and how sure that is",
-    "spectra": "count singular values outside the law of noise, matrix by matrix",
     "summary": "write the key figures of every model that was run as CSV",
     "book": "build the book from what was run",
     "cache": "say what the converted GGUF files take, or remove them",
@@ -191,61 +190,6 @@ def _run_signature(args: argparse.Namespace) -> int:
     from sdnb.signatures import signature_command
 
     return signature_command(args, **_loading(args))
-
-
-# --- sdnb spectra
-
-
-def _add_spectra(add) -> None:
-    add("model", help="hub id, folder, GGUF file, or zoo/<name>; a decoder or an encoder")
-    _add_loading(add)
-    add("--layers", type=int, nargs="+", help="layers, counted from 1 (default: all)")
-    add("--rate", type=float, default=0.001, help="chance of any outlier in noise (default: 0.001)")
-    add("--json", action="store_true", help="print everything as JSON, and nothing else")
-
-
-def _run_spectra(args: argparse.Namespace) -> int:
-    from pandas import DataFrame, Index
-
-    from sdnb import load
-    from sdnb.layers.matrices import layer_matrices_or_reason
-    from sdnb.spectra import NoBulk, fit_spectrum, singular_values
-
-    if not 0 < args.rate < 1:
-        raise ParameterError(f"--rate {args.rate:g}: give a probability between 0 and 1.")
-    loaded = load(args.model, encoders=True, **_loading(args))
-    rows, left_out = {}, {}
-    for layer, found in layer_matrices_or_reason(loaded.model, args.layers):
-        if isinstance(found, str):
-            left_out[f"layer {layer}"] = found
-            continue
-        for matrix in found:
-            values = singular_values(matrix.read())
-            try:
-                fit = fit_spectrum(values, matrix.shape, false_positive_rate=args.rate)
-            except NoBulk as problem:
-                left_out[matrix.name] = str(problem)
-                continue
-            keys = ("sigma", "edges", "outliers_below", "outliers_above", "hard_edge", "distance")
-            rows[matrix.name] = {"shape": list(fit.shape)} | {key: getattr(fit, key) for key in keys}
-    if args.json:
-        values = {"matrices": rows, "false_positive_rate": args.rate, "left_out": left_out}
-        print(json.dumps(values, indent=1))
-        return 0
-    lines = [
-        ["x".join(map(str, row["shape"])), row["sigma"], *row["edges"],
-         "hard" if row["hard_edge"] else row["outliers_below"], row["outliers_above"], row["distance"]]
-        for row in rows.values()
-    ]  # fmt: skip
-    names = Index(["shape", "sigma", "bulk from", "to", "below", "above", "distance"], name="matrix")
-    print(DataFrame(lines, list(rows), names).to_string(float_format="{:.4g}".format))
-    print(
-        f"\nA matrix of noise shows an outlier on one side with probability {args.rate:g}. hard: nearly "
-        "square, nothing is\ncounted below its bulk."
-    )
-    for name, reason in left_out.items():
-        print(f"left out: {name} ({reason})")
-    return 0
 
 
 # --- sdnb summary, book, cache

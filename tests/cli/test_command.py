@@ -1,16 +1,13 @@
-"""The command `sdnb`: exit codes, errors in one line, what it imports, and the spectra."""
+"""The command `sdnb`: exit codes, errors in one line, and what it imports."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from sdnb import load
 from sdnb.cli import COMMANDS, main
 from sdnb.errors import ModelError
-from tests.templates import encoder
 from tests.tiny import tiny_model
 
 
@@ -25,7 +22,6 @@ from tests.tiny import tiny_model
         (["run", "zoo/llama", "--jobs", "0"], 1),
         (["run", "zoo/llama", "--timeout", "0"], 1),
         (["run", "zoo/llama", "-p", "modell", "x"], 1),
-        (["spectra", "zoo/llama", "--rate", "2"], 1),
     ],
 )
 def test_exit_codes(words, code, capfd):
@@ -59,7 +55,7 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("command", ["detect", "spectra", "signature"])
+@pytest.mark.parametrize("command", ["detect", "signature"])
 def test_commands_take_what_messages_name(command, tmp_path, monkeypatch, capfd):
     asked = []
 
@@ -72,28 +68,3 @@ def test_commands_take_what_messages_name(command, tmp_path, monkeypatch, capfd)
     folder = tiny_model(tmp_path / "tiny", layers=1)
     assert main([command, str(folder), "--allow-pickle", "--trust-remote-code", "--dtype", "float32"]) == 1
     assert asked[0]["allow_pickle"] and asked[0]["trust_remote_code"] and asked[0]["dtype"] == "float32"
-
-
-def test_spectra_of_a_decoder_with_random_weights(tmp_path, capsys):
-    folder = tiny_model(tmp_path / "plain", "gpt_neox", d=48, f=160)
-    assert main(["spectra", str(folder), "--layers", "1", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    table = {line.split()[0]: line.split() for line in lines if line[:2].isdigit()}
-    kinds = ("q", "k", "v", "o", "up", "down")
-    assert set(table) == {f"{layer}.{kind}" for layer in ("01", "03") for kind in kinds}
-    assert table["01.q"][1] == "48x48" and table["01.q"][5] == "hard"
-    assert table["03.up"][1] == "160x48" and table["03.up"][5] == "0"
-
-
-def test_spectra_of_an_encoder_as_json(tmp_path, capsys):
-    folder = encoder(tmp_path / "bert")
-    assert main(["spectra", str(folder), "--json"]) == 0
-    matrices = json.loads(capsys.readouterr().out)["matrices"]
-    assert len(matrices) == 12 and matrices["02.down"]["shape"] == [32, 64]
-    with pytest.raises(ModelError, match="no causal decoder"):
-        load(str(folder))
-
-
-def test_a_layer_that_is_not_there_is_refused(tmp_path, capsys):
-    assert main(["spectra", str(tiny_model(tmp_path / "plain")), "--layers", "9"]) == 1
-    assert "layers 1 to 3" in capsys.readouterr().err
