@@ -1,7 +1,7 @@
 """Calls of modules: where in the arguments the hidden state stands, and how a result carries it.
 
-Across families the hidden state is positional or a keyword, and layers return a tensor or a tuple; whoever
-asks, asks here.
+Across families the hidden state is positional or a keyword, and layers return a tensor or a tuple; the
+differences are handled here.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Call":
-        """Find the hidden state: the first float tensor, positional, `hidden_states`, then by keyword."""
+        """Find the hidden state: the first float tensor by position, as `hidden_states`, by any keyword."""
         names = sorted(kwargs, key=lambda name: name != "hidden_states")
         values = [*enumerate(args), *((name, kwargs[name]) for name in names)]
         return cls(args, kwargs, next((place for place, value in values if is_float(value)), None))
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """What one submodule was given and returned in a pass, as copies; `items` is None for a bare tensor."""
+    """What one submodule was given and returned in a pass, as copies; `items` is as in `item_count`."""
 
     name: str
     module: nn.Module
@@ -102,7 +102,7 @@ def unwrap(result: object) -> Tensor | None:
 
 
 def wrapped(hidden: Tensor, items: int | None) -> object:
-    """A tensor as the result of a module that returns so many items, the others None."""
+    """A tensor as the result of a module that returns so many items (`item_count`), the others None."""
     return hidden if items is None else (hidden, *[None] * (items - 1))
 
 
@@ -113,7 +113,7 @@ def rewrap(result: object, hidden: Tensor) -> object:
 
 @contextmanager
 def run_errors_as(error: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Raise what a module may raise when it is run in its block as another error; but not a full memory."""
+    """Turn what running a module in the block may raise into another error, except running out of memory."""
     try:
         yield
     except torch.OutOfMemoryError:

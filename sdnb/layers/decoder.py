@@ -120,7 +120,7 @@ def plain_token(model: nn.Module) -> int:
 def _first_call(
     model: nn.Module, module: nn.Module, ids: Tensor, others: dict[nn.Module, Callable], finish: bool
 ) -> tuple[Call | None, object]:
-    """The first call of a module in a pass, which ends there, and its result, to `finish` it; None, None."""
+    """First call of a module in a pass that ends there, and its result if it is to `finish`; else None."""
     seen: list[tuple[Call, object]] = []
     real = module.forward
 
@@ -218,7 +218,7 @@ class IsolatedLayer:
         return self.layer.get_submodule(name)
 
     def output(self, x: Tensor) -> Tensor:
-        """What the layer makes of hidden states, (n, T, d) in and out, called as for equal tokens."""
+        """What the layer makes of hidden states, (n, T, d) in and out; the mask is that of T equal tokens."""
         shape = tuple(x.shape[:2])
         if shape not in self._calls:  # to run the model up to the layer takes longer than to run the layer
             raw = record_call(self.decoder, self.number, torch.full(shape, plain_token(self.decoder.model)))
@@ -292,8 +292,9 @@ class IsolatedLayer:
         behind: str | None = None,
         stub: tuple[str, int | None] | None = None,
     ) -> Tensor:
-        """What module `output` makes, (n, d_out), of one-token rows (n, d) put in place of others' inputs."""
-        # or of the output of the module `behind`; `stub` is a costly module that returns zeros, so many items
+        """Output (n, d_out) of module `output` where the modules `inputs` are given one-token rows (n, d)."""
+        # `behind`: a module whose output the rows replace instead; `stub`: name and item count of a costly
+        # module that is made to return zeros
         if len(rows) > ROWS_AT_ONCE:
             parts = rows.split(ROWS_AT_ONCE)
             return torch.cat([self.feed(part, inputs, output, behind=behind, stub=stub) for part in parts])

@@ -64,7 +64,10 @@ class WeightMatrix:
 
 @contextmanager
 def replaced_matrices(changes: Sequence[tuple[WeightMatrix, Tensor]]) -> Iterator[None]:
-    """Give matrices other values, (rows, inputs), for a block, and restore every weight bit for bit."""
+    """Give matrices other values, (rows, inputs), for a block, and restore every weight bit for bit.
+
+    An offloaded weight is a `LayerUnsupported`.
+    """
     kept = {matrix.module: matrix.module.weight.detach().clone() for matrix, _ in changes}
     try:
         for matrix, values in changes:
@@ -118,7 +121,7 @@ def layer_matrices_or_reason(
 
 
 def _numbers(model: nn.Module, layers: Sequence[int] | None) -> Sequence[int]:
-    return layers or range(1, len(find_decoder(model).layers) + 1)
+    return range(1, len(find_decoder(model).layers) + 1) if layers is None else layers
 
 
 def parameters_left_out(model: nn.Module, number: int, matrices: Sequence[WeightMatrix]) -> dict[str, str]:
@@ -186,9 +189,9 @@ def _local_kinds(isolated: IsolatedLayer, roles: Roles, local: dict[str, Tensor]
 
 
 @torch.no_grad()
-def _redraw(layer: nn.Module, seed: int = 0) -> None:
-    """Random parameters of ordinary size: matrices that keep lengths, gains near what they are."""
-    generator = torch.Generator().manual_seed(seed)
+def _redraw(layer: nn.Module) -> None:
+    """Draw parameters of ordinary size: matrices that keep lengths, gains near 1 or 0, as they are."""
+    generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         count = parameter.numel()
         noise = torch.randn(min(count, NOISE), generator=generator).to(parameter.device)

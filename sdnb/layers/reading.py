@@ -1,10 +1,10 @@
 """How a layer's view comes about: isolated, watched, read, and compared with the layer.
 
 With one token the softmax is 1, so what attention's output projection reads is made of entries of what the
-linear maps before it wrote, copied as often as heads share them. Which entries, their numbers tell. Where
+linear maps before it wrote, copied as often as heads share them. Which entries, equal values tell. Where
 values pass more than that (norms in latent attention), the real module's answers to the rows of the identity
-are the matrix. Where there is none (gates, sinks, clips), least squares find one. The FFN's matrices are told
-by the roles of their rows, its activation by trial.
+are the matrix. Where none is exact (gates, sinks, clips), least squares find the nearest. The FFN's matrices
+are told apart by the roles of their rows, its activation is found by trial.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ APPROXIMATE = 0.7  # above it the matrix explains less than half of the squared 
 AGREES = 1e-5  # of the largest entry: an attention kernel may round its one product with 1
 NEAR = 4  # candidates on each side, in the order of the first row: rounding may exchange neighbours there
 FIT_ROWS = 32  # rows for each column of a matrix that has to be fitted
-FIRST_LOOK, HOPELESS = 4, 1.08  # rows a column of a first fit, and what it may leave: some mixers are slow
+FIRST_LOOK, HOPELESS = 4, 1.08  # rows per column of a first fit, and its residual that rules a full one out
 
-COMMON = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "quick_gelu")  # inline
+# Tried last, for layers whose `forward` calls a function.
+COMMON = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "quick_gelu")
 OF_LAYER = "layer:"  # before the path of an activation that the layer holds
 Activation = Callable[[Tensor], Tensor]
 
@@ -93,9 +94,6 @@ def each_layer(model: nn.Module | Loaded, unsupported: dict[int, str] | None = N
     Args:
         model: a causal language model of transformers, or what `sdnb.load` returned.
         unsupported: gets the reason for each layer that is skipped, by its number.
-
-    Yields:
-        The views of the layers, in order.
     """
     first, views = None, 0
     for number in progress(range(1, len(find_decoder(model).layers) + 1), desc="layers"):
@@ -189,7 +187,7 @@ def _matrix_of_weights(
 
 @torch.no_grad()
 def read_attention(view: LayerView) -> LayerView:
-    """The view with attention's matrix and bias, off the weights where the way of the values is known."""
+    """The view with attention's matrix and bias, from the weights where the path of the values is known."""
     isolated, where = view.isolated, view.structure
     like = torch.zeros(1, view.hidden_size, device=isolated.device)
     with isolated.altered(linearised(view.attention.inner_norms)):
@@ -203,10 +201,10 @@ def read_attention(view: LayerView) -> LayerView:
 
 
 @torch.no_grad()
-def fit_attention(view: LayerView, rows: int = FIT_ROWS, seed: int = 6) -> LayerView:
-    """The view with attention's matrix and bias by least squares on Gaussian rows, so many a column."""
+def fit_attention(view: LayerView, rows: int = FIT_ROWS) -> LayerView:
+    """The view with attention's matrix and bias by least squares, on so many Gaussian rows per column."""
     # min E |attention(u) - matrix u - bias|^2 over u ~ N(0, I), which is how the paper fits an FFN
-    d, generator = view.hidden_size, torch.Generator().manual_seed(seed)
+    d, generator = view.hidden_size, torch.Generator().manual_seed(6)
 
     def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, count, ROWS_AT_ONCE):
@@ -261,7 +259,7 @@ def find_ffn(view: LayerView) -> Structure:
 
 
 def _slice(rows: Tensor) -> Tensor | slice:
-    """Row numbers as a slice where they are equally far apart: to take these copies nothing."""
+    """Row numbers as a slice where they are equally far apart, which copies nothing."""
     steps = rows.diff().unique().tolist() or [1]
     return rows if len(steps) > 1 else slice(rows[0].item(), rows[-1].item() + 1, steps[0])
 
@@ -331,7 +329,7 @@ def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measured(view: LayerView) -> LayerView:
-    """The view with its errors: what was read off the layer against the real one, in a run of each part."""
+    """The view with its errors: what was read off the layer against runs of the real modules."""
     x, attention = view.isolated.states(), view.attention
     fed, basis = attention.normed(x), zero_and_basis_rows(view.isolated)
     groups = [fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3), basis]
@@ -347,7 +345,7 @@ def measured(view: LayerView) -> LayerView:
     off = basis @ attention.matrix.T + attention.bias - real
     on_basis = torch.maximum(ratio(off[:1], real), ratio(off[1:], real))
     formula, layer = _ffn_and_layer_errors(view, x, attention.added(answers[0]))
-    # one number after the other would make a GPU wait each time
+    # waits for a GPU once, not five times
     numbers = torch.stack([near, torch.stack(far).max(), on_basis, formula, layer]).tolist()
     near, far, on_basis, formula, layer = numbers
     on_basis = on_basis if attention.fit_residual is None else 0.0  # a fit need not agree there
@@ -376,7 +374,7 @@ def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor
 
 
 def _summed(view: LayerView, x: Tensor, a: Tensor, y: Tensor, f: Tensor) -> Tensor:
-    """The layer's output from what its branches add, by the formulas of its norms."""
+    """The layer's output from what its branches add."""
     total = view.ffn.residual(x) + a + f if view.parallel else view.ffn.residual(y) + f
     return total if view.output_norm is None else view.output_norm(total)
 

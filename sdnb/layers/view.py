@@ -106,7 +106,7 @@ class Branch:
     multiplier: float | Tensor = 1.0  # in the sum; a number, or one for each coordinate, (d,)
     norm_on_residual: bool = False  # the residual stream passes `norm` too, as in layers that norm the sum
     residual_scale: float | Tensor = 1.0  # the residual stream's coefficient in the sum, of the same kind
-    # of matrix or formula on normed rows of real length, relative to the module's output; None without one
+    # error of matrix or formula on normed rows, relative to the module's output; None without one
     error: float | None = None
 
     def normed(self, x: Tensor) -> Tensor:

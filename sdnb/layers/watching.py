@@ -1,8 +1,8 @@
 """Finding the parts of a layer by what they do, in passes of its isolated copy.
 
 Attention moves the last token's output when an earlier token is changed. Norms are measured by feeding them.
-The trick that needs no table for the rest: with the last linear map of both branches ablated, what is left of
-the layer is the residual path, as a rule its input.
+The rest needs no table of model families either: with the last linear map of both branches ablated, what is
+left of the layer is the residual path, as a rule its input.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -29,10 +29,10 @@ from sdnb.layers.view import (
 from sdnb.layers.weights import is_linear, structure_key
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
-RESTORED = 1e-4  # of the branches, for identities of the residual path that hold up to rounding
+RESTORED = 1e-4  # error, relative to the branches, up to which the residual path counts as recovered
 NORMED = 1e-5  # relative error of a norm's formula on random rows
 LARGE, SMALL = 1e3, 1e-3  # entries at which a norm's epsilon does not matter, and at which it does
-UNIT = 1e-5  # relative, from which a coefficient differs from 1, or the coordinates' coefficients differ
+UNIT = 1e-5  # relative difference up to which a coefficient is 1, or the same for all coordinates
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BranchModules:
     norm: nn.Module | None  #: before it
     post_norm: nn.Module | None  #: behind it
     multiplier: float | Tensor  #: in the layer's sum, a number or one for each coordinate, (d,)
-    ablated: nn.Module  #: returning zeros, takes the branch out of the layer: its last linear map
+    ablated: nn.Module  #: takes the branch out by returning zeros: its last linear map, or a whole module
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def ratio(error: Tensor, of: Tensor) -> Tensor:
 
 
 def relative(error: Tensor, of: Tensor) -> float:
-    """The `ratio` as a number, for which a GPU has to be waited for."""
+    """The `ratio` as a Python number, which waits for a GPU."""
     return ratio(error, of).item()
 
 
@@ -118,11 +118,11 @@ def trial_rows(isolated: IsolatedLayer) -> Tensor:
 
 @torch.no_grad()
 def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
-    """Measure a norm of rows of a size and device; None if the module does not follow the formula."""
+    """Measure a norm on rows of the width and device of `like`; None if it does not follow the formula."""
     rows = _trial_rows(like.shape[-1], like.device)
     try:
         answers = module(rows.clone())  # a module may write into its input
-    except RUN_ERRORS:  # those that are no norms may raise anything
+    except RUN_ERRORS:  # a module that is no norm may raise anything
         return None
     if not is_float(answers) or answers.shape != rows.shape:
         return None
@@ -189,7 +189,7 @@ def _nonlinearity(isolated: IsolatedLayer, name: str) -> float:
 
 
 def _mixing_modules(isolated: IsolatedLayer) -> list[str]:
-    """Submodules whose output at the last token moves though their input there stays, outermost first."""
+    """Submodules whose output at the last token changes though their input there stays, outermost first."""
     x, other = random_rows(isolated.hidden_size, isolated.device, 1).split((3, 5))
     passes = (isolated.watch(rows[None]) for rows in (x, torch.cat([other[:1], x[1:]])))
     one, changed = ({call.name: call for call in calls if call.name} for calls in passes)
@@ -230,7 +230,7 @@ def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[s
     for name, error in zip(candidates, errors, strict=True):
         if error < LINEAR:
             return name, []
-    for name in candidates:  # a second look takes the norms inside by their gains
+    for name in candidates:  # second try, with the norms inside reduced to their gains
         norms = _norms_inside(isolated, name, calls)
         with isolated.altered(linearised(norms)):
             if norms and _nonlinearity(isolated, name) < LINEAR:
@@ -240,7 +240,7 @@ def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[s
 
 @torch.no_grad()
 def watch_layer(isolated: IsolatedLayer) -> LayerView:
-    """The view of a layer's branches, norms and multipliers; attention's matrix and the formula follow."""
+    """A layer's view with branches, norms and multipliers, but not yet attention's matrix and the formula."""
     reason = unsupported_type(isolated.decoder.model)
     if reason is not None:
         raise LayerUnsupported(isolated.number, "layer", reason)
@@ -266,7 +266,7 @@ def watch_layer(isolated: IsolatedLayer) -> LayerView:
         try:
             structure = _structure(isolated, calls[-1], (mixer, projection), ablated, outside, output_norm)
             view, error = fit_residual(read_norms(isolated, structure))
-        except LayerUnsupported as unsupported:  # what is no norm stands beside this one; others may do
+        except LayerUnsupported as unsupported:  # no norm where this pair needs one; another pair may do
             reasons.append(unsupported)
             continue
         errors.append(error)
@@ -294,7 +294,7 @@ def _structure(
     outside: list[ModuleCall],
     output_norm: str | None,
 ) -> Structure:
-    """The structure of a layer if these two modules, ablated, take its branches out."""
+    """The structure of a layer if the two modules `ablated` take its branches out."""
     mixer, projection = attention
     if ablated[1] is None:  # a layer that is attention alone (Nemotron-H): parallel to nothing
         norm = before(outside, mixer.given)
@@ -317,7 +317,7 @@ def _structure(
 
 
 def _norm_at_the_start(calls: list[ModuleCall], module: ModuleCall, d: int) -> ModuleCall | None:
-    """The norm with which a module begins that is none itself; a gate behind it is the branch's."""
+    """The norm that a module, itself no norm, begins with; a gate behind it belongs to the branch."""
     if norms_among([module], d):
         return None
     inside = [c for c in calls if c is not module and c.inside(module) and same(c.given, module.given)]
@@ -342,7 +342,7 @@ def _branch(
 
 
 def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
-    """A view with its norms measured where a structure names them, its residual path taken to be bare."""
+    """A view with the norms that a structure names, measured; the residual path is taken to be bare."""
     known: dict[str | None, Norm | None] = {None: None}
 
     def norm(name: str | None, size: int = isolated.hidden_size) -> Norm | None:
@@ -362,7 +362,7 @@ def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
 
 @torch.no_grad()
 def fit_residual(view: LayerView) -> tuple[LayerView, float]:
-    """The view with its residual path and, if that is restored up to rounding, multipliers; its error."""
+    """The view with its residual path and, if that is recovered, its multipliers; the path's error."""
     x = view.isolated.states()
     attention, ffn, where, first = view.attention, view.ffn, view.structure, 0.0
     middle, end, _ = _streams(view, x)

@@ -69,7 +69,7 @@ def copy_layer(layer: nn.Module) -> nn.Module:
             if isinstance(value, PretrainedConfig):
                 memo[id(value)] = value  # shared: a configuration is only read
             elif name in HOOK_TABLES:
-                memo[id(value)] = type(value)()  # copied one by one they take most of the time
+                memo[id(value)] = type(value)()  # deep copies of these would take most of the time
         if "_hf_hook" in vars(module):
             memo[id(module._hf_hook)] = None  # it holds the map of all offloaded weights
     copied = copy.deepcopy(layer, memo)
