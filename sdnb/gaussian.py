@@ -10,14 +10,14 @@ from sdnb.errors import ParameterError
 
 _RIM = 8.5  # standard deviations; beyond lie 2e-17 of the weight
 _AGREES = 1e-7  # relative distance of two rules at which the mean of both is taken
-_NOISE = 1e-13  # of all moments: what rounding makes of one that vanishes
-_NODES, _MOST = 16, 64  # of each sign in the coarsest grid; at most, for each unit of scale
-_CHUNK = 256, 4096  # units at a time on a CPU (its cache holds them) and on a GPU
+_NOISE = 1e-13  # share of the sum of all moments that rounding leaves of one that vanishes
+_NODES, _MOST = 16, 64  # nodes of either sign: of the coarsest grid; and the most, for each unit of s
+_CHUNK = 256, 4096  # FFN units at a time on a CPU (its cache holds them) and on a GPU
 # Where the activations of `transformers` and their like break: 0 (ReLU and kin), 1 and 3 (hard units), 6
 # (ReLU6), 10 (clipped GELU), 20 (softplus turns into its argument).
 _BREAKS = (0.0, 0.5, 1.0, 2.0, 3.0, 6.0, 10.0, 20.0, -0.5, -1.0, -2.0, -3.0, -6.0, -10.0, -20.0)
 _STEP = 2.0**-8  # between the seven points around a possible break
-_BROKEN = 1e-3  # jump of a derivative from which it is one
+_BROKEN = 1e-3  # jump of a derivative above which it is a break
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -17,8 +17,8 @@ from sdnb.products import add_product_
 if TYPE_CHECKING:
     from sdnb.layers import LayerView, Norm
 
-_ROWS = 128  # of weights, multiplied at a time on a CPU: what its cache holds
-_SMALLEST = 1e-15  # length of a row whose squares float32 holds, as it does those of 1e15
+_ROWS = 128  # rows of weights multiplied at a time on a CPU: what its cache holds
+_SMALLEST = 1e-15  # shortest row whose square float32 holds; 1 / _SMALLEST is the longest
 _UNITS = 2048, 16384  # inner units at a time on a CPU and on a GPU: B whole is as large as W
 # Below this share of |b| the slope m1 / s would be a difference of nearly equal numbers; there it is taken at
 # this width instead, which changes it by the order of the width's square.
@@ -161,7 +161,7 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
 
 
 def attention_intercept(view: LayerView, rho: Number = 1.0) -> Tensor:
-    """Return the constant that attention's branch adds beside A x, shape (d,), from all its biases.
+    """Return the constant, from all its biases, that attention's branch adds to A x, shape (d,).
 
     multiplier (g_post (M beta + bias) / rho + beta_post), with M the module's matrix and beta the bias of the
     norm before it.
@@ -358,7 +358,7 @@ def sampled_fit(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> SampledFit:
-    """Fit a matrix to a function of Gaussian inputs by least squares without intercept: the paper's way.
+    """Return the paper's fit of a matrix to a function of Gaussian inputs: least squares without intercept.
 
     B^T = (sum x x^T)^-1 sum x y^T over n inputs x ~ N(0, I_d), y = function(x), summed in float64, with
     E|B - B_limit|^2 = E[|x|^2 |y - B x|^2] / (n - 1) from 4,096 fresh ones: each sample moves B by about its
@@ -370,9 +370,6 @@ def sampled_fit(
         samples: number of inputs n, more than d + 1; memory does not grow with it.
         seed: of the inputs, which are drawn on the CPU: the same on every device.
         device: where the function runs.
-
-    Returns:
-        the fit.
 
     Raises:
         ParameterError: if there are too few samples, or the function answers NaN or infinity.

@@ -18,7 +18,7 @@ _FAST = ((8, 0), (9, 0), (10, 0))
 
 
 def add_product_(M: Tensor, X: Tensor, Y: Tensor, weights: bool = False) -> Tensor:
-    """Add X Y to M in place; `weights`: X may have been stored in bfloat16, for which a GPU is waited for."""
+    """Add X Y to M in place; `weights`: see whether X was stored in bfloat16, which waits for a GPU."""
     if not _pays(X, Y):
         return M.addmm_(X, Y)
     left, right = _pieces(X, weights), _pieces(Y)
@@ -41,7 +41,7 @@ def _pays(X: Tensor, Y: Tensor) -> bool:
 
 
 def _pieces(X: Tensor, look: bool = False) -> list[Tensor]:
-    """Return bfloat16 tensors whose sum is X, large to small: three, or one where that is seen to do."""
+    """Return bfloat16 tensors whose sum is X, large to small: three, or one where `look` finds that exact."""
     pieces, rest = [], X
     for _ in range(_PIECES):
         pieces.append(rest.bfloat16())

@@ -1,4 +1,4 @@
-"""What a forward pass leaves in the residual stream: states, norms, directions, ledgers."""
+"""What a forward pass leaves in the residual stream, the defect in it, interventions, perplexity, sinks."""
 
 from sdnb.activations.defect import (
     Defect,

@@ -134,6 +134,7 @@ def find_defect(
 
     The text is read once. What ordinary tokens are is also asked of the beginning of the held-out text, since
     a text most of whose tokens are high-norm cannot say so itself. `Defect.found` is False where no state is.
+    Too few tokens are a TextError, states that are not finite a ParameterError.
 
     Args:
         loaded: a loaded model (`sdnb.load`).

@@ -49,7 +49,7 @@ class Detection:
     """What the rule of this module finds."""
 
     peak_ratio: float  #: the largest N[l, t] / m[l], layers 1..L
-    threshold: float | None  #: the smallest norm of a high-norm state; None where no state is
+    threshold: float | None  #: norm that all high-norm states exceed; None without one, unless it was given
     limits: Tensor  #: norm above which a state is high-norm, layers 0..L, (L+1,); infinite without one
     explosion_layers: list[int]  #: layers (1..L) where the norm jumps, the largest step first
     decay_layers: list[int]  #: layers (1..L) where it collapses, the largest step first

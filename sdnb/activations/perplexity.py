@@ -43,7 +43,7 @@ def perplexity(
             predicted.
 
     Raises:
-        ParameterError: logits that are not finite.
+        ParameterError: logits that are not finite, or another window than `window_length` allows.
     """
     model = as_module(model)
     windows = text_windows(ids, window_length(model, window), begin_token)
@@ -105,9 +105,9 @@ def continuation(
 ) -> Tensor:
     """Return the ids of a sampled continuation, x_t ~ softmax(logits / temperature), (count,), on the CPU.
 
-    It stands behind `ids`, (T,); temperature 0 takes the likeliest token. Each step is a full forward pass
-    without a cache, so that an intervention acts on all of it, and the random numbers (by `seed`), one a
-    token, do not depend on the model, so that texts can be compared.
+    It follows `ids`, (T,); temperature 0 takes the likeliest token. Each step is a full forward pass without
+    a cache, so that an intervention acts on all of it. The random numbers (by `seed`), one per token, do not
+    depend on the model, so that texts can be compared.
     """
     model = as_module(model)
     device = input_device(model)

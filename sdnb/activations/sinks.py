@@ -15,9 +15,9 @@ from sdnb.errors import ModelError, ParameterError
 from sdnb.layers import decoder_layers
 
 EPSILON = 0.3  # Gu et al.'s share of attention above which a head counts as a sink
-LENGTH, SEQUENCES = 64, 16  # their tokens in a sequence, and how many sequences of a text are read
+LENGTH, SEQUENCES = 64, 16  # Gu et al.'s tokens in a sequence, and how many sequences of a text are read
 ROWS = 8  # rows of attention below which a position's mean says nothing: the last positions are no sinks
-# Where transformers keeps the choice; the property in front of it would change nested configurations too.
+# Where transformers keeps the attention implementation; its property would change nested configurations too.
 CHOICE = "_attn_implementation_internal"
 
 
@@ -75,9 +75,9 @@ def _received(model: object, ids: Tensor) -> Tensor:
 def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> float:
     """Return the share of (layer, head) that gives `position` more than `epsilon` of its attention.
 
-    alpha[l, h] = mean over rows i >= k of P[l, h, i, k], for k = `position`; the rate is the share of (l, h)
-    with alpha > epsilon, averaged over the sequences `ids`, (B, T) (Gu et al., with 64 tokens and epsilon
-    0.3); all rows are real tokens.
+    alpha[l, h] = mean over rows i >= k of the attention probabilities P[l, h, i, k], for k = `position`; the
+    rate is the share of (l, h) with alpha > epsilon, averaged over the sequences `ids`, (B, T) (Gu et al.,
+    with 64 tokens and epsilon 0.3); all rows are real tokens.
     """
     return (_received(model, ids)[..., position] > epsilon).double().mean().item()
 

@@ -121,7 +121,7 @@ def matrix_inputs(
     def keep(module: nn.Module, args: tuple) -> None:
         read[module].append(args[0].detach().flatten(0, -2).clone())
 
-    decoder_layers(model)  # looked for now, not in a pass that is kept
+    decoder_layers(model)  # found now: the pass that finds them must not be recorded
     with ExitStack() as hooks:
         for module in read:
             hooks.enter_context(module.register_forward_pre_hook(keep))
@@ -137,10 +137,10 @@ def matrix_inputs(
 
 
 def not_finite_because(model: object, ids: Tensor) -> str:
-    """Say behind which layer the states of a line, (T,), cease to be finite, and what to do about it."""
+    """Say after which layer the states of a line, (T,), cease to be finite, and what to do about it."""
     dtype, finite = str(next(as_module(model).parameters()).dtype).removeprefix("torch."), []
     visit_states(model, ids[None], lambda _, state: finite.append(bool(state.isfinite().all())))
-    place = "logits" if all(finite) else f"states behind layer {finite.index(False)}"
+    place = "logits" if all(finite) else f"states after layer {finite.index(False)}"
     range_ = "It ends at 65,504: load the model in bfloat16 or float32. " if dtype == "float16" else ""
     return f"The {place} are not finite in {dtype}. {range_}The weights may also be damaged."
 

@@ -22,8 +22,8 @@ from sdnb.layers.calls import Call, StopForward
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
 LARGEST_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**32}  # larger ones are not faster
-ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # of the value path, for the same reason
-PROOF_ITEMS, PROOF = 4, 1e-4  # sequences that go both ways, and the relative difference that is rounding
+ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # items on the value path, for the same reason
+PROOF_ITEMS, PROOF = 4, 1e-4  # items that also take a full pass, and the relative difference allowed then
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class VocabularySample:
 def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) -> VocabularySample:
     """Return vocabulary items for a sweep: so many, drawn at random, or all where there are no more.
 
-    None takes all on a GPU and `SAMPLED_ITEMS` on a CPU.
+    None takes all on a GPU and 4,096 on a CPU.
 
     Raises:
         ParameterError: fewer than one item.
@@ -175,7 +175,7 @@ def _rows(model: object, layer: int, sequences: Tensor, before_ffn: bool = False
 
 
 def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor:
-    """The same by the model's own forward pass, which ends there."""
+    """The same for one batch by the model's own forward pass, which ends there."""
     taken: list[Tensor] = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -194,7 +194,7 @@ def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) 
 
 
 def _by_value_path(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor | None:
-    """The same for one-token sequences by views of the layers; None where that would be something else."""
+    """The same for all one-token sequences by views of the layers; None where these are not exact."""
     ablated = _ablated(model)
     weight = model.get_input_embeddings().weight
     if weight.dtype != torch.float32 or weight.device.type == "meta" or ablated is None:

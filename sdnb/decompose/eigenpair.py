@@ -17,8 +17,8 @@ _HOPELESS = 60.0  # degrees: a candidate that has drifted this far does not come
 _INVARIANT = 0.8  # of |R|_F / sqrt(d), by which R moves a random direction; one near an eigenvector less
 _KRYLOV = 12  # products with R before the first factorisation
 _ROUNDS = 5  # shifts, with one factorisation each
-_STEPS = 6  # solves between two looks at the search space
-_BASIS = 36  # columns of the search space before another shift
+_STEPS = 6  # solves between two Rayleigh-Ritz steps
+_BASIS = 36  # columns of the search space at which another shift is tried
 _CLOSE = 1e-3  # of |R|_F / sqrt(d): the residual at which a candidate is polished
 _SAME = 2.0  # degrees by which a polished pair may lie further from the direction than the candidate
 _BESIDE = 6  # candidates that are polished together, those nearest to the shift
@@ -47,7 +47,7 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
     that of (R - sigma)^-1, sigma an estimate of the eigenvalue from moments of the direction. What it answers
     is checked: |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
 
-    It may miss. Counted: of 84 defects planted in layers R = F + A + F A (d = 200, either sign, strength 0.05
+    It may miss. Trials: of 84 defects planted in layers R = F + A + F A (d = 200, either sign, strength 0.05
     to 20) none; of directions drawn within 44 degrees of a complex eigenvector inside the bulk of a random
     matrix 2 in 150 at d = 200 and 2 in 25 at d = 600; of a real one none in as many.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _KEPT = 8  # starts that are followed to the end
 _TOL = 1e-4  # slope at which an ascent counts as done
-_STILL = 1e-6  # or the length of a step, about the rounding of float32
+_STILL = 1e-6  # length of a step at which it does too, about the rounding of float32
 _FASTER, _SLOWER = 2.0, 0.25  # factors of the step after a success and a failure
 
 
@@ -41,8 +41,8 @@ def largest_gain(
 ) -> Gain:
     """Return the maximiser of |f(x)| over unit vectors x, found by a nonlinear power iteration.
 
-    x <- (|f| x + tau g) / norm, g the gradient of |f(x)| along the sphere; with tau = 1 this is the power
-    iteration of f^T f where f is linear. Each start has its own tau: a step that raises the gain is kept and
+    x <- |f| x + tau g at unit length, g the gradient of |f(x)| along the sphere; for linear f and tau = 1
+    this is the power iteration of f^T f. Each start has its own tau: a step that raises the gain is kept and
     doubles it, any other is undone and quarters it. After a quarter of the steps the best 8 starts go on,
     until each has slope |g| / |f| < 1e-4, or moves by less than 1e-6, or the steps are spent.
 

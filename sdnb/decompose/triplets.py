@@ -10,10 +10,10 @@ from sdnb.errors import ParameterError
 
 _FEW = 256  # up to this size the dense decomposition is faster
 _WIDTH = 16, 32  # columns of the block, on a CPU and on a GPU (batched eigenproblems are fast up to 32)
-_TURNS = 40  # looks before the dense decomposition is cheaper
+_TURNS = 40  # iterations after which the dense decomposition is cheaper
 _HIGHEST = 40  # degree of the filter
-_LIFT = 1e4  # how far the filter may lift the largest value in it over the block's smallest
-_MARGIN = 10  # how much more than what is missing it may lift the next triplet
+_LIFT = 1e4  # factor by which the filter may amplify its largest value over the block's smallest
+_MARGIN = 10  # times the missing accuracy by which it may amplify the next triplet
 _RANK = 1e-6  # share of the largest value below which values are rounding
 _LOOSE = 0.05  # residual of the triplet after the k-th, of which only the value is used, for the gap
 _SAFE = 30  # binary exponent up to which neither squares nor their sums leave float32's range

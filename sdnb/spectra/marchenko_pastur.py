@@ -89,7 +89,7 @@ def median_sigma(singular_values: Tensor, shape: tuple[int, int]) -> float:
 
 
 def noise_spectrum(shape: tuple[int, int], *, generator: torch.Generator) -> Tensor:
-    """Draw the singular values, ascending, of an (n, m) matrix of standard normal entries, without it."""
+    """Draw the singular values, ascending, of an (n, m) standard normal matrix, without forming it."""
     # Householder reflections make such a matrix bidiagonal with independent chi variables chi(L), ...,
     # chi(L - s + 1) on the diagonal and chi(s - 1), ..., chi(1) beside it (Dumitriu and Edelman 2002).
 
@@ -174,8 +174,8 @@ def fit_spectrum(
 
 
 def _distance(scaled: Tensor, q: float) -> float:
-    """Kolmogorov distance max |F_n - F| of values over s~; they repel, so that noise's falls like 1/s."""
-    return float(distances(mp_cdf(scaled.double().cpu().sort().values, q)[None])[0])
+    """Kolmogorov distance max |F_n - F| of values over s~; noise's falls like 1/s, as values repel."""
+    return distances(mp_cdf(scaled.sort().values, q)[None]).item()
 
 
 def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Tensor:
@@ -189,7 +189,7 @@ def noise_distances(shape: tuple[int, int], draws: int, *, seed: int = 0) -> Ten
 
 
 def rounding_band(sigma: float, shape: tuple[int, int]) -> float:
-    """Upper edge sigma (sqrt(n) + sqrt(m)) of rounding noise of this rms: below it nothing is the model's."""
+    """Upper edge sigma (sqrt(n) + sqrt(m)) of rounding noise of this rms, which may make all values below."""
     return sigma * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
@@ -213,12 +213,12 @@ def tracy_widom_quantile(probability: float) -> float:
 
 
 def _upper_quantile(rate: float, relative_error: float) -> float:
-    """Upper quantile of Tracy-Widom, widened about its mean; the error in the law's standard deviations."""
+    """Upper quantile of Tracy-Widom, widened about its mean by an error in the law's standard deviations."""
     return MEAN + (tracy_widom_quantile(1 - rate) - MEAN) * math.hypot(1, relative_error)
 
 
 def _largest_edge(shape: tuple[int, int], rate: float, error: float) -> tuple[float, float]:
-    """What the largest value of unit noise exceeds at a rate, sigma known to an error; and its scale."""
+    """What the largest value of unit noise exceeds at a rate, sigma known to an error; Tracy-Widom scale."""
     # nu^2 = mu + sigma t, t the upper quantile of Tracy-Widom, mu = (sqrt(L - 1/2) + sqrt(s - 1/2))^2 and
     # sigma = sqrt(mu) (1/sqrt(L - 1/2) + 1/sqrt(s - 1/2))^(1/3)
     longer, shorter = math.sqrt(max(shape) - 0.5), math.sqrt(min(shape) - 0.5)

@@ -1,4 +1,4 @@
-"""Where a low-rank rule surfaces in a noisy matrix, W = W0 + X: theory and simulation (paper B, v3).
+"""Where a low-rank signal surfaces in a noisy matrix, W = W0 + X: theory and simulation (paper B, v3).
 
 W is (n, m) with q = n/m <= 1 and W0 = theta u v^T. The noise X = C^(1/2) G / sqrt(m), G standard normal, has
 row covariance C: C u = c u, and 1 on the rest. White noise is c = 1; correlated noise is quiet along u, c <
@@ -48,7 +48,7 @@ def predicted_spike(strength: float, noise: Noise, q: float) -> Spike:
     No signal in no noise, c = theta = 0, is the limit of weak signals.
 
     Args:
-        strength: theta, in units in which the noise' entries have variance 1 / m.
+        strength: theta, in units in which the noise's entries have variance 1 / m.
         noise: covariance of the noise.
         q: n/m, in (0, 1].
 

@@ -24,7 +24,7 @@ from sdnb.errors import ParameterError
 from sdnb.spectra.singular import index_blocks
 
 LARGEST_DRAW = 4096  # entries in one simulated draw; sqrt(n) times the distance has settled by then
-POINTS, WIDTHS = 4001, 40.0  # of the integral: its points, and how far it reaches
+POINTS, WIDTHS = 4001, 40.0  # of the integral: its points, and its reach in widths of the saddle
 THREE_SIGMA = 0.00135  # probability of a normal variable above three standard deviations, on one side
 
 
@@ -38,7 +38,7 @@ def porter_thomas_cdf(entries: Tensor, n: int) -> Tensor:
 def ks_distance(vectors: Tensor) -> float:
     """Kolmogorov-Smirnov distance of all entries of unit vectors, the columns of (N, p), to Porter-Thomas."""
     cdf = porter_thomas_cdf(vectors, vectors.shape[0]).flatten().sort().values
-    return float(distances(cdf[None])[0])
+    return distances(cdf[None]).item()
 
 
 def distances(cdf: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ def spectrum_p_values(
         raise ParameterError(f"pool width {width}: give at least 1 singular vector to a pool")
     n, count = vectors.shape
     blocks = index_blocks(count, max(1, count // width))
-    distances = [ks_distance(vectors[:, block]) for block in blocks]
+    found = [ks_distance(vectors[:, block]) for block in blocks]
     values = [
         ks_p_value(distance, n, block.stop - block.start, draws=draws, seed=seed)
-        for distance, block in zip(distances, blocks, strict=True)
+        for distance, block in zip(found, blocks, strict=True)
     ]
-    return blocks, torch.tensor(distances).double(), torch.tensor(values).double()
+    return blocks, torch.tensor(found).double(), torch.tensor(values).double()
 
 
 def largest_overlaps(right_vectors: Tensor, eigenvectors: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def chance_band(n: int) -> tuple[float, float, float]:
 
 
 def rank_correlation_p_value(a: Tensor, b: Tensor) -> float:
-    """Share of the s circular shifts of one series, none among them, with as large a rank correlation."""
+    """Share of all s circular shifts of one series, 0 included, that give as large a rank correlation."""
     # both vary smoothly along the spectrum, so that the law for independent pairs would say too little
     from scipy.stats import rankdata  # takes longer to load than all else here
 
