@@ -40,7 +40,7 @@ class ExpertStatistics:
 
 
 class _Products(TorchFunctionMode):
-    """Notes the last product with each slice of one of the parameters, by the slice's number: x and y."""
+    """Notes x and y of the last product with each slice of the parameters, by the slice's number."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         super().__init__()
@@ -69,7 +69,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, l
 
 @contextmanager
 def watched_experts(model: nn.Module) -> Iterator[list[ExpertStatistics]]:
-    """Watch experts' down-projections inside the block; the list that it gives is filled there."""
+    """Watch experts' down-projections inside the block; yield the list, which is filled there."""
     found: list[ExpertStatistics] = []
     forwards: dict[nn.Module, Callable] = {}
     for number, name, module, parameters in expert_parameters(model):

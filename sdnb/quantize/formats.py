@@ -24,7 +24,8 @@ class NumberFormat:
     fraction: int | None = None  #: bits of a float's fraction; None for whole numbers
     smallest: int = 0  #: exponent of a float's smallest normal number
     block: int | None = None  #: entries of a row that share a scale; None where the caller decides
-    scale: str = "float32"  #: of a block: or "power of two", or "float8_e4m3" under one float32 of the tensor
+    #: how a block's scale is stored: "float32", "power of two", or "float8_e4m3" times a float32 per tensor
+    scale: str = "float32"
     stored: torch.dtype = torch.bfloat16  #: keeps numbers (times their block's scale) without loss
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -122,8 +123,8 @@ def rounded(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
 def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
     """Return how many positive numbers of a format lie up to a size: what is left to describe a token.
 
-    `size` is the largest |x| of each token, `scale` that of the tensor that it is in, 1 for float16 and
-    bfloat16.
+    `size` is the largest |x| of each token, `scale` the scale (`absmax_scale`) of its tensor, 1 for float16
+    and bfloat16.
     """
     if name in PLAIN:
         bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16)

@@ -35,7 +35,7 @@ class InputStatistics:
     name: str  #: full name of the module
     layer: int | None  #: its decoder layer, 1..L, or None
     largest: float  #: max |x|
-    median: float  #: median |x|, to 0.5 % where there are more than 65,536 entries
+    median: float  #: median |x|, within about 0.5 % where there are more than 65,536 entries
     token_median: float  #: median over tokens of max_j |x_tj|
     #: mean over tokens of |y - y'| / |y| with y = W x and y' the same quantized; None where it was not asked
     #: for, or the weights are not in memory
@@ -44,7 +44,7 @@ class InputStatistics:
 
     @property
     def ratio(self) -> float | None:
-        """Max |x| over median |x|; None where half of the inputs are zero."""
+        """Max |x| over median |x|; None where the median is zero."""
         return self.largest / self.median if self.median else None
 
     @property
@@ -56,7 +56,7 @@ class InputStatistics:
 def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
     """Return every linear module that a quantizer would take, by full name, in the order of the model.
 
-    Neither embeddings nor a mixture's experts are among them.
+    Embeddings, and experts that lie in three-dimensional parameters, are not among them.
 
     Raises:
         ModelError: there is none.
@@ -77,7 +77,7 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
 def down_projections(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, WeightMatrix]:
     """Return the down-projection of each of some layers, 1..L, by full name; of all when None.
 
-    There is none where a layer is not recognised, or its experts lie in one parameter.
+    There is none where a layer is not recognised, or has another number of them (a mixture of experts).
     """
     names, found = {module: name for name, module in model.named_modules()}, {}
     for layer in range(1, len(decoder_layers(model)) + 1) if layers is None else layers:
@@ -105,7 +105,7 @@ def norm_feeding(model: nn.Module, linears: dict[str, LinearModule], ids: Tensor
         Name of the linear module -> name of the norm, for those that a norm feeds.
     """
     names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors, so that no address is used twice
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors, so that no id is used twice
     fed: dict[str, str] = {}
 
     def after_norm(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Simulated quantization of every linear module, with the arithmetic of the real thing.
+"""Simulated quantization of every linear module, with the arithmetic of real kernels.
 
-A module's answer is y = s_x s_W (X W^T) + b, X and W numbers of the format, their product exact for whole
+A module's output is y = s_x s_W (X W^T) + b, X and W numbers of the format, their product exact for whole
 numbers and scaled once. Only `forward` is replaced, inside a context manager, which holds one copy of the
 quantized weights (a byte a weight for int8).
 """
@@ -20,7 +20,7 @@ from sdnb.quantize.experts import expert_parameters
 from sdnb.quantize.formats import absmax_scale, exact_product, largest_entry, number_format, numbers
 from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules
 
-SMALLEST = 1e-5  # bounds SmoothQuant's largest inputs and weights, so that a dead channel divides nothing
+SMALLEST = 1e-5  # lower bound of SmoothQuant's inputs, weights and factors: no division by a dead channel's 0
 ENTRIES_AT_ONCE = 2**19  # inputs rounded at a time on a CPU: they stay in its cache
 
 
@@ -110,7 +110,7 @@ class QuantizedLinear:
             self.input_scale = absmax_scale(channels.max(), name).reshape(1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The module's answer to x (..., k), in x's dtype."""
+        """The module's output for x (..., k), in x's dtype."""
         X = x if self.smoothing is None else x / self.smoothing
         scales, X = self._input_scales(X), X.reshape(-1, x.shape[-1])
         W = self.weight.float()
@@ -204,7 +204,7 @@ def smoothing_factors(
 
 
 def kept_share(model: nn.Module, quantized_names: Collection[str]) -> float:
-    """Return the share of weights, without embeddings, that keeps its precision beside quantized modules."""
+    """Return the share of weights, embeddings left out, that keep their precision if these modules do not."""
     sizes = {name: linear.weight.numel() for name, linear in linear_modules(model).items()}
     experts = sum(p.numel() for *_, parameters in expert_parameters(model) for p in parameters)
     return 1 - sum(sizes[name] for name in quantized_names) / (sum(sizes.values()) + experts)

@@ -123,9 +123,9 @@ def zeroed_entries(module: nn.Module, entries: Sequence[tuple[int, int]]) -> Ite
 def similar_entries(
     W: Tensor, row: int, column: int, *, count: int = 100, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """Return row and column of other entries of W, (m, n), of about the size of one, to compare it with.
+    """Return row and column of `count` other entries of W, (m, n), of about the size of one, to compare.
 
-    They are drawn (by `seed`) from the ten times as many whose |size| is nearest.
+    They are drawn (by `seed`) from the ten times as many whose absolute value is nearest.
     """
     apart = (W.float().abs() - W[row, column].float().abs()).abs().flatten()
     apart[row * W.shape[1] + column] = torch.inf

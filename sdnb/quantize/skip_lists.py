@@ -17,7 +17,7 @@ from sdnb.quantize.modules import InputStatistics, linear_modules, never_quantiz
 from sdnb.quantize.schemes import PairedRatio, Scheme, perplexity_ratio, quantized
 
 MIN_TOKEN_RATIO = 32.0
-# Modules beside one another that vLLM loads as one, and refuses when only some of them are skipped.
+# Sibling modules that vLLM loads as one, and refuses when only some of them are skipped.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -109,11 +109,11 @@ def sensitivity(
         scheme: how everything else is quantized.
         losses: runs the model as it is and returns the loss of each window, (W,), in nats.
         statistics: from `input_statistics(model, lines, scheme=scheme)`.
-        share: of the added loss that is to be recovered, 0 to 1.
-        candidates: modules that are tried.
+        share: of the added loss that is to be recovered, above 0 and up to 1.
+        candidates: number of modules that are tried.
 
     Raises:
-        ParameterError: a share outside of 0 to 1, or statistics without output errors.
+        ParameterError: another share, or statistics without output errors.
     """
     if not 0 < share <= 1:
         raise ParameterError(f"share is {share}: give a number above 0 and up to 1")
@@ -153,7 +153,7 @@ class Form:
     text: str
 
 
-# Tool -> parameter, and its value for some full names, bounded so that exactly these modules match.
+# Tool -> parameter, and its value for some full names; patterns match exactly these modules.
 _FORMS: dict[str, tuple[str, Callable[[list[str]], list | dict]]] = {
     "transformers": ("modules_to_not_convert", list),
     "bitsandbytes": ("llm_int8_skip_modules", list),

@@ -1,4 +1,4 @@
-"""What every linear module is given: its largest and its typical input, and what quantization makes of them.
+"""The inputs of every linear module: the largest, the typical, and the error that quantization makes of them.
 
 What is kept from one call to the next is written into tensors that are there before the pass starts: small
 tensors that stay, allocated between large ones that go, leave the heap in pieces that nobody can use (10 GB
@@ -37,7 +37,7 @@ class _Series:
 
 
 class _Gathering:
-    """What is gathered of one module while a text of so many tokens runs."""
+    """Statistics of one module, gathered while a text of so many tokens runs."""
 
     def __init__(self, linear: LinearModule, tokens: int, scheme: Scheme | None):
         width = linear.weight.shape[1]
@@ -113,8 +113,8 @@ def input_statistics(
     Args:
         model: a causal language model.
         lines: token ids of each line, (T_i,), each run by itself.
-        scheme: whose error of each module's output is measured, all others in full precision; None for no
-            errors, which takes half the time.
+        scheme: for which each module's output error is measured, all other modules in full precision; None
+            for no errors, which takes half the time.
         visit: called with (l, hidden state (B, T, d), mask of real tokens (B, T), numbers of the lines) for
             l = 0..L of every batch, for whoever needs the residual stream of the same pass.
         max_tokens: tokens in one forward pass.
