@@ -20,7 +20,7 @@ PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 CONFIG, ADAPTER, POINTER = "config.json", "adapter_config.json", "pointer.json"
 _SMALL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _TOKENIZERS = ("tokenizer.", "tokenizer_", "vocab.", "spiece.", "sentencepiece.")
-_OTHER_SENSES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
+_OTHER_MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 MERGE = (
     "shards cannot be read. Merge them with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, "
@@ -28,7 +28,7 @@ MERGE = (
 )
 UNQUANTIZED = "Give the checkpoint that it was made from, or dequantize it and save it in 16 or 32 bits."
 GIB = 2**30
-_MARGIN = 1.1  # hidden states and float32 copies of single layers
+_MARGIN = 1.1  # times the weights: room for hidden states and float32 copies of single layers
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _described(
 ) -> Checkpoint:
     """What a folder or a repository holds: one GGUF file, or a model that config.json describes."""
     others = {INDEX, SINGLE, ADAPTER, *PICKLES}
-    if revision:  # of a repository whose weights are not cached, one file of its GGUF copies may be
+    if revision:  # offline, the cache may hold one of a repository's GGUF copies and not its weights
         others.add(CONFIG)
     if wanted or (any(file.endswith(".gguf") for file in files) and not others.intersection(files)):
         return Checkpoint(name, target, (_choose(name, files, wanted),), revision=revision)
@@ -273,7 +273,7 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 def _how(option: str) -> str:
-    """How to allow it, for the command line, for Python and for a notebook that is run by other means."""
+    """How to allow an option on the command line, in Python, and in a notebook that is run by other means."""
     return (
         f"--{option.replace('_', '-')} on the command line, {option}=True in Python, or "
         f"SDNB_{option.upper()}=1 in a notebook's environment"
@@ -357,8 +357,8 @@ def refuse_not_causal(checkpoint: Checkpoint) -> None:
 
     config, name = checkpoint.config, checkpoint.name
     kind = config.get("model_type")
-    if any(key in config for key in _OTHER_SENSES):
-        _refuse_several_senses(name, kind)
+    if any(key in config for key in _OTHER_MODALITIES):
+        _refuse_multimodal(name, kind)
         return
     pairs = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
     if config.get("is_encoder_decoder") or pairs:
@@ -371,8 +371,8 @@ def refuse_not_causal(checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_several_senses(name: str, kind: str) -> None:
-    """Refuse a text-and-image model unless transformers itself loads its text part as a causal decoder."""
+def _refuse_multimodal(name: str, kind: str) -> None:
+    """Refuse a multimodal model unless transformers itself loads its text part as a causal decoder."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:  # both mappings import on access, and do so by [] only

@@ -25,8 +25,8 @@ from sdnb.checkpoint import GIB, Checkpoint, first_line
 from sdnb.errors import MemoryShortage, ModelError, SdnbError
 from sdnb.files import content_hash
 
-# Where a block holds the lowest bits of its codes, and a byte of such bits. With these bytes and with zeros
-# there, all else being equal, two blocks are one step apart.
+# The slice of a block's bytes with the lowest bits of its codes, and a byte with all of these bits set. Two
+# blocks that differ in these bytes alone, zeros in one and this byte in the other, are one step apart.
 _LOWEST_BITS = {
     "Q4_0": (2, 18, 0x11), "Q4_1": (4, 20, 0x11), "Q5_0": (6, 22, 0x11), "Q5_1": (8, 24, 0x11),
     "Q8_0": (2, 34, 0x01), "Q2_K": (16, 80, 0x55), "Q3_K": (32, 96, 0x55), "Q4_K": (16, 144, 0x11),
@@ -117,9 +117,9 @@ def file_hash(path: Path) -> str:
     about = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
     note = cache_folder() / "hashes" / hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()
     if note.is_file() and re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
-        return known  # a part of it, after a crash, is no match
+        return known  # an incomplete note, after a crash, does not match
     digest = content_hash(path)
-    with suppress(OSError):  # a full disk, which the conversion tells
+    with suppress(OSError):  # a full disk, which the conversion reports
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(digest)
     return digest
@@ -150,7 +150,7 @@ def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkp
 
 
 def _convert(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | None, folder: Path) -> None:
-    """Convert into a folder beside the last one, which is renamed when it is whole."""
+    """Convert into a folder beside `folder`, to which it is renamed when it is complete."""
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
     _refuse_too_large(found, reader)

@@ -26,7 +26,8 @@ from sdnb.checkpoint import Checkpoint, first_line
 from sdnb.errors import MemoryShortage, ModelError, ParameterError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BLOCK, _SAMPLE = 1 << 20, 64  # words, for the fingerprint
+_BLOCK, _SAMPLE = 1 << 20, 64  # 64-bit words, for the fingerprint
+# Endings of stored tensors that a model may leave unused: it computes them itself.
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
@@ -35,7 +36,7 @@ class Loaded:
     """A model that is ready to be looked at."""
 
     model: nn.Module  #: the causal language model, in evaluation mode, no parameter asking for gradients
-    tokenizer: object | None  #: None where the checkpoint has none (then only `token_ids` can be used)
+    tokenizer: object | None  #: None where the checkpoint has none (then only token ids can be read)
     name: str  #: as it was asked for
     slug: str  #: the name of its results folder
     revision: str | None  #: the resolved commit on the hub, None for what is local
@@ -102,7 +103,7 @@ def load(
         encoders: take a BERT-shaped encoder too, without a head; for what needs weights and activations only.
 
     Returns:
-        The model with what is known about it. What does not fit into the memory is a `MemoryShortage`.
+        The model with what is known about it. One that does not fit into the memory is a `MemoryShortage`.
 
     Raises:
         ModelError: it cannot be found, is of the wrong kind, damaged or incomplete.
@@ -146,7 +147,7 @@ def load(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence progress bars, logs and warnings of the loading libraries for a while."""
+    """Silence progress bars, logs and warnings of the loading libraries inside the block."""
     from transformers.utils import logging as talk
 
     bars, disabled = talk.is_progress_bar_enabled(), logging.root.manager.disable
@@ -236,9 +237,9 @@ def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
             f"({', '.join(missing[:3])}); they would be random numbers. Fetch or save the model again, or "
             "correct its config.json."
         )
-    # a text-and-image checkpoint whose text part was loaded leaves its other senses over
-    senses = ("visual", "vision", "audio", "image")
-    left_over = [key for key in report["unexpected_keys"] if not any(sense in key for sense in senses)]
+    # a multimodal checkpoint whose text part was loaded leaves the weights of the other modalities over
+    modalities = ("visual", "vision", "audio", "image")
+    left_over = [key for key in report["unexpected_keys"] if not any(name in key for name in modalities)]
     if extra := sorted(key for key in left_over if not key.endswith(_HARMLESS)):
         raise ModelError(
             f"{name} holds {len(extra)} weights that {type(network).__name__} does not use "
@@ -259,7 +260,7 @@ def _tokenizer(found: Checkpoint, trust: bool):
     except Exception as error:  # every tokenizer library fails in its own way
         raise ModelError(
             f"The tokenizer of {found.name} could not be loaded ({first_line(error)}): fetch or save it "
-            "again, or remove its files and pass token_ids."
+            "again, or remove its files and give token ids."
         ) from error
 
 

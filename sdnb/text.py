@@ -51,14 +51,14 @@ def encode(
 
     Args:
         loaded: the model, as `sdnb.load` gives it.
-        text: "heldout", the path of a UTF-8 text file, a list of lines, or one of token ids (a sequence).
+        text: "heldout", the path of a UTF-8 text file, a list of lines, or the token ids of one sequence.
         max_lines: how many lines to take from the start; None takes all.
         add_special_tokens: None for what the tokenizer does by itself (Gemma's adds a begin token, SmolLM2's
             adds none), False for no special tokens.
         whole: take the text as one sequence, a prompt as it is, instead of line by line (`max_lines` is then
             without effect).
-        max_tokens: cut each sequence off behind so many tokens; it may then be longer than the model's
-            number of positions, for whoever cuts it into windows (`sdnb.perplexity`).
+        max_tokens: cut each sequence off after so many tokens. It may then be longer than the model has
+            positions, for a text that is cut into windows later (`sdnb.perplexity`).
 
     Returns:
         The token ids and how they were made.
@@ -73,7 +73,7 @@ def encode(
         starts = int(ids[0]) == getattr(tokenizer, "bos_token_id", None)
         return Text([ids[:max_tokens]], text_hash([repr(list(text))]), starts, False)
     if tokenizer is None:
-        raise TextError("The model has no tokenizer, so it cannot read text: pass token_ids instead.")
+        raise TextError("The model has no tokenizer, so it cannot read text: give token ids instead.")
     strings = [whole_text(text)] if whole else lines_of(text, max_lines)
     add, lines = add_special_tokens is None or bool(add_special_tokens), []
     for line in strings:
@@ -129,12 +129,12 @@ def lines_of(text: str | Sequence[str], max_lines: int | None = None) -> list[st
 
 
 def whole_text(text: str | Sequence[str]) -> str:
-    """Take a text as one string, unchanged; a list of lines is joined by blank lines."""
+    """A text as one string, unchanged; a list of lines is joined by blank lines."""
     return _read(text) if isinstance(text, str) else "\n\n".join(_literal(text))
 
 
 def text_hash(lines: Sequence[str]) -> str:
-    """SHA-256 of the lines that were read, joined by newlines."""
+    """SHA-256 of lines, joined by newlines."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
