@@ -39,7 +39,7 @@ DONE, UNCHANGED, FAILED = "done", "unchanged", "failed"
 NO_MODEL = "random_matrix"
 """Folder of a notebook that looks at no model."""
 _OWN = ("model", "results_dir")
-_LOST = "its process was killed, for want of memory perhaps: run again, with fewer --jobs"
+_LOST = "its process was killed, perhaps for lack of memory: run again, with fewer --jobs"
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _named_marks(word: str) -> object:
         try:
             return _model_marks(Model(word))
         except SdnbError:
-            return None  # whether it may be missing is the notebook's affair
+            return None  # whether it may be missing is for the notebook to say
     return None
 
 
@@ -333,9 +333,13 @@ def run_all(
     """Run cells in a pool of processes, those that read records last; a line as each ends, then a table."""
     context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
     events, bars, outcomes = context.Queue(), {}, []
-    pool = ProcessPoolExecutor(min(jobs, len(cells)), context, _prepare, (jobs, events))
+    workers = min(jobs, len(cells)), context, _prepare, (jobs, events)
+    pool = ProcessPoolExecutor(*workers)
     try:
         for late in (False, True):
+            if late:  # anew: a worker that was killed has broken the pool
+                pool.shutdown()
+                pool = ProcessPoolExecutor(*workers)
             chosen = [cell for cell in cells if cell.reads_records == late]
             chosen.sort(key=lambda cell: -cell.note().get("seconds", 0))  # the longest first
             futures = {pool.submit(_work, cell, force, timeout_s): cell for cell in chosen}
@@ -347,7 +351,7 @@ def run_all(
                     lost = isinstance(future.exception(), BrokenProcessPool)
                     outcomes.append(Outcome(cell, FAILED, reason=_LOST) if lost else future.result())
                     _show_end(outcomes[-1], f"{len(outcomes)}/{len(cells)}", bars)
-    except BaseException:  # an interrupt: what runs is given up, kernels end when they miss their parent
+    except BaseException:  # an interrupt: what runs is given up; kernels end when their parent is gone
         for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
         for cell in (cell for cell in cells if cell.label in bars):
@@ -409,7 +413,7 @@ _EVENTS = None
 
 
 def _prepare(jobs: int, events: object) -> None:
-    """A worker's share of the machine; it ends with its parent, to which alone an interrupt is addressed."""
+    """Give a worker its share of the machine; it ends with its parent, which alone heeds an interrupt."""
     global _EVENTS
     _EVENTS = events
     signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which kernels would inherit
@@ -426,7 +430,7 @@ def _prepare(jobs: int, events: object) -> None:
 
 
 def _work(cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
-    """Run one cell unless it is done and unchanged; failures are told, not raised."""
+    """Run one cell unless it is done and unchanged; failures are returned, not raised."""
     start = time.perf_counter()
     try:
         # first: what is no model leaves no folder behind
@@ -437,11 +441,11 @@ def _work(cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
             if found and found.is_gguf and not os.environ.get("SDNB_BASE"):
                 from sdnb.gguf import converted
 
-                converted(fetch(found))  # here, once, where what it says is seen: not on a notebook's page
+                converted(fetch(found))  # here, once: what it prints belongs in the terminal, not on a page
             problem = _run_and_keep(cell, timeout_s)
     except SdnbError as error:
         problem = str(error)
-    except Exception as error:  # whatever it is, the other cells and the table come all the same
+    except Exception as error:  # whatever it is, the other cells still run
         problem = f"{type(error).__name__}: {error}"
     return Outcome(cell, FAILED if problem else DONE, time.perf_counter() - start, problem)
 
@@ -480,7 +484,7 @@ def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
     def tell(cell_index: int, **more: object) -> None:
         _EVENTS.put((cell.label, cell_index + 1, total, before))
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and told
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs is raised too, and reported
     folder = _scratch(cell.notebook)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
