@@ -1,6 +1,6 @@
-"""The command `sdnb`: what is heavy is imported inside the functions, so `sdnb --help` answers at once.
+"""The command `sdnb`: heavy imports are inside the functions, so that `sdnb --help` answers at once.
 
-A subcommand is a function `_add_NAME` that declares its options, and one `_run_NAME` that does it.
+A subcommand is a function `_add_NAME` that declares its options, and a function `_run_NAME` that runs it.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def _numbers(words: str) -> list[str]:
 
 def _add_run(add) -> None:
     add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, zoo/<name>, or a models.yaml")
-    add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
+    add("--only", type=_numbers, metavar="MODEL,...", help="only these of the models")
     add("--notebooks", type=_numbers, metavar="NN,...", help="01,04 (default: as the book's main model)")
     add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
     add("--results-dir", type=Path, default=Path("results"), help="folder of all results (default: results)")
@@ -127,13 +127,14 @@ def _add_detect(add) -> None:
     add("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
     add("--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does")
     add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
-    add("--min-ratio", type=float, default=32.0, help="input over the median's that lists it (default: 32)")
+    ratio = "list modules whose largest input is N times the median token's (default: %(default)g)"
+    add("--min-ratio", type=float, default=32.0, metavar="N", help=ratio)
     add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
-    add("--measure", action="store_true", help="quantize, and rank modules by what they give back")
+    add("--measure", action="store_true", help="quantize, and rank modules by what skipping gives back")
     add("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
-    add("--share", type=float, default=0.8, help="part of the loss that the list gives back (default: 0.8)")
+    add("--share", type=float, default=0.8, help="share of the added loss to give back (default: 0.8)")
     add("--progress", action="store_true", help="say on standard error what is done")
-    add("--all", action="store_true", help="show every layer and linear module, not those that stand out")
+    add("--all", action="store_true", help="show every layer and linear module, not only some")
     add("--json", action="store_true", help="print everything as JSON, and nothing else")
 
 
@@ -218,7 +219,7 @@ def _run_summary(args: argparse.Namespace) -> int:
 
 def _add_book(add) -> None:
     add("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
-    add("--only", type=_numbers, metavar="MODEL,...", help="of the models, these alone")
+    add("--only", type=_numbers, metavar="MODEL,...", help="only these of the models")
     add("--results-dir", type=Path, default=Path("results"), help="where they were run (default: results)")
     add("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
     add("--store", type=_numbers, metavar="NN,...", help="keep the first model's results in book/stored")

@@ -29,8 +29,8 @@ MULTIPLES = (5, 10, 50, 100)  # of a layer's median norm
 TAKEN = 0.95  # the largest multiple that still takes this share of the high-norm states is proposed
 SINK_SHARE = 0.05  # a token is a sink when it is one in this share of all heads
 CACHE_BITS, RANDOM_LISTS = 4, 3
-WINDOW, WINDOWS = 128, 8  # tokens, and windows, that costs are measured on; twice as many to measure
-Label = Callable[[int], str]  # of a token
+WINDOW, WINDOWS = 128, 8  # tokens in a window, windows that costs are measured on; schemes: twice as many
+Label = Callable[[int], str]  # token id -> its label
 SCHEME_NAMES = ("int8 tensor", "int8 channel, token", "float8 tensor", "int8 blocks of 32", "nvfp4")
 
 
@@ -46,7 +46,7 @@ def inspect_model(
     note: Callable[[str], None] = lambda step: None,
     **reading: int | bool | None,
 ) -> dict:
-    """Return what whoever quantizes, edits or trains on a model should know about it, JSON as it is.
+    """Return what anyone who quantizes, edits or fine-tunes a model should know about it, ready for JSON.
 
     One pass over the lines gives high-norm tokens, layers, massive dimensions, the largest entries of the
     residual stream and of every linear module's input, the experts and the skip list. Some passes over
@@ -158,7 +158,7 @@ def _read(
         lines = [line[: max(max_tokens - end, 0)] for line, end in zip(read.lines, ends, strict=False)]
         read = replace(read, lines=[line for line in lines if len(line)])
     if chat and read.begin_token:
-        read = replace(read, unusual=None)  # the template brings it
+        read = replace(read, unusual=None)  # the template has it
     most = 2 * WINDOW * WINDOWS
     start = [whole_text(text)[: 32 * most]]  # a long file need not be cut into tokens whole
     measured = encode(loaded, start, whole=True, max_tokens=min(max_tokens or most, most), **special)
@@ -245,7 +245,7 @@ def _tokens(defect: activations.Defect, label: Label, tokenizer) -> dict:
 
 
 def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict:
-    """Layers 1..L one by one, what float16 makes of them, and what to mask."""
+    """Layers 1..L one by one, what share of float16's range they take, and what to mask."""
     norms, high = defect.norms[1:].double(), defect.high[1:]
     medians = norms.median(dim=1).values
     ratios = norms / medians.clamp(min=1e-30)[:, None]
@@ -267,7 +267,7 @@ def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict
 
 
 def _masking(defect: activations.Defect, ratios: Tensor, high: Tensor, label: Label) -> dict:
-    """From which multiple of its layer's median on to mask a state, and what that takes."""
+    """The multiple of its layer's median above which to mask a state, and what that masks."""
     enough = [k for k in MULTIPLES if (ratios > k)[high].double().mean() >= TAKEN]
     multiple = max(enough, default=MULTIPLES[0])
     taken, first = ratios > multiple, defect.positions == 0
