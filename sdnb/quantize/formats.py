@@ -120,21 +120,27 @@ def rounded(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
     return numbers(x, scale, name) * scale
 
 
-def levels_left(size: Tensor, scale: Tensor | float, name: str) -> Tensor:
-    """Return how many positive numbers of a format lie up to a size: what is left to describe a token.
+def levels_left(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
+    """Return how many positive numbers of a format lie up to each token's largest entry, x (n, k).
 
-    `size` is the largest |x| of each token, `scale` the scale (`absmax_scale`) of its tensor, 1 for float16
-    and bfloat16.
+    What is left to describe a token with, under the scale that it meets: the tensor's, its own
+    (`scales="token"`), or that of the block which holds its largest entry; 1 for float16 and bfloat16.
     """
+    size = largest_entry(x, (-1,))
     if name in PLAIN:
-        bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16)
-        grid = bits.view(PLAIN[name]).double()
+        scale, grid = (
+            1.0,
+            torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(PLAIN[name]).double(),
+        )
     else:
-        kind = number_format(name)
+        kind, scale = number_format(name), absmax_scale(size if scales == "token" else size.max(), name)
+        if kind.block is not None:
+            steps = _block_scales(size / scale, kind)
+            scale = scale * torch.where(steps == 0, 1.0, steps)
         step = 1.0 if kind.fraction is None else 2.0 ** (kind.smallest - kind.fraction)
         grid = kind.rounded(torch.arange(1, int(kind.largest / step) + 1) * step).unique().double()
-    grid = grid[grid.isfinite()].to(size.device)
-    return torch.searchsorted(grid, ((1 + 1e-6) * size.double() / scale).contiguous(), right=True)
+    grid = grid[grid.isfinite()].to(x.device)
+    return torch.searchsorted(grid, ((1 + 1e-6) * size.double() / scale)[:, 0].contiguous(), right=True)
 
 
 def exact_product(X: Tensor, W: Tensor) -> Tensor:

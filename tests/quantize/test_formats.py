@@ -81,12 +81,17 @@ def test_what_a_format_holds_stays_and_scales_do_not_matter(name):
 
 def test_levels_left_by_counting():
     sizes = torch.tensor([0.3, 1.0, 5.9, 40.0])
-    for name, grid in {**{n: GRIDS[n] for n in ("int8", "int4", "float8_e4m3")}, "mxfp4": E2M1}.items():
-        scale = absmax_scale(sizes.max(), name)
-        held = [number * scale.item() for number in grid]
+    x = sizes[:, None] * torch.tensor([0.1, -1.0, 0.5])
+    for name, grid in {n: GRIDS[n] for n in ("int8", "int4", "float8_e4m3")}.items():
+        held = [number * sizes.max().item() / max(grid) for number in grid]
         expected = [sum(0 < number <= size * (1 + 1e-6) for number in held) for size in sizes.tolist()]
-        assert levels_left(sizes, scale, name).tolist() == expected
-    assert levels_left(torch.tensor([65_504.0, 0.0]), 1.0, "float16").tolist() == [31 * 1024 - 1, 0]
+        assert levels_left(x, name).tolist() == expected
+        assert levels_left(x, name, "token").tolist() == [len(grid) - 1] * 4
+    scales = [2.0**-4, 2.0**-2, 2.0**0, 2.0**3]  # of mxfp4: the power of two of the size, over that of 6
+    expected = [sum(0 < n * s <= size for n in E2M1) for s, size in zip(scales, sizes.tolist(), strict=True)]
+    assert levels_left(x, "mxfp4").tolist() == expected
+    assert levels_left(x, "nvfp4").min() >= 6
+    assert levels_left(torch.tensor([[65_504.0], [0.0]]), "float16").tolist() == [31 * 1024 - 1, 0]
     x = torch.tensor([1.0, 70_000.0, -1e5])
     assert rounded(x, "float16").tolist() == [1.0, torch.inf, -torch.inf]
     assert rounded(x, "bfloat16").isfinite().all()
