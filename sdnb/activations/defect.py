@@ -99,7 +99,7 @@ class Defect(Detection):
         return sorted(rows, key=lambda row: (-row["count"], -row["peak_norm"]))
 
     def at(self, layer: int | None = None) -> Exploded:
-        """Return the norm that tells exploded tokens from others right after one layer.
+        """Return the norm that separates exploded tokens from others right after one layer, and medians.
 
         Half the lower decile of the norms that are high there, or, where an ordinary token comes higher, the
         geometric mean of both; five times the median where no state is high-norm after that layer.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sdnb.activations.states import as_module
 from sdnb.errors import ParameterError
-from sdnb.layers import BranchModules, decoder_layers, residual_branches
+from sdnb.layers import BranchModules, residual_branches
 from sdnb.layers.calls import Call, rewrap, unwrap
+from sdnb.layers.decoder import find_decoder
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,9 @@ def set_dimensions(
     Raises:
         ParameterError: there is no such layer or dimension.
     """
-    layers, size = decoder_layers(model), as_module(model).config.get_text_config().hidden_size
-    for number, entries in values.items():
-        if not 1 <= number <= len(layers):
-            raise ParameterError(f"layer {number} does not exist: the model has layers 1 to {len(layers)}")
+    decoder, size = find_decoder(model), as_module(model).config.get_text_config().hidden_size
+    layers = {number: decoder.layer(number) for number in values}
+    for entries in values.values():
         if wrong := [i for i in entries if not 0 <= i < size]:
             raise ParameterError(f"dimensions {wrong} do not exist: hidden states have 0 to {size - 1}")
 
@@ -127,6 +127,6 @@ def set_dimensions(
         return rewrap(result, hidden)
 
     with ExitStack() as hooks:
-        for number in values:
-            hooks.enter_context(layers[number - 1].register_forward_hook(partial(put, number)))
+        for number, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(put, number)))
         yield

@@ -100,7 +100,7 @@ def sinks(model: object, ids: Tensor, *, epsilon: float = EPSILON) -> Sinks:
     with _through_cache(model, note):
         alpha = _received(model, ids)
     if len(alpha) != (count := len(decoder_layers(model))):
-        raise ModelError(f"only {len(alpha)} of {count} layers attend; sinks are told where all of them do")
+        raise ModelError(f"only {len(alpha)} of {count} layers attend; sinks need all of them to")
     hits = (alpha > epsilon).double()
     tokens = hits.mean(dim=(0, 2))
     tokens[:, max(1, ids.shape[1] - ROWS + 1) :] = torch.nan

@@ -86,7 +86,7 @@ def token_batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Yield right-padded batches of lines of similar length: ids (B, T), which are real (B, T), line numbers.
 
-    A causal model gives the real tokens the same states with padding behind them, so no mask is needed. A
+    A causal model gives the real tokens the same states with padding after them, so no mask is needed. A
     batch has at most `max_tokens`, padding included; a longer line (T_i,) is a batch of its own.
     """
     lines = list(lines)

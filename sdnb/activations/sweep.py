@@ -115,9 +115,9 @@ def embedding_norms(model: object, items: Tensor) -> Tensor:
 
 
 def item_trajectories(model: object, items: Tensor, prefix: Tensor | None = None) -> Tensor:
-    """Return |h_l| of each item (n,) behind a prefix at every layer, (L+1, n) in float32 on the CPU.
+    """Return |h_l| of each item (n,) after a prefix at every layer, (L+1, n) in float32 on the CPU.
 
-    `prefix` is that of `item_norms`; paper A tests candidates behind "I am".
+    `prefix` is that of `item_norms`; paper A tests candidates after "I am".
     """
     sequences = _sequences(items, prefix)
     parts = sequences.split(batch_size(model, sequences.shape[1]))

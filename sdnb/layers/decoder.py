@@ -62,7 +62,7 @@ NO_SPECIAL_CASE = {
     "zaya": "scales and shifts of their own for branch and stream in every sum",
 }
 
-# The layers of these are found and watched all the same; only a linear view is not to be had.
+# The layers of these are still found and watched; only a linear view is impossible.
 _LAYERS_ONLY = {
     "mamba", "mamba2", "falcon_mamba", "xlstm", "falcon_h1", "zamba", "zamba2", "qwen4_exp_text",
     "inkling2_text", "reformer", "longcat_flash", "zaya",

@@ -37,7 +37,7 @@ class WeightMatrix:
 
     layer: int  #: 1..L
     kind: str  #: q, k, v, o, gate, up, down or attention_gate
-    name: str  #: "<layer>.<kind>", with the leaf's name behind it where a layer has several of a kind
+    name: str  #: "<layer>.<kind>", with the leaf's name after it where a layer has several of a kind
     module: nn.Module  #: the real leaf
     rows: Tensor  #: row numbers of W in the leaf's matrix (out, in)
 

@@ -150,7 +150,7 @@ class FFNFormula:
     v: Tensor | None  #: rows v_i of a gated unit, shape (f, d)
     c: Tensor | None  #: biases c_i, shape (f,)
     activation: Callable[[Tensor], Tensor]  #: phi, element by element, in float32 and in float64
-    down: Tensor  #: the matrix behind the units, shape (d, f)
+    down: Tensor  #: the matrix after the units, shape (d, f)
     down_bias: Tensor | None  #: its bias, shape (d,)
 
     def inner(self, u: Tensor) -> Tensor:

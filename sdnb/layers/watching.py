@@ -40,8 +40,8 @@ class BranchModules:
     """One branch of one layer, as modules of the real model."""
 
     inputs: tuple[nn.Module, ...]  #: read the branch's normed input; none where the layer has no such branch
-    norm: nn.Module | None  #: before it
-    post_norm: nn.Module | None  #: behind it
+    norm: nn.Module | None  #: before the branch
+    post_norm: nn.Module | None  #: after it
     multiplier: float | Tensor  #: in the layer's sum, a number or one for each coordinate, (d,)
     ablated: nn.Module  #: takes the branch out by returning zeros: its last linear map, or a whole module
 
