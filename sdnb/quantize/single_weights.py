@@ -53,7 +53,9 @@ def single_weights(
         with suppress(LayerUnsupported):
             view = layer_view(model, down.layer)
             if view.ffn.formula is not None:  # a shared expert's matrix has none
-                inner = view.ffn.formula.inner(view.ffn.norm(largest_gain(view).input[None]))[0]
+                x, norm = largest_gain(view).input[None], view.ffn.norm
+                # a norm undoes the length; without one (OLMo 2) it is that at which the gain was found
+                inner = view.ffn.formula.inner(norm(x) if norm else x * view.hidden_size**0.5)[0]
                 found["gain"] = _largest_term(W, inner, W @ inner)
         found["rank one"] = _largest_of_rank_one(W)
         for how, (row, column, size, share) in found.items():

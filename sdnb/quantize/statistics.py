@@ -116,7 +116,7 @@ def input_statistics(
         scheme: for which each module's output error is measured, all other modules in full precision; None
             for no errors, which takes half the time.
         visit: called with (l, hidden state (B, T, d), mask of real tokens (B, T), numbers of the lines) for
-            l = 0..L of every batch, for whoever needs the residual stream of the same pass.
+            l = 0..L of every batch, for a caller that needs the residual stream of the same pass.
         max_tokens: tokens in one forward pass.
     """
     total = sum(len(line) for line in lines)
