@@ -13,8 +13,8 @@ def progress(iterable: Iterable[Item], desc: str | None = None, total: int | Non
     `TQDM_DISABLE=1` in the environment switches it off everywhere.
 
     Args:
-        iterable: what is gone through.
-        desc: what the bar says.
+        iterable: any.
+        desc: the text in front of the bar.
         total: number of steps, where `iterable` does not know it.
 
     Returns:
@@ -22,7 +22,7 @@ def progress(iterable: Iterable[Item], desc: str | None = None, total: int | Non
     """
     from tqdm.auto import tqdm
 
-    # None asks whether the output is a terminal, which a notebook's is not. What is done within two seconds
-    # shows no bar: an inner loop would add hundreds of them.
+    # disable=None silences the bar where the output is no terminal, as a notebook's. What takes less than two
+    # seconds shows no bar: an inner loop would add hundreds of them.
     quiet = {} if "ipykernel" in sys.modules else {"disable": None}
     return tqdm(iterable, desc=desc, total=total, leave=False, delay=2, **quiet)

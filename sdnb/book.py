@@ -24,7 +24,7 @@ from sdnb.files import atomic_write, content_hash
 from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
-_BAR = re.compile(r"(it/s|s/it)\]$")  # what a bar of tqdm says, whose widget a run leaves behind
+_BAR = re.compile(r"(it/s|s/it)\]$")  # the end of a tqdm bar's text, whose widget a run leaves behind
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
 _ENDINGS = {".json": "its record", ".safetensors": "its arrays"}
 
@@ -80,7 +80,7 @@ def build(source: Path, out: Path) -> Path:
     html = out / "_build" / "html"
     missing = [page for page in toc_pages(source / "_toc.yml") if not (html / f"{page}.html").is_file()]
     if done.returncode or missing:
-        # Pages that were read with a warning would not be read again, and their warnings not be seen.
+        # Otherwise the next build would not read these pages again, and not show their warnings.
         shutil.rmtree(out / "_build" / ".doctrees", ignore_errors=True)
         absent = f"\npages that are missing: {', '.join(missing)}" if missing else ""
         raise SdnbError(f"the book does not build:\n{done.stdout}{done.stderr}{absent}")
@@ -218,7 +218,7 @@ def _page(content: dict, page: Page, others: list[Page]) -> bytes:
 
 
 def _from_root(found: re.Match) -> str:
-    """A reference of a template as it reads from any folder: to the main page."""
+    """A template's relative {doc} reference as one from the root, which works on a page in any folder."""
     words, target = found.groups()
     place = posixpath.normpath(posixpath.join("/notebooks", target))
     return "{doc}" + (f"`{words}<{place}>`" if words else f"`{place}`")
@@ -323,7 +323,7 @@ def _kept(root: Path, path: Path) -> Page:
 
 
 def _take_prose(content: dict, template: Path) -> None:
-    """Prose may have changed since a result was stored; it is the template's."""
+    """Replace the prose of a stored notebook by the template's, which may have changed since."""
     prose = [cell["source"] for cell in _json(template)["cells"] if cell["cell_type"] == "markdown"]
     for cell in content["cells"]:
         if cell["cell_type"] == "markdown":

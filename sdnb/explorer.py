@@ -46,23 +46,22 @@ INTERVENTIONS = {
 }  # what can be switched on, and how it is called on the page
 LINES = 16  # of the held-out text that the direction and the massive dimensions are taken from
 LONGEST = 256  # tokens of a sentence that can still be told apart in a picture
-MOST_LAYERS = 32  # with a frame of their own in the book
+MOST_LAYERS = 32  # layers with a frame of their own in the book, beside the explosion layers
 _KEPT = 3  # models in memory
-_LEAST = 1e-6
+_LEAST = 1e-6  # norm that smaller ones are drawn as, on a logarithmic scale
 _WIDTH = 7.2  # of the pictures, in inches
 _STYLE = "<style>.sdnb-layer :is(th, td) {padding: 0 .6em; text-align: right}</style>"
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """The linear view of one layer, or why there is none; by "L" and "F", no angle where no direction is."""
+    """What the linear view says of one layer's "L" and "F" (no angle without a direction), or why none."""
 
     singular_values: dict[str, list[float]] = field(default_factory=dict)
     angle_deg: dict[str, float | None] = field(default_factory=dict)
     right_vector: Tensor | None = None  # the leading one of F, (d,)
-    items: list[tuple[str, float]] = field(
-        default_factory=list
-    )  # nearest to F's left vector, with the cosine
+    # vocabulary items nearest to F's leading left vector, with the cosine
+    items: list[tuple[str, float]] = field(default_factory=list)
     unsupported: str | None = None
 
 
@@ -119,14 +118,14 @@ class Exploration:
             return LayerFacts(values, angles)
         return LayerFacts(values, angles, found.V[:, 0].float().cpu(), self._nearest_items(left))
 
-    def _nearest_items(self, vector: Tensor, count: int = 5) -> list[tuple[str, float]]:
-        """Vocabulary items by the cosine of their row of the output embedding with a vector (d,)."""
+    def _nearest_items(self, vector: Tensor) -> list[tuple[str, float]]:
+        """The five items whose rows of the output embedding have the largest cosine with a vector (d,)."""
         rows = getattr(self.loaded.model.get_output_embeddings(), "weight", None)
         if rows is None or rows.device.type == "meta" or rows.shape[1] != len(vector):
             return []
         vector = -vector if vector @ self.defect.direction < 0 else vector
         lengths = rows.norm(dim=1, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-        best = ((rows @ vector.to(rows)).float() / lengths).topk(min(count, len(rows)))
+        best = ((rows @ vector.to(rows)).float() / lengths).topk(min(5, len(rows)))
         return list(zip(token_labels(self.loaded, best.indices), best.values.tolist(), strict=True))
 
     def sentence(
@@ -266,7 +265,7 @@ def _limits(*sentences: Sentence) -> tuple[float, float]:
 def static_explorer(
     exploration: Exploration, text: str, *, add_special_tokens: bool | None = None
 ) -> widgets.VBox:
-    """The explorer of one sentence from frames, linked by `jslink`; one intervention at a time, and none."""
+    """The explorer of one sentence from frames, linked by `jslink`: untouched, or with one intervention."""
     switches = [(), *((name,) for name in exploration.possible)]
     run = partial(exploration.sentence, text, add_special_tokens=add_special_tokens)
     seen = [run(switched_on=on) for on in switches]
@@ -400,7 +399,7 @@ class Panel:
 
 
 def zoo_models() -> list[str]:
-    """Names of the models that come with the project, `zoo/<name>`; none outside a checkout."""
+    """Names of the models that come with the project, `zoo/<name>`; empty outside a checkout."""
     zoo = zoo_folder()
     patterns = ("*/config.json", "*/*/config.json", "*/pointer.json")
     found = {path.parent.relative_to(zoo).as_posix() for pattern in patterns for path in zoo.glob(pattern)}

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and turns for several writers."""
+"""Files that are written whole or not at all, and locks for several writers."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; other processes that ask for it wait, and a killed holder loses it."""
+    """Hold a lock file: other processes wait for it, and it is freed when its holder is killed."""
     from filelock import FileLock
 
     try:
@@ -52,7 +52,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of a file left behind; only for one who holds the lock of its writers."""
+    """Remove what killed writers of a file left behind; only while holding the lock of its writers."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError):
             left.unlink()

@@ -1,4 +1,4 @@
-"""One look for every figure, and what several notebooks draw: layer axes, labels, scales, norms, maps."""
+"""One style for every figure, and what several notebooks draw: layer axes, labels, scales, norms, maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ COLOURS = {
 KINDS = {"q": "Q", "k": "K", "v": "V", "o": "attention output", "gate": "gate", "up": "up", "down": "down"}
 """Types of weight matrices as the pages call them, in the order of the pages."""
 DOTS = {"s": 4, "lw": 0, "alpha": 0.5, "rasterized": True}
-"""For clouds of 100,000 dots: `ax.scatter(x, y, **sdnb.plots.DOTS)`."""
+"""Style of clouds of 100,000 dots: `ax.scatter(x, y, **sdnb.plots.DOTS)`."""
 _PLACES = [
     (side * dx, dy, "left" if side > 0 else "right")
     for dy in (8, -8, 20, -20, 32, -32, 44, -44, 56, -56)
@@ -27,7 +27,7 @@ _PLACES = [
 
 
 def use_style() -> None:
-    """Set the look of every later figure; called once in a notebook."""
+    """Set the style of every later figure; called once in a notebook."""
     plt.style.use(["default", Path(__file__).with_name("sdnb.mplstyle")])
 
 
@@ -127,8 +127,8 @@ def signed_log(ax: Axes, values: object, *, axis: str = "y") -> None:
     """Choose the scale of an axis by one rule: linear, or logarithmic where one bar would hide all others.
 
     With a the largest size, and m the median of the sizes that are not zero: linear while a <= 30 m. Beyond,
-    values of one sign are drawn on a logarithmic axis, values of both signs (or with zeros) on a symmetric
-    one, linear up to m.
+    positive values are drawn on a logarithmic axis, all others on a symmetric one, linear up to the power of
+    ten at or below m.
 
     Args:
         ax: the axes.
@@ -209,7 +209,7 @@ def heat_map(
         rows: labels, the first on top.
         columns: labels; numbers are thinned out where they would run together.
         label: of the colour bar.
-        limits: of the colours; those of the values when None.
+        limits: of the colours; those of the values, and at least 0 to 1, when None.
         write: whether numbers are written into the cells; where there are up to 200 of them when None.
         cmap: matplotlib's name of the colours.
     """

@@ -30,7 +30,7 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "book" / "published.yaml"
 _OWN_KEYS = ("template", "arrays", "provenance")
 _PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
 _MIB = 2**20
-_LONG = 12  # entries of a list that are shown one by one
+_LONG = 12  # longest list whose entries are shown one by one
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def save_record(
 
 
 def read_record(template: str, model: object, results_dir: str | Path = "results") -> Record:
-    """Read a record and check it against the hash of its arrays.
+    """Read a record, and check its arrays against the hash that it names.
 
     Args:
         template: the notebook's name.
@@ -128,7 +128,7 @@ def read_record(template: str, model: object, results_dir: str | Path = "results
         The record.
 
     Raises:
-        RecordError: it is missing, damaged or torn.
+        RecordError: it is missing or damaged, or its arrays are another run's.
     """
     from safetensors.torch import load
 
@@ -201,7 +201,7 @@ def entry(values: dict, key: str) -> object:
 
     Args:
         values: a record's values.
-        key: names joined by dots, each with an index behind it if need be: `[i]` is a list's entry or an
+        key: names joined by dots, each followed by an index where needed: `[i]` is a list's entry or an
             object's (`matrices[01.q]`), `[name=value,...]` the first object of a list that says so; `@layers`
             takes the entry of a per-layer list at the first layer of another list of the record.
 
@@ -282,7 +282,7 @@ _INT8 = "rows[method=rtn,number_format=int8,weights=tensor,inputs=tensor,static=
 
 
 def _given_back(record: dict) -> float | None:
-    """Share of int8's loss that the detected skip list gives back; None where the loss is below 0.2 %."""
+    """Share of int8's added perplexity that the detected skip list recovers; None where it is below 0.2 %."""
     keys = ("rows[0].perplexity", _INT8.format("none"), _INT8.format("detected"))
     intact, everything, listed = (entry(record, key) for key in keys)
     return (everything - listed) / (everything - intact) if everything >= 1.002 * intact else None
@@ -344,7 +344,7 @@ KEY_FIGURES = {
 
 
 def package_fingerprint() -> str:
-    """SHA-256 over the package's sources, 16 hexadecimal digits; the command and the book do not count."""
+    """SHA-256 over the package's sources without cli.py, run.py and book.py, 16 hexadecimal digits."""
     root = Path(__file__).resolve().parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -424,7 +424,7 @@ def _tensor(array: object) -> object:
 
 
 def _gather(loaded: object, text: object, seed: int | None) -> dict:
-    """Provenance: what a reader needs to trust or repeat a record."""
+    """Provenance of a record; the wall time is since loading began, or since the process started."""
     import psutil
     import torch
 
@@ -514,7 +514,7 @@ def read_json(path: Path) -> dict:
 
 
 def _shown(value: object, unit: str = "") -> str:
-    """A value for a reader: four significant digits, long lists by their ends, "none" for None or nothing."""
+    """A value for a reader: four significant digits, long lists by their range, "none" for None and []."""
     if value is None or value == []:
         return "none"
     if isinstance(value, list):

@@ -2,8 +2,8 @@
 
 Two kinds of evidence, each with the chance of it between unrelated models:
 
-1. The angle between the empirical directions (paper A). Its null is the larger of two probabilities: all
-   directions equally likely, and random signed permutations of the coordinates, because a direction that is
+1. The angle between the empirical directions (paper A). Its chance is the larger of two probabilities, under
+   isotropic directions and under random signed permutations of the coordinates, because a direction that is
    nearly one coordinate coincides with another such one once in d pairs, not once in 1e500.
 2. The alignment of the embeddings: nuclear norm of A^T B over |A| |B|, rows of A and B the tokens that both
    models know, centred and of unit length. No rotation of the residual stream changes it, and the rotation
@@ -35,12 +35,14 @@ from sdnb.errors import ParameterError
 from sdnb.loading import load
 from sdnb.text import encode
 
-CHANCE = 1e-6  # two directions speak for a relation when unrelated ones come so close less often than this
-# alignment beyond shuffled tokens: from the first number on undecided, from the second on related
+CHANCE = 1e-6  # two directions say "related" when unrelated ones come so close less often than this
+# Alignment beyond shuffled tokens from which embeddings are "undecided", and from which "related".
 INPUT_LIMITS, OUTPUT_LIMITS = (0.5, 0.6), (0.65, 0.75)
 MASSIVE_SHARE = 0.1  # a coordinate with this share of a direction's squared norm is massive
 DIFFERENT_KINDS_DEG = 10.0  # initial and noninitial states further apart are not averaged; initial ones count
-_REPLICATES, _TOP, _TOO_FEW_TOKENS, _REACH = 200, 4, 0.7, 0.1
+_REPLICATES, _TOP = 200, 4  # resamplings of the lines; coordinates whose places are enumerated
+_TOO_FEW_TOKENS = 0.7  # alignment of shuffled tokens above which so few are shared that it tells nothing
+_REACH = 0.1  # variance of the embeddings along a direction, 1 on average, that carries it by their rotation
 _VERDICTS = ("related", "undecided", "no sign of a relation", "not comparable")
 _NUMBERS = (
     "angle_deg", "uncertainty_deg", "chance_log10", "isotropic_log10", "permutation_log10",
@@ -209,7 +211,7 @@ def _shared_tokens(first: Signature, second: Signature) -> tuple[Tensor, Tensor]
 
 
 def _log10_isotropic_chance(angle: float, d: int) -> float:
-    """The chance of an angle between isotropic directions; a number for an angle of zero, too."""
+    """log10 of the chance of an angle in degrees between isotropic directions; -9999 for an angle of zero."""
     return max(log10_chance(angle, d), -9999.0)
 
 
@@ -264,7 +266,7 @@ def compare_signatures(first: Signature, second: Signature, *, chance: float = C
         `embeddings` say; `verdict`, `note`.
 
     Raises:
-        ParameterError: a chance that is none.
+        ParameterError: a chance outside of 0 to 1.
     """
     if not 0 < chance < 1:
         raise ParameterError(f"chance is {chance}: give a probability between 0 and 1")
@@ -330,7 +332,7 @@ def _embeddings_of(first: Signature, second: Signature, seed: int) -> dict:
     if first.direction is None or second.direction is None:
         return row
     a, b = first.direction, second.direction
-    # How much the embeddings vary along a direction, 1 on average; without that no rotation is determined.
+    # How much the embeddings vary along a direction: where they hardly do, their rotation is not determined.
     reach = [len(u) * (_unit_rows(E) @ u).square().mean() for E, u in zip(tables, (a, b), strict=True)]
     if min(reach) >= _REACH:
         row["carried_angle_deg"] = angle = float(angle_deg(a, found.rotation @ b))
