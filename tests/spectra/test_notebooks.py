@@ -44,23 +44,23 @@ def test_a_pruned_matrix_is_left_out_by_name_and_the_others_go_on(random_model, 
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     weight.copy_((u[:, :20] * s[:20]) @ vh[:20])
     save(random_model, common["model"], 384)
-    for name in ("14", "15"):
-        record = run_cells(name, **common, **({"max_lines": 20} if name == "15" else {}))["record"]
+    for name, options, count in (("14", {}, MATRICES), ("15", {"max_lines": 8, "layers": [2]}, MATRICES / 2)):
+        record = run_cells(name, **common, **options)["record"]
         assert list(record["left_out"]) == ["02.up"]
-        assert len(record["matrices"]) == MATRICES - 1
+        assert len(record["matrices"]) == count - 1
         assert not any(key.endswith("/02.up") for key in record.arrays)
 
 
 def test_overlap_is_chance_for_random_weights_and_one_where_a_vector_is_planted(random_model, common):
     save(random_model, common["model"], 384)
-    plain = run_cells("15", **common, max_lines=40)
+    plain = run_cells("15", **common, max_lines=20, layers=[1])
     rows = plain["record"]["matrices"]
     assert sum(row["overlap_above"] for row in rows.values()) / len(rows) < 0.02, "chance is 0.00135"
     read = plain["inputs"]["01.down"].double()
     main = torch.linalg.eigh((read - read.mean(0)).T @ (read - read.mean(0)))[1][:, -1]
     random_model.model.layers[0].mlp.down_proj.weight += (5 * torch.outer(torch.ones(64) / 8, main)).float()
     save(random_model, common["model"], 384)
-    planted = run_cells("15", **common, max_lines=40)["record"]
+    planted = run_cells("15", **common, max_lines=20, layers=[1])["record"]
     assert planted.arrays["overlap/01.down"][-1] > 0.95, "ascending: the planted value is the last"
     assert plain["record"].arrays["overlap/01.down"][-1] < rows["01.down"]["overlap_band"][1] * 1.3
     tenths = planted["matrices"]["01.down"]["overlap_above_tenths"]
@@ -90,19 +90,19 @@ def test_removal_restores_the_model_and_measures_each_tenth(random_model, common
 @pytest.mark.slow
 def test_an_interrupted_fine_tuning_goes_on_where_it_was(random_model, common):
     save(random_model, common["model"], 384)
-    options = {**common, "kinds": ["up"], "deciles": [1, 10], "seeds": [0], "steps": 2}
+    options = {**common, "kinds": ["up"], "deciles": [1], "seeds": [0], "steps": 2}
     whole = run_cells("17", **options)
     state = random_model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole["lm"].model.state_dict().items())
     record = whole["record"]
     orders = [row["order"] for row in record["rows"]]
-    assert sorted(orders) == ["after", "after", "before", "before", *["none"] * 6]
+    assert sorted(orders) == ["after", "before", *["none"] * 6]
     low, high = record["band"]
     plain = [row["score"] for row in record["rows"] if row["order"] == "none"]
     assert low <= min(plain) <= max(plain) <= high
     assert max(plain) < record["score_untuned"], "two steps of tuning already help a random model"
     runs = sorted(Path(common["results_dir"]).glob("*/17_runs/*.json"))
-    assert len(runs) == 8
+    assert len(runs) == 7
     kept = [path.stat().st_mtime_ns for path in runs]
     runs[3].unlink()
     again = run_cells("17", **options)["record"]
