@@ -37,6 +37,16 @@ def test_the_unit_that_was_planted_is_found_from_the_spike_and_from_the_weights_
         assert set(sorted(sizes[how], key=sizes[how].get)[-2:]) == {2, 5}, "layers are told by their sizes"
 
 
+def test_an_ffn_without_a_norm_in_front_has_its_gain_too():
+    model = build("olmo2", **SIZES)
+    found = {entry.layer: entry for entry in single_weights(model) if entry.how == "gain"}
+    for number, entry in found.items():
+        W = model.get_submodule(entry.module).weight
+        assert entry.module == DOWN["llama"].format(number - 1)
+        assert entry.value == pytest.approx(W[entry.row, entry.column].item())
+    assert [*found] == [1, 2, 3]
+
+
 def test_weights_alone_need_no_pass_and_may_be_offloaded():
     model = build("llama", **SIZES)
     there = single_weights(model)
