@@ -44,9 +44,9 @@ _WHERE = {
         "skip_list", "smoothing_factors", "super_experts", "zeroed_entries",
     ),
     "sdnb.spectra": (
-        "BlockRemover", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival", "draw_matrix",
+        "BlockRemover", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival",
         "fit_spectrum", "ks_distance", "ks_p_value", "largest_overlaps", "mp_cdf", "mp_density", "mp_edges",
-        "mp_median", "noise_spectrum", "observed_spike", "porter_thomas_cdf", "predicted_spike",
+        "mp_median", "noise_spectrum", "porter_thomas_cdf", "predicted_spike",
         "singular_values", "spectrum_p_values", "tracy_widom_cdf", "tracy_widom_quantile",
     ),
     "sdnb.signatures": (

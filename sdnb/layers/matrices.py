@@ -8,7 +8,7 @@ directly), gates of attention, and the FFN, where a third question tells what an
 that multiplies. The cut is checked on the real weights by a forward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported
 from sdnb.layers.calls import StopForward
 from sdnb.layers.decoder import IsolatedLayer, find_decoder
@@ -104,31 +105,39 @@ def layer_matrices(model: nn.Module, number: int) -> list[WeightMatrix]:
     return found
 
 
-def model_matrices(model: nn.Module, layers: Sequence[int] | None = None) -> Iterator[list[WeightMatrix]]:
-    """One layer's matrices (`layer_matrices`) after the other, of the layers numbered, 1..L, or of all."""
-    return (layer_matrices(model, number) for number in _numbers(model, layers))
+def model_matrices(
+    model: nn.Module, layers: Iterable[int] | None = None, unsupported: dict[int, str] | None = None
+) -> Iterator[list[WeightMatrix]]:
+    """Yield one layer's matrices (`layer_matrices`) after the other, with a progress bar.
 
+    Args:
+        model: a language model of transformers, decoder or encoder.
+        layers: the layers, 1..L, in the order wanted; all of them when None.
+        unsupported: gets the reason for each layer that is skipped, by its number.
 
-def layer_matrices_or_reason(
-    model: nn.Module, layers: Sequence[int] | None = None
-) -> Iterator[tuple[int, list[WeightMatrix] | str]]:
-    """Number and matrices of each layer in question (all when None), or the reason why it is unsupported."""
-    for number in _numbers(model, layers):
+    Raises:
+        LayerUnsupported: no layer's matrices can be told apart; without `unsupported`, any layer's cannot.
+    """
+    numbers = list(range(1, len(find_decoder(model).layers) + 1) if layers is None else layers)
+    first, read = None, 0
+    for number in progress(numbers, desc="matrices"):
         try:
-            yield number, layer_matrices(model, number)
-        except LayerUnsupported as problem:
-            yield number, str(problem)
+            yield layer_matrices(model, number)
+            read += 1
+        except LayerUnsupported as error:
+            if unsupported is None:
+                raise
+            unsupported[number], first = str(error), first or error
+    if not read:
+        raise first
 
 
-def _numbers(model: nn.Module, layers: Sequence[int] | None) -> Sequence[int]:
-    return range(1, len(find_decoder(model).layers) + 1) if layers is None else layers
-
-
-def parameters_left_out(model: nn.Module, number: int, matrices: Sequence[WeightMatrix]) -> dict[str, str]:
-    """Name and shape of each weight of a layer that none of its matrices reads: experts, routers."""
+def parameters_left_out(model: nn.Module, matrices: Sequence[WeightMatrix]) -> dict[str, str]:
+    """Name and shape of each weight that none of the matrices reads, in their layers: experts, routers."""
     read = {matrix.module for matrix in matrices}
     return {
         f"{number:02d}.{name}.{own}": f"{' x '.join(map(str, weight.shape))}, not one matrix of a known role"
+        for number in dict.fromkeys(matrix.layer for matrix in matrices)
         for name, module in find_decoder(model).layer(number).named_modules()
         for own, weight in module.named_parameters(recurse=False)
         if weight.ndim > 1 and module not in read

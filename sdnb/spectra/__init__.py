@@ -15,7 +15,7 @@ from sdnb.spectra.marchenko_pastur import (
     tracy_widom_cdf,
     tracy_widom_quantile,
 )
-from sdnb.spectra.random_matrix import Noise, Spike, draw_matrix, observed_spike, predicted_spike, thresholds
+from sdnb.spectra.random_matrix import Noise, Spike, predicted_spike, thresholds
 from sdnb.spectra.singular import BlockRemover, decomposition, removed_share, singular_values
 from sdnb.spectra.vectors import (
     chance_band,
@@ -24,15 +24,15 @@ from sdnb.spectra.vectors import (
     ks_p_value,
     largest_overlaps,
     porter_thomas_cdf,
-    rank_correlation_p_value,
+    rank_correlation,
     spectrum_p_values,
 )
 
 __all__ = [
     "BlockRemover", "NoBulk", "Noise", "SpectrumFit", "Spike", "chance_band", "chance_survival",
-    "decomposition", "draw_matrix", "fit_spectrum", "ks_distance", "ks_p_value", "largest_overlaps", "mp_cdf",
+    "decomposition", "fit_spectrum", "ks_distance", "ks_p_value", "largest_overlaps", "mp_cdf",
     "mp_density", "mp_edges", "mp_median", "mp_quantiles", "noise_distances", "noise_spectrum",
-    "observed_spike", "porter_thomas_cdf", "predicted_spike", "rank_correlation_p_value", "removed_share",
+    "porter_thomas_cdf", "predicted_spike", "rank_correlation", "removed_share",
     "rounding_band", "singular_values", "spectrum_p_values", "thresholds", "tracy_widom_cdf",
     "tracy_widom_quantile",
 ]  # fmt: skip

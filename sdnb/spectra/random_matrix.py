@@ -14,9 +14,6 @@ sqrt(q) a weak signal lies below.
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from sdnb.errors import ParameterError
 
 
@@ -84,43 +81,3 @@ def thresholds(noise: Noise, q: float) -> tuple[float | None, float]:
     low = 1 - math.sqrt(q) - noise.along_signal
     high = 1 + math.sqrt(q) - noise.along_signal
     return (math.sqrt(low) if low >= 0 else None), math.sqrt(max(high, 0.0))
-
-
-def draw_matrix(
-    n: int, m: int, strengths: list[float], noise: Noise, *, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw W = sum_i theta_i u_i v_i^T + X, quiet along every u_i.
-
-    Args:
-        n: rows, at most m.
-        m: columns.
-        strengths: theta_i; the vectors of different i are orthogonal.
-        noise: covariance of the noise.
-        generator: of the random numbers.
-
-    Returns:
-        W (n, m), the left vectors (n, r) and the right vectors (m, r), float64.
-
-    Raises:
-        ParameterError: more rows than columns, or more signals than rows.
-    """
-    rank = len(strengths)
-    if not rank <= n <= m:
-        raise ParameterError(f"{rank} signals in a {n} x {m} matrix: give n <= m and at most n signals")
-    normal = dict(generator=generator, dtype=torch.float64)
-    u = torch.linalg.qr(torch.randn(n, rank, **normal))[0]
-    v = torch.linalg.qr(torch.randn(m, rank, **normal))[0]
-    x = torch.randn(n, m, **normal) / math.sqrt(m)
-    along = math.sqrt(noise.along_signal / m) * torch.randn(rank, m, **normal)
-    x = x - u @ (u.T @ x) + u @ along
-    return (u * torch.tensor(strengths, dtype=torch.float64)) @ v.T + x, u, v
-
-
-def observed_spike(matrix: Tensor, u: Tensor, v: Tensor) -> Spike:
-    """The singular value of W (n, m) whose left vector leans most on the signal's u v^T, side "none"."""
-    squares, left = torch.linalg.eigh(matrix @ matrix.T)
-    overlaps = (u @ left).abs()
-    k = int(overlaps.argmax())
-    value = float(squares[k].clamp(min=0).sqrt())
-    right = abs(float(left[:, k] @ (matrix @ v))) / value if value else 0.0
-    return Spike(value, float(overlaps[k]), right, "none")

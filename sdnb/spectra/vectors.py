@@ -155,12 +155,13 @@ def chance_band(n: int) -> tuple[float, float, float]:
     return quantile(THREE_SIGMA), quantile(0.5), quantile(1 - THREE_SIGMA)
 
 
-def rank_correlation_p_value(a: Tensor, b: Tensor) -> float:
-    """Share of all s circular shifts of one series, 0 included, that give as large a rank correlation."""
+def rank_correlation(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Spearman's rank correlation of two series, and the share of circular shifts with as large a one."""
     # both vary smoothly along the spectrum, so that the law for independent pairs would say too little
     from scipy.stats import rankdata  # takes longer to load than all else here
 
     ranks_a, ranks_b = (torch.from_numpy(rankdata(x.double().numpy())) for x in (a, b))
     ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
     products = torch.fft.irfft(torch.fft.rfft(ranks_a).conj() * torch.fft.rfft(ranks_b), n=len(a))
-    return float((products >= products[0] - 1e-9 * products.abs().max()).double().mean())
+    as_large = products >= products[0] - 1e-9 * products.abs().max()
+    return float(products[0] / (ranks_a.norm() * ranks_b.norm())), float(as_large.double().mean())

@@ -3,10 +3,10 @@
 import math
 
 import pytest
-import torch
 
 from sdnb.errors import ParameterError
-from sdnb.spectra import Noise, draw_matrix, mp_edges, observed_spike, predicted_spike, thresholds
+from sdnb.spectra import Noise, mp_edges, predicted_spike, thresholds
+from tests.cells import run_cells
 
 WHITE, QUIET = Noise("white"), Noise("correlated", along_signal=0.1)
 
@@ -38,22 +38,24 @@ def test_quiet_noise_lets_a_weak_signal_stand_below_the_bulk():
     assert predicted_spike(above + 1e-3, QUIET, 0.25).position == pytest.approx(edges[1], abs=1e-3)
 
 
-@pytest.mark.parametrize(("noise", "strength"), [(WHITE, 1.2), (WHITE, 2.0), (QUIET, 0.2), (QUIET, 0.4),
-                                                 (QUIET, 1.6)])  # fmt: skip
-def test_theory_is_what_simulation_gives(noise, strength):
-    n, m, draws = 160, 640, 12
-    generator = torch.Generator().manual_seed(0)
-    theory = predicted_spike(strength, noise, n / m)
-    assert theory.position is not None
-    found = []
-    for _ in range(draws):
-        matrix, u, v = draw_matrix(n, m, [strength], noise, generator=generator)
-        spike = observed_spike(matrix, u[:, 0], v[:, 0])
-        found.append([spike.position, spike.left, spike.right])
-    series = torch.tensor(found)
-    error = 5 * series.std(0) / math.sqrt(draws) + 0.01  # and what is left of finite size
-    difference = (series.mean(0) - torch.tensor([theory.position, theory.left, theory.right])).abs()
-    assert (difference < error).all(), (series.mean(0), theory)
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    """Notebook 18, which draws matrices and looks for the signal in them."""
+    results = str(tmp_path_factory.mktemp("results"))
+    return run_cells("18", results_dir=results, strengths=[0.2, 0.4, 1.0, 1.6, 2.0], draws=12)
+
+
+def test_theory_is_what_simulation_gives(notebook):
+    table = notebook["table"]
+    outside = table[table.side != "none"]
+    assert sorted(outside.signal[outside.noise == "correlated"]) == [0.2, 0.4, 1.6, 2.0]
+    for key, theory in (
+        ("position", "theory_position"),
+        ("overlap", "theory"),
+        ("right_overlap", "theory_right"),
+    ):
+        error = 5 * outside[f"{key}_error"] + 0.01  # and what is left of finite size
+        assert ((outside[key] - outside[theory]).abs() < error).all(), outside[[key, theory]]
 
 
 def test_no_signal_in_no_noise_is_the_limit_of_weak_ones():
@@ -63,16 +65,15 @@ def test_no_signal_in_no_noise_is_the_limit_of_weak_ones():
     assert (none.left, none.right) == (pytest.approx(weak.left), pytest.approx(weak.right))
 
 
-def test_noise_has_the_covariance_that_it_states():
-    generator = torch.Generator().manual_seed(1)
-    matrix, u, _ = draw_matrix(50, 20_000, [0.0], QUIET, generator=generator)
-    variances = torch.linalg.eigvalsh(matrix @ matrix.T)
-    assert float((u[:, 0] @ matrix).square().sum()) == pytest.approx(0.1, rel=0.1)
-    assert variances[0] < 0.12 and ((variances[1:] > 0.85) & (variances[1:] < 1.15)).all()
+def test_noise_has_the_covariance_that_it_states(notebook):
+    matrix, u, _ = notebook["draw"]([0.0], QUIET)
+    along = float((u[:, 0] @ matrix).square().sum())
+    assert along == pytest.approx(0.1, rel=0.2)
+    assert (float(matrix.square().sum()) - along) / 159 == pytest.approx(1, rel=0.02)
 
 
 def test_impossible_models_are_refused():
     with pytest.raises(ParameterError):
         Noise("wrong", along_signal=-0.1)
-    with pytest.raises(ParameterError):
-        draw_matrix(10, 5, [1.0], WHITE, generator=torch.Generator())
+    with pytest.raises(ParameterError, match="rows <= columns"):
+        run_cells("18", rows=10, columns=5)
