@@ -138,9 +138,13 @@ def limit_table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def shown(value: object) -> str:
-    """A fact's value, a fraction with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def said(key: str, value: object) -> str:
+    """A fact in words, a fraction with three digits."""
+    if key == "within":
+        return "within what is allowed" if value else "beyond what is allowed"
+    number = f"{value:.3g}" if isinstance(value, float) else str(value)
+    unit = " GiB" if key.endswith("_gib") else ""
+    return f"{key.removesuffix('_gib').replace('_', ' ')} {number}{unit}"
 
 
 def section(record: dict) -> str:
@@ -149,7 +153,7 @@ def section(record: dict) -> str:
     place = f"{there['processor']}, {there['cores']} cores, {there['threads']} used, load {there['load']}"
     place += f", {there['gpu']}" if there["gpu"] else ""
     versions = f"Python {there['python']}, torch {there['torch']}, transformers {there['transformers']}"
-    facts = ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in record["facts"].items())
+    facts = ", ".join(said(*fact) for fact in record["facts"].items())
     head = f"### {record['shape']}, {record['device']}\n\n{record['date']}; {place}; {versions}; {facts}.\n\n"
     if not any(row["operations"] for row in record["rows"]):
         return f"{head}{table(record)}\n"

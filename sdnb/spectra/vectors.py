@@ -97,7 +97,7 @@ def spectrum_p_values(
         ks_p_value(distance, n, block.stop - block.start, draws=draws, seed=seed)
         for distance, block in zip(found, blocks, strict=True)
     ]
-    return blocks, torch.tensor(found).double(), torch.tensor(values).double()
+    return blocks, torch.tensor(found, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
 
 
 def largest_overlaps(right_vectors: Tensor, eigenvectors: Tensor) -> Tensor:
