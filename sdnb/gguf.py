@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sdnb import checkpoint as files
-from sdnb.checkpoint import GIB, Checkpoint, first_line
+from sdnb.checkpoint import Checkpoint, first_line
 from sdnb.errors import MemoryShortage, ModelError, SdnbError
 from sdnb.files import content_hash
 
@@ -153,7 +153,11 @@ def _convert(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | N
     """Convert into a folder beside `folder`, to which it is renamed when it is complete."""
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
-    _refuse_too_large(found, reader)
+    files.refuse_too_large(
+        found.name, 4 * sum(tensor.n_elements for tensor in reader.tensors), "cpu",
+        'convert it on a larger machine, or give the model that it was made from, with device="offload".',
+        " while it is converted",
+    )  # fmt: skip
     try:
         network = _narrowed(_dequantized(found, path, reader, base))
         network.save_pretrained(aside)
@@ -190,16 +194,6 @@ def _convert(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | N
 # --- the conversion
 
 
-def _refuse_too_large(found: Checkpoint, reader: Reader) -> None:
-    size, free = 1.1 * 4 * sum(tensor.n_elements for tensor in reader.tensors), files.free_memory("cpu")
-    if size > free:
-        raise MemoryShortage(
-            f"{found.name} needs {size / GIB:.3g} GiB of memory while it is converted, and {free / GIB:.3g} "
-            "GiB are free: convert it on a larger machine, or give the model that it was made from, with "
-            'device="offload".'
-        )
-
-
 def _dequantized(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | None) -> nn.Module:
     """The model as transformers reads it; a ValueError where that is not what the file describes."""
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
@@ -216,8 +210,7 @@ def _dequantized(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint
         config = AutoConfig.from_pretrained(path.parent, **where)
         _complete(config, reader)
     else:
-        config = AutoConfig.from_pretrained(base.target, local_files_only=True)
-    files.refuse_not_causal(replace(found, config=config.to_dict()))
+        config = AutoConfig.from_pretrained(base.target, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > 2 * total:  # what is lacking would be drawn at random, and take the memory

@@ -7,10 +7,9 @@ missing, none left over, none NaN.
 import functools
 import gc
 import hashlib
+import itertools
 import logging
-import math
 import os
-import re
 import time
 import warnings
 from collections import Counter
@@ -28,6 +27,10 @@ from sdnb.errors import MemoryShortage, ModelError, ParameterError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK, _SAMPLE = 1 << 20, 64  # 64-bit words, for the fingerprint
+_SMALLER = (
+    'dtype="bfloat16" takes half of float32\'s, and device="offload" keeps on disk what does not fit and '
+    "brings it one layer at a time."
+)
 # Endings of stored tensors that a model may leave unused: it computes them itself.
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
@@ -120,8 +123,6 @@ def load(
         found = files.locate(model, revision)
         base = base or (os.environ.get("SDNB_BASE") if found.is_gguf else None)
         basis = files.fetch(files.locate(base), weights=False) if base else None
-        if basis:
-            files.refuse_remote_code(basis, trust)
         if found.is_gguf:
             found, *stored = gguf.converted(files.fetch(found), basis)
         elif basis:
@@ -130,10 +131,11 @@ def load(
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
         entries = files.headers(found)
-        files.refuse_codes(model, entries)
         fits = 2 * files.weight_bytes(entries, 4) <= files.free_memory("cpu")
         dtype = "float32" if dtype == "auto" and place == "cpu" and fits else dtype
-        files.refuse_too_large(model, entries, getattr(DTYPES.get(dtype), "itemsize", None), place)
+        if place != "offload":
+            item = getattr(DTYPES.get(dtype), "itemsize", None)
+            files.refuse_too_large(model, files.weight_bytes(entries, item), place, _SMALLER)
         network = _network(found, dtype, place, trust, pickled, (basis or found).target)
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)
@@ -157,8 +159,7 @@ def _quiet() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()  # with all that transformers imports, looking for garbage takes a seventh of the time
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         if collecting:
@@ -170,25 +171,24 @@ def _quiet() -> Iterator[None]:
 
 def _device(device: str) -> str:
     """A concrete device: "cpu", "cuda:<n>" or "offload"."""
-    count = torch.cuda.device_count()
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if device == "auto":
-        return "cuda:0" if count else "cpu"
-    if device in ("cpu", "offload"):
-        return device
-    number = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if not number or int(number[1] or 0) >= count:
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus:
+        device = gpus[0]
+    if device not in ("cpu", "offload", *gpus):
         raise ParameterError(
-            f"device={device!r} is unknown or not there (torch sees {count} GPUs): use auto, cpu, cuda, "
+            f"device={device!r} is unknown or not there (torch sees {len(gpus)} GPUs): use auto, cpu, cuda, "
             "cuda:1, ... or offload."
         )
-    return f"cuda:{int(number[1] or 0)}"
+    return device
 
 
 def _format(entries: dict) -> str:
     """How most of a checkpoint's weights are stored."""
     count = Counter()
     for entry in entries.values():
-        count[entry["dtype"]] += math.prod(entry["shape"])
+        count[entry.dtype] += entry.parameter_count
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return "pickle" if not count else f"safetensors {names.get(most := count.most_common(1)[0][0], most)}"
 
@@ -230,28 +230,22 @@ def _network(
 
 def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
     """Refuse a model of which some weights were drawn at random or some stored weights were not used."""
-    if wrong := sorted(report["mismatched_keys"]):
-        (key, stored, asked), more = wrong[0], f", and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise ModelError(
-            f"{name}: the weight {key} is stored with the shape {tuple(stored)}, and config.json asks for "
-            f"{tuple(asked)}{more}. Correct config.json, or fetch or save the model again."
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{name} lacks {len(missing)} of the weights that its config.json asks for "
-            f"({', '.join(missing[:3])}); they would be random numbers. Fetch or save the model again, or "
-            "correct its config.json."
-        )
+    reshaped = [f"{key} of {tuple(own)} for {tuple(asked)}" for key, own, asked in report["mismatched_keys"]]
+    missing, kind = report["missing_keys"], type(network).__name__
     # a multimodal checkpoint whose text part was loaded leaves the weights of the other modalities over
     modalities = ("visual", "vision", "audio", "image")
-    left_over = [key for key in report["unexpected_keys"] if not any(name in key for name in modalities)]
-    if extra := sorted(key for key in left_over if not key.endswith(_HARMLESS)):
-        raise ModelError(
-            f"{name} holds {len(extra)} weights that {type(network).__name__} does not use "
-            f"({', '.join(extra[:3])}): its config.json describes another model than its weights. Correct "
-            "config.json, or, if these are meant to be left out, load it with transformers and save it "
-            "again with save_pretrained."
-        )
+    extra = [key for key in report["unexpected_keys"] if not any(part in key for part in modalities)]
+    extra = [key for key in extra if not key.endswith(_HARMLESS)]
+    for keys, wrong in (
+        (reshaped, f"stores {len(reshaped)} of the weights in other shapes than its config.json asks for"),
+        (missing, f"lacks {len(missing)} of the weights that its config.json asks for"),
+        (extra, f"holds {len(extra)} weights that {kind} does not use"),
+    ):
+        if keys:
+            raise ModelError(
+                f"{name} {wrong} ({', '.join(sorted(keys)[:3])}). Correct config.json, or fetch the model "
+                "again, or save it again with save_pretrained."
+            )
 
 
 def _tokenizer(found: Checkpoint, trust: bool):
@@ -275,11 +269,10 @@ def _tokenizer(found: Checkpoint, trust: bool):
 def first_not_finite(model: nn.Module) -> str | None:
     """The name of the first weight that holds a NaN or an infinity; offloaded ones are skipped."""
     for name, tensor in model.named_parameters():
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        low, high = torch.aminmax(tensor.detach())  # a NaN anywhere makes both NaN
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            return name
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            extremes = torch.stack(torch.aminmax(tensor.detach()))  # a NaN anywhere makes both NaN
+            if not extremes.isfinite().all():
+                return name
     return None
 
 
@@ -298,16 +291,13 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's parameters and saved buffers by name, shared ones once, offloaded ones from disk."""
     from accelerate.utils import align_module_device
 
-    seen = set()
-    for prefix, module in model.named_modules():
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        own = {k: v for k, v in {**module._parameters, **buffers}.items() if v is not None}
-        names = [name for name, tensor in own.items() if id(tensor) not in seen]
-        seen.update(map(id, own.values()))
-        if names:
+    saved = model.state_dict()
+    for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if name in saved:
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
             with align_module_device(module):
-                for name in names:
-                    yield f"{prefix}.{name}" if prefix else name, getattr(module, name).detach()
+                yield name, getattr(module, own).detach()
 
 
 def _line(tensor: torch.Tensor) -> str:
