@@ -32,13 +32,9 @@ def use_style() -> None:
 
 
 def layer_axis(ax: Axes, layers: int, *, first: int = 1, label: str = "layer") -> None:
-    """Put layer numbers on the x axis, whole ones, and no more than its width has room for.
+    """Put numbers up to `layers` on the x axis, whole ones, and no more than its width has room for.
 
-    Args:
-        ax: axes whose x axis counts layers.
-        layers: number of layers L.
-        first: 0 where the embedding is drawn, too.
-        label: of the axis.
+    `first` is 0 where the embedding is drawn, too.
     """
     room = max(2, int(ax.get_position().width * ax.figure.get_figwidth() / 0.3))  # 0.3 inches a number
     count = layers - first + 1
@@ -51,10 +47,8 @@ def layer_axis(ax: Axes, layers: int, *, first: int = 1, label: str = "layer") -
 def mark_layers(ax: Axes, defect: object, *, label: bool = True) -> None:
     """Shade explosion layers (red) and decay layers (blue) behind a plot over layers.
 
-    Args:
-        ax: axes whose x axis counts layers.
-        defect: `sdnb.find_defect`'s, or a record's values: anything with explosion_layers and decay_layers.
-        label: whether the legend names the bands.
+    `defect` is what `sdnb.find_defect` returned, or a record's values: anything with explosion_layers and
+    decay_layers. The legend names the bands if `label` is set.
     """
     for kind in ("explosion", "decay"):
         key = f"{kind}_layers"
@@ -64,16 +58,9 @@ def mark_layers(ax: Axes, defect: object, *, label: bool = True) -> None:
             ax.axvspan(layer - 0.5, layer + 0.5, color=COLOURS[kind], alpha=0.6, zorder=0, lw=0, label=name)
 
 
-def legend_right(ax: Axes, *others: Axes) -> None:
-    """Put one legend to the right of the axes, outside, every entry once.
-
-    Args:
-        ax: the axes that carry it.
-        *others: further axes whose entries it shows, such as a twin.
-    """
-    entries = {}
-    for axes in (ax, *others):
-        entries |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+def legend_right(ax: Axes) -> None:
+    """Put the legend to the right of the axes, outside, every entry once."""
+    entries = {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     ax.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
@@ -86,18 +73,11 @@ def annotate(
     at: Sequence[float] | None = None,
     color: str | None = None,
 ) -> None:
-    """Write texts beside points so that they overwrite neither each other nor earlier texts of these axes.
+    """Write texts beside points (x, y) so that they overwrite neither each other nor earlier texts.
 
     Each text takes the nearest free place around its point, off the curves' points and inside the axes. Call
-    it last, when limits, scales and legend are set.
-
-    Args:
-        ax: the axes.
-        x: of the points.
-        y: of the points; NaN ones are left out.
-        texts: one a point, or a format of y such as "{:.1f}°".
-        at: the x values that are labelled, such as the explosion layers; all when None.
-        color: of the texts.
+    it last, when limits, scales and legend are set. `texts` has one a point, or is a format of y such as
+    "{:.1f}°"; points whose y is NaN have none, nor have those whose x is not among `at`, where that is given.
     """
     ax.figure.draw_without_rendering()  # so that the layout stands and texts have a size
     taken, frame = [Text.get_window_extent(text) for text in ax.texts], ax.get_window_extent()
@@ -128,12 +108,7 @@ def signed_log(ax: Axes, values: object, *, axis: str = "y") -> None:
 
     With a the largest size, and m the median of the sizes that are not zero: linear while a <= 30 m. Beyond,
     positive values are drawn on a logarithmic axis, all others on a symmetric one, linear up to the power of
-    ten at or below m.
-
-    Args:
-        ax: the axes.
-        values: all numbers that are drawn; gaps may be NaN or None.
-        axis: "y" or "x".
+    ten at or below m. `values` are all numbers that are drawn; gaps may be NaN or None.
     """
     flat = np.asarray(values, dtype=object).ravel().astype(float)  # None becomes NaN
     flat = flat[np.isfinite(flat)]
@@ -149,16 +124,10 @@ def signed_log(ax: Axes, values: object, *, axis: str = "y") -> None:
 
 
 def two_panels(first: object, others: object, names: Sequence[str], defect: object = None) -> plt.Figure:
-    """Draw the norm of first tokens and of the others over layers 0..L, one line a model or intervention.
+    """Return a figure of norms over layers 0..L, with a line for each model or intervention.
 
-    Args:
-        first: mean norm of the first token, (n, L+1).
-        others: median norm of the other tokens, (n, L+1).
-        names: of the n lines; the first one is drawn black.
-        defect: whose layers are marked, or None.
-
-    Returns:
-        The figure: first tokens left, the others right.
+    Left, `first`: mean norms of the first token; right, `others`: median norms of the others; (n, L+1) each.
+    The first line is black; the layers of `defect` are marked.
     """
     fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.4), sharey=True)
     panels = zip(axes, (first, others), ("first token, mean", "other tokens, median"), strict=True)
@@ -175,18 +144,14 @@ def two_panels(first: object, others: object, names: Sequence[str], defect: obje
     return fig
 
 
-def angle_map(ax: Axes, angles: object, names: Sequence[str], *, write: bool = True) -> None:
-    """Draw acute angles between directions as a heat map.
+def angle_map(ax: Axes, angles: object, names: Sequence[str]) -> None:
+    """Draw acute angles between n directions as a heat map with the angles written into its cells.
 
-    Args:
-        ax: the axes.
-        angles: degrees, (n, n); NaN, None or a negative entry where there is none.
-        names: of the n directions.
-        write: whether the angles are written into the cells.
+    `angles` are degrees, (n, n); NaN, None or a negative entry where there is none.
     """
     shown = np.asarray(angles, dtype=object).astype(float)
     shown = np.where(shown < 0, np.nan, shown)
-    heat_map(ax, shown, names, names, limits=(0, 90), label="angle (degrees)", write=write, cmap="viridis_r")
+    heat_map(ax, shown, names, names, limits=(0, 90), label="angle (degrees)", write=True, cmap="viridis_r")
     ax.set_aspect("equal")
 
 
@@ -201,17 +166,11 @@ def heat_map(
     write: bool | None = None,
     cmap: str = "viridis",
 ) -> None:
-    """Draw a table as colours; cells without a value are hatched.
+    """Draw a table (rows, columns) as colours; cells whose value is NaN are hatched.
 
-    Args:
-        ax: the axes.
-        values: numbers, (rows, columns), NaN where there is none.
-        rows: labels, the first on top.
-        columns: labels; numbers are thinned out where they would run together.
-        label: of the colour bar.
-        limits: of the colours; those of the values, and at least 0 to 1, when None.
-        write: whether numbers are written into the cells; where there are up to 200 of them when None.
-        cmap: matplotlib's name of the colours.
+    Columns that are labelled by numbers are thinned out where these would run together. `label` is that of
+    the colour bar, `limits` are those of the colours (of the values, and at least 0 to 1, when None), and
+    `write` says whether numbers stand in the cells (where there are up to 200 when None).
     """
     values = np.asarray(values, dtype=float)
     low, high = limits or (np.nanmin(values, initial=0.0), np.nanmax(values, initial=1.0))
