@@ -14,7 +14,8 @@ from sdnb.errors import ParameterError
 if TYPE_CHECKING:
     from sdnb.layers import LayerView
 
-_KEPT = 8  # starts that are followed to the end
+_STARTS, _KEPT = 64, 8  # random starts, and those of them that are followed to the end
+_STEPS = 60  # most gradient evaluations for each of these
 _TOL = 1e-4  # slope at which an ascent counts as done
 _STILL = 1e-6  # length of a step at which it does too, about the rounding of float32
 _FASTER, _SLOWER = 2.0, 0.25  # factors of the step after a success and a failure
@@ -30,52 +31,36 @@ class Gain:
     slope: float  #: |gradient of |f| along the sphere| / |f| at x; 0 at a maximum
 
 
-def largest_gain(
-    of: LayerView | Callable[[Tensor], Tensor],
-    d: int | None = None,
-    *,
-    starts: int = 64,
-    steps: int = 60,
-    seed: int = 0,
-    extra: Tensor | None = None,
-) -> Gain:
+def largest_gain(of: LayerView | Callable[[Tensor], Tensor], d: int | None = None, *, seed: int = 0) -> Gain:
     """Return the maximiser of |f(x)| over unit vectors x, found by a nonlinear power iteration.
 
     x <- |f| x + tau g at unit length, g the gradient of |f(x)| along the sphere; for linear f and tau = 1
-    this is the power iteration of f^T f. Each start has its own tau: a step that raises the gain is kept and
-    doubles it, any other is undone and quarters it. After a quarter of the steps the best 8 starts go on,
-    until each has slope |g| / |f| < 1e-4, or moves by less than 1e-6, or the steps are spent.
+    this is the power iteration of f^T f. Each of 64 random starts has its own tau: a step that raises the
+    gain is kept and doubles it, any other is undone and quarters it. After 15 of 60 steps the best 8 starts
+    go on, until each has slope |g| / |f| < 1e-4, or moves by less than 1e-6, or the steps are spent.
 
     Args:
         of: a layer, whose f is the real FFN's branch at inputs of length sqrt(d), so that the epsilon of the
             norm in front of it does not matter; or a differentiable function that maps float32 rows, shape
             (n, d), to rows, shape (n, m), each by itself.
-        d: size of the inputs; a layer knows it.
-        starts: number of random starts.
-        steps: most gradient evaluations per start.
+        d: size of the inputs of a function, which runs on the CPU; a layer knows it.
         seed: of the starts, drawn on the CPU.
-        extra: a vector or rows, shape (d,) or (m, d), to start from with both signs, such as the leading
-            right singular vector of F. A function runs on their device, or on the CPU without them.
 
     Raises:
-        ParameterError: if there is no start, `extra` has another width, or no start gives a finite output.
+        ParameterError: if no start gives a finite output.
 
     Source: beyond paper A (arXiv 2502.07004), which tries the right singular vectors of F in the real FFN.
     """
-    function, device = of, "cpu" if extra is None else extra.device
+    function, device = of, "cpu"
     if hasattr(of, "ffn_branch"):
         d, device = of.hidden_size, of.attention.matrix.device
         function = lambda x: of.ffn_branch(x * d**0.5)  # noqa: E731
-    extra = torch.zeros(0, d or 0) if extra is None else torch.atleast_2d(extra.detach())
-    if not d or starts < 0 or extra.shape[1:] != (d,) or starts + len(extra) == 0:
-        raise ParameterError(f"largest_gain needs a size d, a start, and extra starts of shape (m, {d})")
-    x = torch.randn(starts, d, generator=torch.Generator().manual_seed(seed)).to(device)
-    x = _unit(torch.cat([extra.to(x), -extra.to(x), x]))
+    x = _unit(torch.randn(_STARTS, d, generator=torch.Generator().manual_seed(seed)).to(device))
     gain, slope = _ascent(function, x)
     tau = torch.ones_like(gain)
-    for step in range(steps):
-        if step == steps // 4:
-            best = gain.topk(min(_KEPT, len(gain))).indices
+    for step in range(_STEPS):
+        if step == _STEPS // 4:
+            best = gain.topk(_KEPT).indices
             x, gain, slope, tau = x[best], gain[best], slope[best], tau[best]
         size = slope.norm(dim=1)
         if ((size < _TOL) | (tau * size < _STILL)).all():
