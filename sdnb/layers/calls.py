@@ -1,8 +1,4 @@
-"""Calls of modules: where in the arguments the hidden state stands, and how a result carries it.
-
-Across families the hidden state is positional or a keyword, and layers return a tensor or a tuple; the
-differences are handled here.
-"""
+"""Calls of modules: the hidden state is positional or a keyword, and a result is a tensor or a tuple."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,13 +54,12 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """What one submodule was given and returned in a pass, as copies; `items` is as in `item_count`."""
+    """What one submodule was given and returned in a pass, as copies."""
 
     name: str
     module: nn.Module
     given: Tensor
     returned: Tensor
-    items: int | None
 
     def inside(self, other: "ModuleCall") -> bool:
         """Whether this module is the other one or lies inside it."""
@@ -90,25 +85,15 @@ def is_float(value: object) -> bool:
     return torch.is_tensor(value) and value.is_floating_point()
 
 
-def item_count(result: object) -> int | None:
-    """How many items a module returned; None for a bare tensor."""
-    return len(result) if isinstance(result, (tuple, list)) else None
-
-
 def unwrap(result: object) -> Tensor | None:
     """The floating-point tensor that a module returns, bare or as the first item of a tuple; else None."""
     first = result[0] if isinstance(result, (tuple, list)) and result else result
     return first if is_float(first) else None
 
 
-def wrapped(hidden: Tensor, items: int | None) -> object:
-    """A tensor as the result of a module that returns so many items (`item_count`), the others None."""
-    return hidden if items is None else (hidden, *[None] * (items - 1))
-
-
 def rewrap(result: object, hidden: Tensor) -> object:
     """The same result with another tensor in the place that `unwrap` reads."""
-    return hidden if item_count(result) is None else honor_type(result, [hidden, *result[1:]])
+    return honor_type(result, [hidden, *result[1:]]) if isinstance(result, (tuple, list)) else hidden
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported, ModelError, ParameterError
 from sdnb.layers import calls
-from sdnb.layers.calls import Call, ModuleCall, StopForward, replaced_forward, run_errors_as, unwrap
+from sdnb.layers.calls import Call, ModuleCall, StopForward, replaced_forward, rewrap, run_errors_as, unwrap
 from sdnb.layers.weights import as_float32, copy_layer, structure_key
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Known:
 
     stack: str  # name of the list of the layers in the base model
     hidden_size: int
-    items: int | None  # that a layer returns; None for a bare tensor
+    result: tuple | None  # what a layer returns, all items None; None for a bare tensor
     # Of layers built alike, by `structure_key`: where the parts are and what rows are for. To watch a layer
     # takes as long as to read some five.
     structures: dict[tuple, Structure] = field(default_factory=dict)
@@ -167,7 +167,9 @@ def find_decoder(model: nn.Module | Loaded) -> Decoder:
                 f"the layers of {kind} turn {shapes[0]} into {shapes[1]} for one sequence of three tokens, "
                 f"not one hidden state a token into one: that residual stream is not supported"
             )
-        _known[model] = _Known(name, shapes[0][-1], calls.item_count(result))
+        _known[model] = _Known(
+            name, shapes[0][-1], None if torch.is_tensor(result) else (None,) * len(result)
+        )
         return Decoder(model, list(stack), _known[model])
     raise ModelError(f"{kind} runs no list of modules: its decoder layers are not found")
 
@@ -181,7 +183,7 @@ def record_call(decoder: Decoder, number: int, ids: Tensor) -> Call:
     """What layer 1..L is called with for token ids (n, T), None in the hidden state's place."""
 
     def passed_on(*args: Any, **kwargs: Any) -> object:
-        return calls.wrapped(Call.of(args, kwargs).hidden, decoder.known.items)
+        return rewrap(decoder.known.result, Call.of(args, kwargs).hidden)
 
     # layers before it pass their input on: this costs no more than to embed the tokens
     before = dict.fromkeys(decoder.layers[: number - 1], passed_on)
@@ -256,8 +258,7 @@ class IsolatedLayer:
         def after(module: nn.Module, args: tuple, result: object) -> None:
             returned = unwrap(result)
             if given[module] is not None and returned is not None:
-                name, items = self.names[module], calls.item_count(result)
-                seen.append(ModuleCall(name, module, given[module], returned.clone(), items))
+                seen.append(ModuleCall(self.names[module], module, given[module], returned.clone()))
 
         with ExitStack() as stack:
             for module in [*self.names] if names is None else [self.module(name) for name in names]:
@@ -272,7 +273,7 @@ class IsolatedLayer:
 
         def answer(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: object) -> object:
             change = answers[self.names[module]]
-            return calls.rewrap(result, change(Call.of(args, kwargs).hidden, unwrap(result)))
+            return rewrap(result, change(Call.of(args, kwargs).hidden, unwrap(result)))
 
         with ExitStack() as stack:
             for name in answers:
@@ -283,21 +284,12 @@ class IsolatedLayer:
         """Make modules return zeros for the length of a block."""
         return self.altered({name: lambda _, returned: torch.zeros_like(returned) for name in names})
 
-    def feed(
-        self,
-        rows: Tensor,
-        inputs: Collection[str],
-        output: str,
-        *,
-        behind: str | None = None,
-        stub: tuple[str, int | None] | None = None,
-    ) -> Tensor:
+    def feed(self, rows: Tensor, inputs: Collection[str], output: str, behind: str | None = None) -> Tensor:
         """Output (n, d_out) of module `output` where the modules `inputs` are given one-token rows (n, d)."""
-        # `behind`: a module whose output the rows replace instead; `stub`: name and item count of a costly
-        # module that is made to return zeros
+        # without inputs the rows replace what the module `behind` returns
         if len(rows) > ROWS_AT_ONCE:
             parts = rows.split(ROWS_AT_ONCE)
-            return torch.cat([self.feed(part, inputs, output, behind=behind, stub=stub) for part in parts])
+            return torch.cat([self.feed(part, inputs, output, behind) for part in parts])
         count, got = len(rows), []
         if 0 < count < FILLED:  # few sizes, so that few calls have to be recorded
             more = (FEW if count <= FEW else FILLED) - count
@@ -320,17 +312,12 @@ class IsolatedLayer:
             got.append(unwrap(result).reshape(len(rows), -1))
             raise StopForward
 
-        def nothing(*args: Any, **kwargs: Any) -> object:
-            return calls.wrapped(torch.zeros_like(rows)[:, None], stub[1])
-
         with ExitStack() as stack:
             hooks = [self.module(name).register_forward_pre_hook(enter, with_kwargs=True) for name in inputs]
-            if behind is not None:
+            if not inputs:
                 hooks.append(self.module(behind).register_forward_hook(lambda *_: rows[:, None]))
             for hook in (*hooks, self.module(output).register_forward_hook(leave)):
                 stack.callback(hook.remove)
-            if stub is not None:
-                stack.enter_context(replaced_forward({self.module(stub[0]): nothing}))
             try:
                 self.output(torch.zeros_like(rows)[:, None])
             except StopForward:

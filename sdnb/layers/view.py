@@ -66,12 +66,11 @@ class BranchStructure:
     """Which submodules of a layer make up one of its branches, by name; "" where it has no such branch."""
 
     module: str = ""
-    inputs: tuple[str, ...] = ()  # read the normed input; none where a gate stands in between
+    inputs: tuple[str, ...] = ()  # read the normed input; none where a gate stands behind the norm
     output: str = ""  # its output is the branch's, before post-norm and multiplier
     ablated: str = ""  # returning zeros, takes the branch out of the layer
     norm: str | None = None
     post_norm: str | None = None
-    gated: bool = False  # a gate between norm and module belongs to the branch
 
 
 Rows = tuple[str, Tensor | slice]  # rows of a linear map: its name and their numbers
@@ -86,7 +85,6 @@ class Structure:
     parallel: bool  # both branches read the layer's input
     middle: str  # the submodule that reads y (x, if parallel)
     output_norm: str | None
-    attention_items: int | None  # how many items attention's module returns; None for a bare tensor
     inner_norms: tuple[tuple[str, int], ...] = ()  # norms in attention's matrix by their gains, their sizes
     plain: bool = False  # the residual path is bare and all multipliers are 1
     # linear maps that read attention's input and, for each input of the projection behind the heads, which of
@@ -207,16 +205,13 @@ class LayerView:
     def attention_module(self, u: Tensor) -> Tensor:
         """The real attention on normed one-token rows, before post-norm and multiplier; (n, d) in and out."""
         where = self.structure.attention
-        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm if where.gated else None)
+        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm)
 
     def ffn_module(self, u: Tensor) -> Tensor:
         """The real FFN on normed rows, before post-norm and multiplier (zeros if there is none); (n, d)."""
         where = self.structure.ffn
-        if not where.module:
-            return torch.zeros_like(u)
-        stub = (self.structure.attention.module, self.structure.attention_items)
-        behind = where.norm if where.gated else None
-        return self.isolated.feed(u, where.inputs, where.output, behind=behind, stub=stub)
+        fed = self.isolated.feed
+        return fed(u, where.inputs, where.output, behind=where.norm) if where.module else torch.zeros_like(u)
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What the real attention adds to one-token sequences, multiplier * post_norm(attention(norm(x)))."""

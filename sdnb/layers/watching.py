@@ -89,7 +89,7 @@ def _modules(
     number: int, layer: nn.Module, where: BranchStructure, multiplier: float | Tensor
 ) -> BranchModules:
     """The modules of a real layer that have these names."""
-    if where.gated:
+    if where.module and not where.inputs:
         reason = "a gate stands between its norm and its input: no module reads what the norm gives"
         raise LayerUnsupported(number, where.module, reason)
     inputs = tuple(layer.get_submodule(name) for name in where.inputs)
@@ -300,7 +300,7 @@ def _structure(
         norm = before(outside, mixer.given)
         rest = [call for call in outside if call is not norm]
         where = _branch(rest, [mixer], projection, ablated[0], norm, False)
-        return Structure(where, BranchStructure(), True, (norm or mixer).name, output_norm, mixer.items)
+        return Structure(where, BranchStructure(), True, (norm or mixer).name, output_norm)
     # the FFN's input is what its first linear map reads, or the module that is ablated as a whole
     gate = before(outside, mixer.given)  # may hold linear maps of its own
     linears = [c for c in outside if is_linear(c.module) and not (gate and c.inside(gate))]
@@ -313,7 +313,7 @@ def _structure(
     first = _branch(rest, [mixer], projection, ablated[0], norms[0], begin[0] is not None)
     second = _branch(rest, readers, ablated[1], ablated[1], norms[1], begin[1] is not None)
     middle = norms[1] or reader
-    return Structure(first, second, same(middle.given, layer.given), middle.name, output_norm, mixer.items)
+    return Structure(first, second, same(middle.given, layer.given), middle.name, output_norm)
 
 
 def _norm_at_the_start(calls: list[ModuleCall], module: ModuleCall, d: int) -> ModuleCall | None:
@@ -337,8 +337,7 @@ def _branch(
     while post_norm is not None and not norms_among([post_norm], post_norm.given.shape[-1]):
         output, post_norm = post_norm, after(calls, post_norm.returned)
     names = (call and call.name for call in (output, ablated, norm, post_norm))
-    read = () if gated else tuple(call.name for call in inputs)
-    return BranchStructure(inputs[0].name, read, *names, gated)
+    return BranchStructure(inputs[0].name, () if gated else tuple(call.name for call in inputs), *names)
 
 
 def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
