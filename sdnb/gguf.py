@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import nn
 
 from sdnb import checkpoint as files
 from sdnb.checkpoint import Checkpoint, first_line
-from sdnb.errors import MemoryShortage, ModelError, SdnbError
+from sdnb.errors import MemoryShortage, ModelError
 from sdnb.files import content_hash
 
 # The slice of a block's bytes with the lowest bits of its codes, and a byte with all of these bits set. Two
@@ -44,6 +43,10 @@ _NOTE = "gguf.json"
 
 class Reader(gguf.GGUFReader):
     """llama.cpp's reader, which takes what is there where a header announces more; here that is an error."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.path, self.named = path, {tensor.name: tensor for tensor in self.tensors}
 
     def _get(self, offset, dtype, count=1, override_order=None):
         array = super()._get(offset, dtype, count, override_order)
@@ -70,8 +73,7 @@ def read(path: Path) -> Reader:
             raise ValueError("big-endian byte order, or no architecture")
     except Exception as error:  # the reader checks little, so that anything may fail
         raise ModelError(
-            f"{path} is no GGUF file, or truncated or damaged ({path.stat().st_size} bytes; "
-            f"{first_line(error)}): fetch it again."
+            f"{path} is no GGUF file, or truncated or damaged ({first_line(error)}): fetch it again."
         ) from error
     return reader
 
@@ -111,27 +113,13 @@ def clear_cache() -> int:
     return size
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, remembered in the cache, as it takes 5 seconds a gigabyte."""
-    status = path.stat()
-    about = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-    note = cache_folder() / "hashes" / hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()
-    if note.is_file() and re.fullmatch("[0-9a-f]{64}", known := note.read_text()):
-        return known  # an incomplete note, after a crash, does not match
-    digest = content_hash(path)
-    with suppress(OSError):  # a full disk, which the conversion reports
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest)
-    return digest
-
-
 def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkpoint, str, str, dict]:
     """The safetensors copy of a GGUF checkpoint, the format, the file's SHA-256, and the rounding noise."""
     from filelock import FileLock
     from transformers import __version__
 
     path = found.folder / found.files[0]
-    digest = file_hash(path)
+    digest = content_hash(path)
     if found.sha256 not in (None, digest):
         raise ModelError(
             f"{path} is not the file that {found.name} stands for, its SHA-256 differs: install it again."
@@ -143,33 +131,33 @@ def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkp
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                _convert(found, path, reader, base, folder)
+                _convert(found.name, reader, base, folder)
     note = json.loads((folder / _NOTE).read_text())
     copy = replace(files.locate(str(folder)), name=found.name, revision=found.revision)
     return copy, note["format"], digest, note["rounding_noise"]
 
 
-def _convert(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | None, folder: Path) -> None:
+def _convert(name: str, reader: Reader, base: Checkpoint | None, folder: Path) -> None:
     """Convert into a folder beside `folder`, to which it is renamed when it is complete."""
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion left
+    if reader.setting("split.count", 1) != 1:
+        raise ModelError(f"{name} is one of several shards: {files.MERGE}")
     files.refuse_too_large(
-        found.name, 4 * sum(tensor.n_elements for tensor in reader.tensors), "cpu",
+        name, 4 * sum(tensor.n_elements for tensor in reader.tensors), "cpu",
         'convert it on a larger machine, or give the model that it was made from, with device="offload".',
         " while it is converted",
     )  # fmt: skip
     try:
-        network = _narrowed(_dequantized(found, path, reader, base))
+        network = _narrowed(_dequantized(reader, base))
         network.save_pretrained(aside)
-        if base is None and reader.get_field("tokenizer.ggml.model"):
-            _tokenizer(path, reader, network).save_pretrained(aside)
+        if base is None and "tokenizer.ggml.model" in reader.fields:
+            _tokenizer(reader, network).save_pretrained(aside)
         note = {"format": f"gguf {stored_format(reader)}", "rounding_noise": rounding_noise(reader, network)}
         (aside / _NOTE).write_text(json.dumps(note))  # NaN included, which Python reads back
         aside.replace(folder)
-    except SdnbError:
-        raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise MemoryShortage(f"{found.name} does not fit into the memory while it is converted.") from error
+        raise MemoryShortage(f"{name} does not fit into the memory while it is converted.") from error
     except Exception as error:  # each architecture and each tokenizer fails in its own way
         way = (
             f"{base.name} may not be the model that it was made from."
@@ -178,36 +166,32 @@ def _convert(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | N
             "from, whose configuration and tokenizer are used instead, or that model itself."
         )
         raise ModelError(
-            f"{found.name}, a GGUF file of the architecture {reader.kind!r}, could not be converted: "
+            f"{name}, a GGUF file of the architecture {reader.kind!r}, could not be converted: "
             f"{first_line(error)} {way} (The copy takes up to 4 bytes a parameter in {folder.parent}; "
             "XDG_CACHE_HOME moves the cache, sdnb cache --clear empties it.)"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    size = sum(file.stat().st_size for file in folder.iterdir())
     sys.stderr.write(
-        f"{found.name} was converted once into {folder} ({size / 2**20:.0f} MiB, {network.dtype}); "
-        "sdnb cache --clear removes it.\n"
+        f"{name} was converted once into {folder} ({network.dtype}); sdnb cache --clear removes it.\n"
     )
 
 
 # --- the conversion
 
 
-def _dequantized(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint | None) -> nn.Module:
+def _dequantized(reader: Reader, base: Checkpoint | None) -> nn.Module:
     """The model as transformers reads it; a ValueError where that is not what the file describes."""
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    where = {"gguf_file": path.name, "local_files_only": True}
-    if reader.setting("split.count", 1) != 1:
-        raise ModelError(f"{found.name} is one of several shards: {files.MERGE}")
+    folder, where = reader.path.parent, {"gguf_file": reader.path.name, "local_files_only": True}
     layers, total = reader.setting(".block_count", 0), sum(tensor.n_elements for tensor in reader.tensors)
     if layers > len(reader.tensors):
         raise ValueError("its header announces more layers than tensors.")
     if base is None and reader.kind in ("gemma2", "gemma3") and layers in (46, 62):
         raise ValueError("the 27B model scales its attention in its own way, which no GGUF file says.")
     if base is None:
-        config = AutoConfig.from_pretrained(path.parent, **where)
+        config = AutoConfig.from_pretrained(folder, **where)
         _complete(config, reader)
     else:
         config = AutoConfig.from_pretrained(base.target, local_files_only=True, trust_remote_code=False)
@@ -216,7 +200,7 @@ def _dequantized(found: Checkpoint, path: Path, reader: Reader, base: Checkpoint
     if size > 2 * total:  # what is lacking would be drawn at random, and take the memory
         raise ValueError(f"its header announces {size:.2g} parameters, and it holds {total:.2g}.")
     network, report = AutoModelForCausalLM.from_pretrained(
-        path.parent, config=config, dtype=torch.float32, output_loading_info=True,
+        folder, config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True, quantization_config=GgufConfig(dequantize=True), **where,
     )  # fmt: skip
     wrong = [f"{key} of {tuple(here)} for {tuple(asked)}" for key, here, asked in report["mismatched_keys"]]
@@ -246,13 +230,8 @@ def _complete(config: object, reader: Reader) -> None:
         value = reader.setting(f".{name}")
         if value and key in config.to_dict() and reader.kind != "gemma4":  # which has two sizes of heads
             setattr(config, key, value)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    out, embedding = found.get("output.weight"), found.get("token_embd.weight")
-    config.tie_word_embeddings = out is None or (
-        embedding is not None
-        and out.tensor_type == embedding.tensor_type
-        and np.array_equal(out.data, embedding.data)
-    )
+    out, embedding = (reader.named.get(f"{name}.weight") for name in ("output", "token_embd"))
+    config.tie_word_embeddings = out is None or np.array_equal(out.data, getattr(embedding, "data", None))
 
 
 def _unused(network: nn.Module, reader: Reader) -> list[str]:
@@ -261,7 +240,7 @@ def _unused(network: nn.Module, reader: Reader) -> list[str]:
     last = reader.setting(".block_count", 0)
     ahead = range(last - reader.setting(".nextn_predict_layers", 0), last)  # they predict further tokens
     spare = ("rope_", *(f"blk.{layer}." for layer in ahead))
-    return sorted(t.name for t in reader.tensors if t.name not in used and not t.name.startswith(spare))
+    return sorted(name for name in reader.named.keys() - used if not name.startswith(spare))
 
 
 def _same_rotation(network: nn.Module, reader: Reader, on_trust: bool) -> bool:
@@ -271,26 +250,25 @@ def _same_rotation(network: nn.Module, reader: Reader, on_trust: bool) -> bool:
     if not models:
         return True  # learned positions, or none
     scaling = reader.setting(".rope.scaling.type", "none")
-    if scaling not in ("none", "linear") or any(t.name.startswith("rope_factors") for t in reader.tensors):
+    if scaling not in ("none", "linear") or any(name.startswith("rope_factors") for name in reader.named):
         return on_trust
     n = reader.setting(".rope.dimension_count", 2 * len(models[0]))
     told = reader.setting(".rope.freq_base", 10_000.0) ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
     if scaling == "linear":
         told = told / reader.setting(".rope.scaling.factor", 1.0)
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight" and tensor.data.shape == told.shape:
-            told = told / torch.from_numpy(tensor.data.astype(np.float64))
-    same = [own for own in models if own.shape == told.shape]
-    return any(torch.allclose(own, told, rtol=1e-3, atol=1e-12) for own in same)
+    factors = reader.named.get("rope_freqs.weight")
+    if factors is not None and factors.data.shape == told.shape:
+        told = told / torch.from_numpy(factors.data.astype(np.float64))
+    return any(own.shape == told.shape and torch.allclose(own, told, rtol=1e-3, atol=1e-12) for own in models)
 
 
-def _tokenizer(path: Path, reader: Reader, network: nn.Module):
+def _tokenizer(reader: Reader, network: nn.Module):
     from transformers import AutoTokenizer
 
-    said = reader.get_field("tokenizer.ggml.add_bos_token")
-    begins = said is None and reader.setting("tokenizer.ggml.pre") in _BEGIN
-    options = {"config": network.config} | ({"add_bos_token": True} if begins else {})
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
+    options = {"gguf_file": reader.path.name, "config": network.config, "local_files_only": True}
+    if reader.setting("tokenizer.ggml.pre") in _BEGIN and "tokenizer.ggml.add_bos_token" not in reader.fields:
+        options["add_bos_token"] = True
+    return AutoTokenizer.from_pretrained(reader.path.parent, **options)
 
 
 # --- rounding noise
@@ -298,12 +276,11 @@ def _tokenizer(path: Path, reader: Reader, network: nn.Module):
 
 def rounding_noise(reader: Reader, network: nn.Module) -> dict[str, float]:
     """`step_rms` of each quantized parameter of a model by its name; of fused ones over all parts."""
-    tensors, noise = {tensor.name: tensor for tensor in reader.tensors}, {}
+    noise = {}
     for parameter, names in parameter_tensors(network, reader).items():
-        parts = [tensors[name] for name in names if name in tensors]
+        parts = [reader.named[name] for name in names if name in reader.named]
         parts = [part for part in parts if gguf.GGML_QUANT_SIZES[part.tensor_type][0] > 1]  # in blocks
-        if parts:
-            squares = [step_rms(part.tensor_type.name, part.data) ** 2 for part in parts]
+        if squares := [step_rms(part.tensor_type.name, part.data) ** 2 for part in parts]:
             noise[parameter] = math.sqrt(sum(squares) / len(squares))
     return noise
 

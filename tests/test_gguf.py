@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from sdnb import checkpoint, encode, gguf, load
 from sdnb.errors import MemoryShortage, ModelError
+from sdnb.files import content_hash
 from tests.ggufs import ARCHITECTURES, settings_of, small, tensors_of, tokenizer_settings, write, write_model
 from tests.tiny import tiny_tokenizer
 
@@ -255,7 +256,7 @@ def test_a_file_is_converted_once_and_its_content_counts(path, own_cache, monkey
     assert again.fingerprint == first.fingerprint and again.file_hash == first.file_hash
     assert capfd.readouterr() == ("", "")
     moved.write_bytes(moved.read_bytes() + b"\0")
-    assert gguf.file_hash(moved) != first.file_hash
+    assert content_hash(moved) != first.file_hash
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_taken(path, own_cache):
@@ -303,7 +304,7 @@ def test_the_cache_is_counted_and_cleared(path, own_cache):
 def test_a_pointer_is_followed_and_its_hash_checked(path, tmp_path, monkeypatch):
     folder = tmp_path / "zoo" / "small"
     folder.mkdir(parents=True)
-    pointer = {"package": "llm-small", "version": "1.2", "file": path.name, "sha256": gguf.file_hash(path)}
+    pointer = {"package": "llm-small", "version": "1.2", "file": path.name, "sha256": content_hash(path)}
     (folder / "pointer.json").write_text(json.dumps(pointer))
     monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path / "zoo")
     refused("zoo/small", "pip install --no-deps llm-small==1.2")
