@@ -3,9 +3,9 @@
 import importlib.metadata
 import json
 import math
+import os
+import signal
 import struct
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from sdnb import checkpoint, encode, gguf, load
 from sdnb.errors import MemoryShortage, ModelError
 from sdnb.files import content_hash
+from sdnb.inspection import inspect_model
+from tests.cli.test_detect import check_report
 from tests.ggufs import ARCHITECTURES, settings_of, small, tensors_of, tokenizer_settings, write, write_model
 from tests.tiny import tiny_tokenizer
 
@@ -55,13 +57,18 @@ def refused(path, words, error=ModelError, **options):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_an_architecture_comes_out_as_it_went_in(kind, tmp_path):
+def test_an_architecture_comes_out_as_it_went_in_and_is_inspected(kind, tmp_path):
     family, more, settings = ARCHITECTURES[kind]
     model = small(family, **more)
     loaded = load(str(write_model(tmp_path / "model.gguf", model, kind, settings)), device="cpu")
     assert type(loaded.model) is type(model)
     torch.testing.assert_close(loaded.model(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)
     assert (loaded.format, loaded.dtype, loaded.rounding_noise) == ("gguf F32", "float32", {})
+    values = inspect_model(loaded, [f"the module number {n} provides a class" for n in range(4)])
+    assert values["format"] == "gguf F32" and len(values["layers"]) == loaded.layer_count
+    without = {"mamba": {"sinks", "cache"}, "lfm2": {"sinks"}, "qwen35": {"sinks"}}
+    assert set(values["left_out"]) == without.get(kind, set()), "layers that do not attend"
+    check_report(values)
 
 
 def test_what_comes_out_is_an_ordinary_model(path, tmp_path):
@@ -259,14 +266,14 @@ def test_a_file_is_converted_once_and_its_content_counts(path, own_cache, monkey
     assert content_hash(moved) != first.file_hash
 
 
-def test_a_killed_conversion_leaves_nothing_that_is_taken(path, own_cache):
-    script = (
-        "import os, signal, sys; from pathlib import Path; from sdnb import gguf, load;"
-        "gguf.cache_folder = lambda: Path(sys.argv[2]);"
-        "gguf.rounding_noise = lambda *_: os.kill(os.getpid(), signal.SIGKILL); load(sys.argv[1])"
-    )
-    command = [sys.executable, "-c", script, str(path), str(own_cache)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+def test_a_killed_conversion_leaves_nothing_that_is_taken(path, own_cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "rounding_noise", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        child = os.fork()
+        if child == 0:
+            load(str(path))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(own_cache.glob("*.part/model.safetensors"))
     assert len(load(str(path)).model.state_dict())
     assert not list(own_cache.glob("*.part"))

@@ -93,8 +93,13 @@ def test_what_is_told_and_kept_of_good_and_bad_notebooks(place):
     ]  # fmt: skip
     assert "broken" in (place.folder / "02_fails.failed.ipynb").read_text()
     check_clean(nbformat.read(place.folder / "01_works.ipynb", 4))
+    content = json.loads((place.folder / "01_works.ipynb").read_text())
+    content["metadata"]["sdnb"]["seconds"] = 77.0
+    (place.folder / "01_works.ipynb").write_text(json.dumps(content))
     again = ("--notebooks", "1,2", "-p", "value", "7", "-p", "fail_on", "nothing")
-    assert "2 done" in place.run(*again)[1]  # a parameter has changed for both
+    said = place.run(*again)[1]
+    assert "2 done" in said, "a parameter has changed for both"
+    assert f"{place.model}  01_works  started, 77 s last time" in said, "what the note tells the next run"
     assert "2 unchanged" in place.run(*again)[1]
     assert not (place.folder / "02_fails.failed.ipynb").exists() and not list(place.temporary.iterdir())
 
@@ -109,15 +114,6 @@ def check_clean(notebook) -> None:
     assert {out["name"]: out["text"] for out in outputs} == {
         "stdout": f"{sys.executable} 7\n", "stderr": "a line\n",
     }  # fmt: skip
-
-
-def test_who_reads_records_comes_last(place):
-    log = 'open(results_dir + "/log", "a").write(" {}")'
-    make(place.templates / "01_across.ipynb", [log.format(1), "# sdnb.summary(results_dir)"])
-    for number in (2, 3):
-        make(place.templates / f"0{number}_other.ipynb", ["import time; time.sleep(1)", log.format(number)])
-    assert place.run("--jobs", "3")[0] == 0
-    assert (place.results / "log").read_text().endswith(" 1")
 
 
 def test_an_interrupted_run_says_so_in_one_line(place):
@@ -157,20 +153,17 @@ def test_a_run_that_is_killed_takes_its_kernels_along_and_is_resumed(place):
     assert len(list(place.folder.glob("*.ipynb"))) == 2 and not list(place.temporary.iterdir())
 
 
-def test_a_worker_that_is_killed_is_told(place):
-    kills = ["import os", "os.kill(os.getppid(), 9) if value == 1 else None"]
-    make(place.templates / "01_kills.ipynb", kills)
-    make(place.templates / "02_waits.ipynb", ["import time; time.sleep(600 * value)"])
+def test_a_worker_that_is_killed_is_told_and_who_reads_records_comes_last(place):
+    log = 'open(results_dir + "/log", "a").write("{} ")'
     make(
-        place.templates / "03_across.ipynb", ["# sdnb.summary(results_dir) comes last, in a pool of its own"]
+        place.templates / "01_across.ipynb",
+        [log.format(1), "# sdnb.summary(results_dir), in a pool of its own"],
     )
+    kills = ["import os", "os.kill(os.getppid(), 9) if value == 1 else None", log.format(2)]
+    make(place.templates / "02_kills.ipynb", kills)
+    make(place.templates / "03_waits.ipynb", ["import time; time.sleep(600 * value)", log.format(3)])
     code, out, err = place.run("--jobs", "2", "-p", "value", "1")
     assert (code, err) == (1, "") and out.count("its process was killed") == 2
     assert "1 done, 2 failed" in out
     assert place.run("-p", "value", "0")[0] == 0
-    path = place.folder / "02_waits.ipynb"
-    content = json.loads(path.read_text())
-    content["metadata"]["sdnb"]["seconds"] = 77.0
-    path.write_text(json.dumps(content))
-    said = place.run("--notebooks", "2", "-p", "value", "0.001")[1]
-    assert f"{place.model}  02_waits  started, 77 s last time" in said, "what the note tells the next run"
+    assert (place.results / "log").read_text() in ("1 2 3 1 ", "1 3 2 1 ")
