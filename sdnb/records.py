@@ -214,7 +214,8 @@ def entry(values: dict, key: str) -> object:
     key, _, layers = key.partition("@")
     found = values
     for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
-        wanted = dict(part.split("=") for part in inside.split(",") if "=" in part)
+        pairs = re.split(r",(?=[^,=]+=)", inside) if "=" in inside else []  # a value may hold a comma
+        wanted = dict(part.split("=", 1) for part in pairs)
         if wanted:
             fits = [row for row in found if all(str(row.get(k)) == value for k, value in wanted.items())]
             if not fits:
@@ -281,7 +282,7 @@ def _picked(record: dict | None, pick: object) -> object:
 _INT8 = "rows[method=rtn,number_format=int8,weights=tensor,inputs=tensor,static=False,skip={}].perplexity"
 
 
-def _given_back(record: dict) -> float | None:
+def _recovered(record: dict) -> float | None:
     """Share of int8's added perplexity that the detected skip list recovers; None where it is below 0.2 %."""
     keys = ("rows[0].perplexity", _INT8.format("none"), _INT8.format("detected"))
     intact, everything, listed = (entry(record, key) for key in keys)
@@ -319,7 +320,7 @@ KEY_FIGURES = {
     "12_quantization": {
         "intact_perplexity": "rows[0].perplexity",
         "quantization_loss": lambda r: entry(r, _INT8.format("none")) / r["rows"][0]["perplexity"] - 1,
-        "regained_share": _given_back,
+        "recovered_share": _recovered,
     },
     "14_weight_spectra": {
         "outliers_above": lambda r: _outliers(r)[0], "outliers_below": lambda r: _outliers(r)[1],

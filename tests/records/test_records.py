@@ -267,6 +267,8 @@ def test_a_pointer_finds_numbers_by_key_index_and_layer():
     values = {"ratio": 2.5, "angle_deg": [80.0, 8.0, 70.0], "layers": [2, 3], "none": []}
     values["m"] = {"01.q": {"n": 7}}
     values["rows"] = [{"model": "a"}, {"model": "zoo/b.1", "n": 2, "by name, layer 5": {"loss": 0.5}}]
+    values["rows"].append({"model": "c, d", "n": 3})
+    assert records.entry(values, "rows[model=c, d,n=3].n") == 3
     assert records.entry(values, "ratio") == 2.5
     assert records.entry(values, "angle_deg[-1]") == 70.0
     assert records.entry(values, "angle_deg@layers") == 8.0

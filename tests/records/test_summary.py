@@ -61,7 +61,7 @@ def test_figures_are_picked_at_the_layers_of_the_largest_step(results):
     one, two = table.loc["org/one"], table.loc["org/two"]
     assert (one.eigen_angle_deg, one.eigenvalue, one.decay_eigenvalue) == (9, 0.6, -7.5)
     assert one.layer_error == pytest.approx(0.2)
-    assert one.quantization_loss == pytest.approx(1.0) and one.regained_share == pytest.approx(0.8)
+    assert one.quantization_loss == pytest.approx(1.0) and one.recovered_share == pytest.approx(0.8)
     assert (one.outliers_above, one.outliers_below) == (5, 1) and one.outlier_share == pytest.approx(0.3)
     assert two.peak_ratio == 1.5 and two.explosion_layers == [] and pd.isna(two.angle_deg)
     assert pd.isna(two.exploding_share) and two.records == ["01_high_norm_tokens", "04_singular_directions"]
