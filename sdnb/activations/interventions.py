@@ -6,7 +6,6 @@ through them.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,18 +16,6 @@ from sdnb.errors import ParameterError
 from sdnb.layers import BranchModules, residual_branches
 from sdnb.layers.calls import Call, rewrap, unwrap
 from sdnb.layers.decoder import find_decoder
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A forward hook that puts zeros in the place of what a branch of a layer returns."""
-
-    layer: int
-    branch: str
-
-    def __call__(self, module: nn.Module, args: tuple, result: object) -> object:
-        """The same result with zeros: new ones each time, since Falcon adds into what its FFN returns."""
-        return rewrap(result, torch.zeros_like(unwrap(result)))
 
 
 @contextmanager
@@ -42,10 +29,15 @@ def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None
     """
     if branch not in ("attention", "ffn"):
         raise ParameterError(f"branch is {branch!r}; a layer has the branches attention and ffn")
+
+    def zeros(module: nn.Module, args: tuple, result: object) -> object:
+        return rewrap(
+            result, torch.zeros_like(unwrap(result))
+        )  # new ones: Falcon adds into what its FFN returns
+
     with ExitStack() as hooks:
         for found in residual_branches(model, numbers):
-            hook = Ablation(found.number, branch)
-            hooks.enter_context(getattr(found, branch).ablated.register_forward_hook(hook))
+            hooks.enter_context(getattr(found, branch).ablated.register_forward_hook(zeros))
         yield
 
 

@@ -1,29 +1,25 @@
 """Every vocabulary item as a sequence of its own, through the layers up to one layer and no further.
 
-The cost grows with that layer, not with the model's depth, and no logit is computed. In a sequence of one
-token the softmax is 1, and attention is its value path: where a float32 model's layers have an exact view
-(`sdnb.layers`), queries, keys, rotary angles and masks are left out (paper A, "explosion path").
+The cost grows with that layer, not with the model's depth, and no logit is computed.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sdnb.activations.interventions import Ablation
 from sdnb.activations.states import as_module, hidden_norms, input_device, visit_states
 from sdnb.bar import progress
 from sdnb.checkpoint import free_memory
-from sdnb.errors import LayerUnsupported, ParameterError
-from sdnb.layers import LayerView, decoder_layers, layer_view, residual_branches
+from sdnb.errors import ParameterError
+from sdnb.layers import decoder_layers, layer_view, residual_branches
 from sdnb.layers.calls import Call, StopForward
 
 DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
 LARGEST_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**32}  # larger ones are not faster
-ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # items on the value path, for the same reason
-PROOF_ITEMS, PROOF = 4, 1e-4  # items that also take a full pass, and the relative difference allowed then
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,9 @@ def ffn_input_coefficients(
     """
     norm, raw, normalised = layer_view(model, layer).ffn.norm, [], []
     unit = nn.functional.normalize(direction.float(), dim=0)
-    for rows in _rows(model, layer, _sequences(items, prefix), before_ffn=True):
+    branch = residual_branches(model, [layer])[0].ffn
+    reader = branch.inputs[0] if branch.norm is None else branch.norm
+    for rows in _rows(model, layer, _sequences(items, prefix), reader):
         v = unit.to(rows.device)
         centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)
         divisor = (centred.square().mean(dim=1) + (0.0 if norm is None else norm.epsilon)).sqrt()
@@ -161,81 +159,19 @@ def _sequences(items: Tensor, prefix: Tensor | None) -> Tensor:
     return torch.cat([prefix.expand(len(items), prefix.shape[-1]), items[:, None]], dim=1)
 
 
-def _rows(model: object, layer: int, sequences: Tensor, before_ffn: bool = False) -> Iterator[Tensor]:
-    """The last tokens' states after a layer, or where its FFN reads them, in batches (b, d) in float32."""
-    model = as_module(model)
-    batch = batch_size(model, sequences.shape[1])
-    if sequences.shape[1] == 1 and layer and len(sequences) > PROOF_ITEMS:
-        rows = _by_value_path(model, layer, sequences, before_ffn)
-        if rows is not None:
-            yield from rows.split(batch)
-            return
-    for part in progress(sequences.split(batch), desc="sequences"):
-        yield _forward(model, layer, part, before_ffn)
+def _rows(model: object, layer: int, sequences: Tensor, reader: nn.Module | None = None) -> Iterator[Tensor]:
+    """The last tokens' states after a layer, or as a module in it reads them, in float32 batches (b, d)."""
+    last: list[Tensor] = []
 
+    def keep(_: int, state: Tensor) -> None:
+        last[:] = [state]
 
-def _forward(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor:
-    """The same for one batch by the model's own forward pass, which ends there."""
-    taken: list[Tensor] = []
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        taken.append(Call.of(args, kwargs).hidden)
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        last[:] = [Call.of(args, kwargs).hidden]
         raise StopForward
 
-    if before_ffn:
-        branch = residual_branches(model, [layer])[0].ffn
-        first = branch.inputs[0] if branch.norm is None else branch.norm
-        with first.register_forward_pre_hook(enter, with_kwargs=True):
-            visit_states(model, sequences, lambda *_: None, stop_after=layer)
-    else:
-        visit_states(model, sequences, lambda _, state: taken.append(state[:, -1].clone()), stop_after=layer)
-    # OPT's FFN reads rows, not sequences.
-    return taken[-1].reshape(len(sequences), -1, taken[-1].shape[-1])[:, -1].float()
-
-
-def _by_value_path(model: nn.Module, layer: int, sequences: Tensor, before_ffn: bool) -> Tensor | None:
-    """The same for all one-token sequences by views of the layers; None where these are not exact."""
-    ablated = _ablated(model)
-    weight = model.get_input_embeddings().weight
-    if weight.dtype != torch.float32 or weight.device.type == "meta" or ablated is None:
-        return None
-    proof = _forward(model, layer, sequences[:PROOF_ITEMS], before_ffn)
-    rows = torch.cat([_forward(model, 0, part, False) for part in sequences.split(batch_size(model))])
-    try:
-        for number in progress(range(1, layer + 1), desc="layers"):
-            view = layer_view(model, number)
-            if view.status != "exact":
-                return None
-            for part in rows.split(ROWS_AT_ONCE[rows.device.type]):
-                part.copy_(_step(view, part, ablated, before_ffn and number == layer))
-    except LayerUnsupported:
-        return None
-    away = (rows[:PROOF_ITEMS] - proof).norm(dim=1) / proof.norm(dim=1)
-    return rows if (away < PROOF).all() else None
-
-
-def _step(view: LayerView, x: Tensor, ablated: set[tuple[int, str]], before_ffn: bool) -> Tensor:
-    """One layer on one-token sequences (n, d), or what its FFN's norm reads."""
-    attention, ffn, zeros = view.attention, view.ffn, torch.zeros_like(x)
-    gone = (view.number, "attention") in ablated
-    added = attention.added(zeros if gone else attention.normed(x) @ attention.matrix.T + attention.bias)
-    between = x if view.parallel else attention.residual(x) + added
-    if before_ffn:
-        return between
-    gone = (view.number, "ffn") in ablated
-    out = ffn.added(zeros if gone else ffn.formula(ffn.normed(between)))
-    total = ffn.residual(between) + (out + added if view.parallel else out)
-    return total if view.output_norm is None else view.output_norm(total)
-
-
-def _ablated(model: nn.Module) -> set[tuple[int, str]] | None:
-    """The branches that are taken out, as layer and name; None where there are hooks of another kind."""
-    found = set()
-    for module in model.modules():
-        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
-            if isinstance(hook, Ablation):
-                found.add((hook.layer, hook.branch))
-            # Those that transformers leaves behind, once it was asked for hidden states, only watch.
-            elif not str(getattr(hook, "__module__", "")).startswith("transformers."):
-                return None
-    return found
+    with nullcontext() if reader is None else reader.register_forward_pre_hook(read, with_kwargs=True):
+        for part in progress(sequences.split(batch_size(model, sequences.shape[1])), desc="sequences"):
+            visit_states(model, part, keep, stop_after=layer)
+            # OPT's FFN reads rows, not sequences.
+            yield last[0].reshape(len(part), -1, last[0].shape[-1])[:, -1].float()

@@ -1,7 +1,5 @@
 """Sweeps against plain full forward passes, one sequence at a time, on every family of the contract test."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -46,8 +44,6 @@ def test_norms_equal_a_plain_full_forward_pass_with_and_without_attention(any_mo
     with sdnb.zero_attention(any_model):
         expected = torch.stack([full_pass(any_model, item[None])[1][0, -1].norm() for item in ITEMS])
         found = sdnb.item_norms(any_model, 1, ITEMS)
-        fits = sweep._by_value_path(any_model, 1, ITEMS[:, None], False) is not None
-    assert fits, "every family of these has an exact value path"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert (with_attention / expected - 1).abs().max() > 0.01
 
@@ -70,8 +66,7 @@ def test_random_embeddings_equal_a_plain_forward_pass(model, monkeypatch):
     count, length, generator = 1030, 3.5, torch.Generator().manual_seed(4)  # more than one draw
     found = sdnb.random_norms(model, 1, count, length, seed=4)
     monkeypatch.setattr(sweep, "batch_size", lambda model, tokens=1: 515)
-    with sdnb.set_dimensions(model, {2: {0: 0.0}}):  # the plain way, since there is a hook
-        again = sdnb.random_norms(model, 1, count, length, seed=4)
+    again = sdnb.random_norms(model, 1, count, length, seed=4)
     torch.testing.assert_close(found, again, rtol=1e-4, atol=0)  # the draw does not depend on the batch
     assert not torch.allclose(found, sdnb.random_norms(model, 1, count, length, seed=5))
     rows = torch.randn(1024, model.get_input_embeddings().weight.shape[1], generator=generator)
@@ -111,53 +106,22 @@ def test_embedding_norms():
     torch.testing.assert_close(sdnb.embedding_norms(scaled, ITEMS), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("family", [*SOME, "olmo2", "granite", "bert", "doge"])
-def test_the_value_path_equals_plain_forward_passes(family):
-    model, sequences = build(family), ITEMS[:, None]
-    for before_ffn in (False, True):
-        expected = sweep._forward(model, LAYERS, sequences, before_ffn)
-        rows = sweep._by_value_path(model, LAYERS, sequences, before_ffn)
-        assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-
-
 @pytest.mark.parametrize("branch", ["attention", "ffn"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bert"])
-def test_the_value_path_leaves_out_what_is_ablated(family, branch):
+def test_a_sweep_goes_through_interventions(family, branch):
     model = build(family)
-    hooks = [len(module._forward_hooks) for module in model.modules()]
     with sdnb.zero_branch(model, branch, [2]):
-        expected = sweep._forward(model, 2, ITEMS[:, None], False)
-        rows = sweep._by_value_path(model, 2, ITEMS[:, None], False)
-        assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
-        torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected.norm(dim=1), rtol=1e-5, atol=0)
-    assert hooks == [len(module._forward_hooks) for module in model.modules()]
-
-
-def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
-    model = build("llama")
-    expected = sdnb.item_norms(model, 2, ITEMS)
-    with sdnb.set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
-        assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
-        assert not torch.allclose(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-3)
-    assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], False) is None
-    view = sweep.layer_view(model, 2)
-    other = dataclasses.replace(view, status="approximate")
-    monkeypatch.setattr(sweep, "layer_view", lambda *_: other)
-    assert sweep._by_value_path(model, 2, ITEMS[:, None], False) is None
-    monkeypatch.setattr(sweep, "layer_view", lambda *_: view)  # layer 2 in the place of layer 1: proved wrong
-    assert sweep._by_value_path(model, 1, ITEMS[:, None], False) is None
-    torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected)
+        expected = torch.stack(
+            [sdnb.hidden_states(model, item[None, None])[2, 0, -1].norm() for item in ITEMS]
+        )
+        torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-5, atol=0)
+    assert not torch.allclose(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-3)
 
 
 def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
     model = plain("llama", d=32, f=64, layers=5, heads=4, vocabulary=96, seed=1, scale=0.7)
-    calls, views = [], []
-    real = sweep.layer_view
-    monkeypatch.setattr(
-        sweep, "layer_view", lambda model, number: views.append(number) or real(model, number)
-    )
-    sdnb.item_norms(model, 3, ITEMS)
-    assert views == [1, 2, 3]
+    calls = []
+    decoder_layers(model)  # the pass that finds them
     for number, layer in enumerate(decoder_layers(model), start=1):
         layer.register_forward_hook(lambda m, a, r, number=number: calls.append(number))
     model.lm_head.register_forward_hook(lambda m, a, r: calls.append("head"))
