@@ -67,12 +67,9 @@ class LinearLayer:
     ) -> Tensor:
         """Return L_rho = (I + F / rho2)(I + A / rho1), or I + A / rho1 + F / rho2, shape (d, d).
 
-        The paper drops the divisors of the norms, which leaves only signs; this one predicts sizes.
-
-        Args:
-            rho1: the divisor in attention's branch for the token in question, from `branch_scales`.
-            rho2: that in the FFN's branch.
-            stream_rho: those of S1, S2 and T, from `stream_scales`; ones where the stream passes no norm.
+        The paper drops the divisors of the norms, which leaves only signs; this one predicts sizes. Those of
+        the token in question are rho1 and rho2, from `branch_scales`, and `stream_rho` of S1, S2 and T, from
+        `stream_scales`, ones where the stream passes no norm.
         """
         stream = self.stream and tuple(S / rho for S, rho in zip(self.stream, stream_rho, strict=True))
         return replace(self, A=self.A / rho1, F=self.F / rho2, stream=stream).L
@@ -129,13 +126,7 @@ def linear_layer(
 
 
 def apply_linear(linear: LinearLayer, view: LayerView, x: Tensor) -> Tensor:
-    """Return what the linear model says of real inputs: L_rho x, shape (n, d), each with its own divisors.
-
-    Args:
-        linear: the layer's linear model.
-        view: the layer, for the divisors; the result is on its device.
-        x: the layer's inputs, shape (n, d), on any device.
-    """
+    """Return what the linear model says of real inputs x: L_rho x, shape (n, d), each with its divisors."""
     x = x.to(linear.A)
     rho1, rho2, *stream_rho = (rho[:, None] for rho in _divisors(view, x))
     sides = zip(linear.stream or (None,) * 3, stream_rho, strict=True)
@@ -149,11 +140,8 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
     """Return A, what attention's branch adds to a lone token, without the norm's divisor, shape (d, d).
 
     A = multiplier diag(g_post) W_O rep(W_V) diag(g1), the middle being the real module's answer to one-token
-    sequences.
-
-    Args:
-        view: the layer.
-        centre: put a LayerNorm's mean subtraction I - 1 1^T / d beside its gain; the paper leaves it out.
+    sequences. `centre` puts a LayerNorm's mean subtraction I - 1 1^T / d beside its gain, which the paper
+    leaves out.
 
     Source: paper A (arXiv 2502.07004), the linear model of the attention branch.
     """
@@ -163,13 +151,9 @@ def attention_matrix(view: LayerView, centre: bool = False) -> Tensor:
 def attention_intercept(view: LayerView, rho: Number = 1.0) -> Tensor:
     """Return the constant, from all its biases, that attention's branch adds to A x, shape (d,).
 
-    multiplier (g_post (M beta + bias) / rho + beta_post), with M the module's matrix and beta the bias of the
-    norm before it.
-
-    Args:
-        view: the layer.
-        rho: the post-norm's divisor, dropped as in A if it is 1; one for each of n inputs, shape (n, 1),
-            gives n intercepts, shape (n, d).
+    multiplier (g_post (M beta + bias) / rho + beta_post), with M the module's matrix, beta the bias of the
+    norm before it, and rho the post-norm's divisor, dropped as in A if it is 1; one for each of n inputs,
+    shape (n, 1), gives n intercepts, shape (n, d).
     """
     branch = view.attention
     constant = branch.bias.detach()
@@ -233,26 +217,17 @@ def _stream(view: LayerView, centre: bool) -> tuple[Tensor, Tensor, Tensor] | No
 
 
 def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rho1 and rho2, what the norms of each branch divide real inputs by, shape (n,) each.
+    """Return rho1 and rho2, what the norms of each branch divide real inputs x (n, d) by, shape (n,) each.
 
     The root mean square (the standard deviation if the norm is centred) that the branch's norm meets, times
     that which its post-norm meets, and for rho1 times that of a norm inside the value path (latent
     attention); 1 where there is no norm.
-
-    Args:
-        view: the layer; the result is on its device.
-        x: the layer's inputs, shape (n, d), on any device.
     """
     return _divisors(view, x)[:2]
 
 
 def stream_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the divisors of the norms on the stream itself, those of S1, S2 and T, shape (n,) each.
-
-    Args:
-        view: the layer; the result is on its device.
-        x: the layer's inputs, shape (n, d), on any device.
-    """
+    """Return the divisors of the norms on the stream itself for x (n, d), those of S1, S2 and T, (n,) each."""
     return _divisors(view, x)[2:]
 
 
@@ -276,10 +251,8 @@ def _divisors(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         answers = view.ffn_module(ffn.normed(y))
         rho2 = rho2 * divisor(ffn.post_norm, answers)
         end = view.ffn_residual(y) + ffn.added(answers) + (a if view.parallel else 0)
-    on_stream = (
-        divisor(branch.norm if branch.norm_on_residual else None, rows)
-        for branch, rows in ((attention, x), (ffn, y))
-    )
+    sides = ((attention, x), (ffn, y))
+    on_stream = (divisor(side.norm if side.norm_on_residual else None, rows) for side, rows in sides)
     return rho1, rho2, *on_stream, divisor(view.output_norm, x if end is None else end)
 
 
