@@ -9,10 +9,12 @@ import torch
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoConfig, PretrainedConfig
 
-from sdnb import encode, load, progress, token_labels
+from sdnb import encode, load, token_labels
 from sdnb.errors import ParameterError, TextError
 from sdnb.text import _byte_of, lines_of, position_limit, text_hash, whole_text
 from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXT_PART = {"model_type": "llama", "max_position_embeddings": 77}
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +133,7 @@ def test_text_and_ids_that_do_not_fit_the_model_are_refused(loaded):
         (AutoConfig.for_model("llama", max_position_embeddings=77), 77),
         (AutoConfig.for_model("gpt2", n_positions=77), 77),
         (AutoConfig.for_model("mpt", max_seq_len=77), 77),
-        (
-            AutoConfig.for_model("llava", text_config={"model_type": "llama", "max_position_embeddings": 77}),
-            77,
-        ),
+        (AutoConfig.for_model("llava", text_config=TEXT_PART), 77),
         (AutoConfig.for_model("llava", text_config={"model_type": "bloom"}, n_positions=78), 78),
         (AutoConfig.for_model("llava", text_config={"model_type": "bloom"}), None),
         (PretrainedConfig(n_ctx=77), 77),
@@ -174,12 +173,3 @@ def test_every_item_of_the_vocabulary_has_a_label_of_its_own():
     labels = token_labels(tokenizer, range(len(tokenizer)))
     assert len(set(labels)) == len(labels) and all(labels)
     assert token_labels(tokenizer, [10_000]) == ["#10000"] and token_labels(None, [3]) == ["#3"]
-
-
-# --- the progress bar
-
-
-def test_items_pass_a_progress_bar_in_silence(capsys):
-    assert list(progress(range(3), desc="steps")) == [0, 1, 2]
-    assert list(progress((i for i in "ab"), total=2)) == ["a", "b"]
-    assert capsys.readouterr() == ("", "")

@@ -79,7 +79,16 @@ def redraw(model, seed: int, scale: float) -> None:
 
 
 def build(
-    family: str, *, d: int, f: int, layers: int, heads: int, vocabulary: int, seed: int, scale: float, **more
+    family: str,
+    *,
+    d: int = 32,
+    f: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    vocabulary: int = 96,
+    seed: int = 1,
+    scale: float = 0.7,
+    **more,
 ):
     """A random decoder in evaluation mode with every parameter redrawn."""
     config = tiny_config(family, d, f, layers, heads, vocabulary, **more)

@@ -7,7 +7,6 @@ from sdnb.errors import ModelError
 from sdnb.quantize import Scheme, expert_statistics, kept_share, quantized, super_experts, watched_experts
 from tests.tiny import build
 
-SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.7}
 MORE = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -41,7 +40,7 @@ def by_hand(model, layer: int) -> list[tuple[int, float, float]]:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_statistics_are_those_of_a_loop_over_tokens(family):
-    model = build(family, **SIZES, **MORE[family])
+    model = build(family, layers=2, **MORE[family])
     found = expert_statistics(model, LINES)
     assert [(s.layer, s.expert) for s in found] == [(layer, e) for layer in (1, 2) for e in range(8)]
     expected = by_hand(model, 0) + by_hand(model, 1)
@@ -57,7 +56,7 @@ def test_statistics_are_those_of_a_loop_over_tokens(family):
 
 @pytest.mark.parametrize("family", MORE)
 def test_one_expert_that_is_scaled_by_hand_is_named(family):
-    model = build(family, **SIZES, **MORE[family])
+    model = build(family, layers=2, **MORE[family])
     before = super_experts(expert_statistics(model, LINES))
     with torch.no_grad():
         experts_of(model, 1).down_proj[3] *= 50
@@ -68,11 +67,11 @@ def test_one_expert_that_is_scaled_by_hand_is_named(family):
 
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ModelError, match="experts"):
-        expert_statistics(build("llama", **SIZES), LINES)
+        expert_statistics(build("llama"), LINES)
 
 
 def test_experts_count_as_what_keeps_its_precision():
-    model = build("qwen3_moe", **SIZES, **MORE["qwen3_moe"])
+    model = build("qwen3_moe", layers=2, **MORE["qwen3_moe"])
     with quantized(model, Scheme()) as names:
         share = kept_share(model, names)
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)

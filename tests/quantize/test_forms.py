@@ -22,7 +22,7 @@ from sdnb.quantize import SkipList, forms, fused_with, linear_modules, never_qua
 from sdnb.quantize.skip_lists import TOOLS, gguf_name
 from tests.tiny import build, tiny_model
 
-TWELVE = {"d": 32, "f": 64, "layers": 12, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}
+TWELVE = {"layers": 12, "scale": 0.3}
 DOWN = "model.layers.1.mlp.down_proj"
 
 

@@ -9,7 +9,6 @@ from sdnb.errors import ParameterError
 from sdnb.quantize import similar_entries, single_weights, zeroed_entries
 from tests.tiny import build, planted_model
 
-SIZES = {"d": 32, "f": 64, "layers": 3, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}
 IDS = torch.cat([torch.tensor([0]), torch.randint(2, 96, (15,), generator=torch.Generator().manual_seed(0))])[
     None
 ]
@@ -38,7 +37,7 @@ def test_the_unit_that_was_planted_is_found_from_the_spike_and_from_the_weights_
 
 
 def test_an_ffn_without_a_norm_in_front_has_its_gain_too():
-    model = build("olmo2", **SIZES)
+    model = build("olmo2")
     found = {entry.layer: entry for entry in single_weights(model) if entry.how == "gain"}
     for number, entry in found.items():
         W = model.get_submodule(entry.module).weight
@@ -48,7 +47,7 @@ def test_an_ffn_without_a_norm_in_front_has_its_gain_too():
 
 
 def test_weights_alone_need_no_pass_and_may_be_offloaded():
-    model = build("llama", **SIZES)
+    model = build("llama")
     there = single_weights(model)
     assert {entry.how for entry in there} == {"gain", "rank one"}
     cpu_offload(model, execution_device=torch.device("cpu"))
@@ -57,12 +56,12 @@ def test_weights_alone_need_no_pass_and_may_be_offloaded():
         (e.layer, e.row, e.column, e.how) for e in there
     ]
     assert single_weights(model, layers=[2]) == [entry for entry in away if entry.layer == 2]
-    mixture = build("mixtral", num_local_experts=4, num_experts_per_tok=2, **SIZES)
+    mixture = build("mixtral", num_local_experts=4, num_experts_per_tok=2)
     assert single_weights(mixture, IDS) == [], "no single down-projection"
 
 
 def test_the_rank_one_entry_is_that_of_a_dense_decomposition():
-    model = build("gpt2", **SIZES)
+    model = build("gpt2")
     for entry in single_weights(model):
         if entry.how == "rank one":
             W = model.get_submodule(entry.module).weight.T
@@ -76,7 +75,7 @@ def test_the_rank_one_entry_is_that_of_a_dense_decomposition():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_entries_are_zero_inside_and_restored_bit_for_bit(family):
-    model = build(family, **SIZES)
+    model = build(family)
     module = model.get_submodule(DOWN[family].format(1))
     before = module.weight.detach().clone()
     with zeroed_entries(module, [(3, 7), (0, 1)]):

@@ -16,7 +16,7 @@ from sdnb.quantize import (
 )
 from tests.tiny import build, planted_model
 
-TWELVE = {"d": 32, "f": 48, "layers": 12, "heads": 4, "vocabulary": 96, "seed": 1, "scale": 0.3}
+TWELVE = {"layers": 12, "scale": 0.3}
 LLAMA = "model.layers.{}.mlp.down_proj"
 
 
@@ -64,7 +64,7 @@ def test_a_list_is_closed_under_what_vllm_fuses():
 @pytest.fixture(scope="module")
 def spoilt():
     """A model two of whose modules cost most of what int8 costs, by outliers in their weights."""
-    model = build("llama", **TWELVE | {"layers": 4, "scale": 0.7})
+    model = build("llama", layers=4)
     with torch.no_grad():
         for layer in (1, 3):
             model.model.layers[layer].mlp.down_proj.weight[0, 0] = 300.0  # the others are rounded to zero

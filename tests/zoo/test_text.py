@@ -56,10 +56,10 @@ def test_documents_that_quote_the_held_out_text_are_dropped(packages: Path, monk
 def test_no_run_of_words_of_the_real_text_is_held_out(monkeypatch: pytest.MonkeyPatch):
     everything = list(text.source_files())
     assert not [path for _, path in everything if "pydoc_data" in path.parts]
-    few = [(origin, path) for origin, path in everything if origin == "python" and path.name < "enum"][:150]
+    few = [(origin, path) for origin, path in everything if origin == "python" and path.name < "enum"][:60]
     monkeypatch.setattr(text, "source_files", lambda: few)
     documents = text.collect().documents
-    assert len(documents) > 100
+    assert len(documents) > 50
 
     def runs(document: str) -> set[str]:
         letters = (letter if letter.isalnum() or letter == "_" else " " for letter in document.lower())
@@ -69,10 +69,3 @@ def test_no_run_of_words_of_the_real_text_is_held_out(monkeypatch: pytest.Monkey
     held_out = set().union(*map(runs, text.held_out_documents()))
     assert len(held_out) > 50_000
     assert not [document for document in documents if held_out & runs(document)]
-
-
-def test_package_table_names_versions_and_licences():
-    table = text.package_table({"python", "torch", "six.py"})
-    assert table["python"]["licence"] == "PSF-2.0"
-    assert table["torch"]["version"]
-    assert table["six"]["licence"]

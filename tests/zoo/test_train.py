@@ -1,7 +1,6 @@
 """Training: batches, resuming after a kill, and the folder that comes out."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import signal
@@ -79,14 +78,6 @@ def test_held_out_windows_cover_the_stream_behind_begin_tokens():
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_learning_rate_warms_up_and_decays(small_recipe: Recipe):
-    rates = [small_recipe.learning_rate_at(step) for step in range(small_recipe.steps + 1)]
-    assert rates[0] == pytest.approx(1e-3 / 3)
-    assert rates[3:7] == pytest.approx([1e-3] * 4)
-    assert rates[-1] == pytest.approx(1e-4)
-    assert all(later < earlier for earlier, later in itertools.pairwise(rates[6:]))
-
-
 def test_training_lowers_the_loss_and_keeps_what_it_should(finished: train.Trainer):
     assert finished.log[-1]["held_out_sample"] < finished.log[0]["held_out_sample"]
     kept = sorted(path.stem for path in (finished.folder / "steps").glob("*"))
@@ -161,12 +152,6 @@ def test_card_and_record_hold_what_is_measured(folder: Path, data: run.Data):
         assert said in card
     assert record["step"] == 12 and [entry["step"] for entry in record["log"]] == [3, 6, 9, 12]
     assert (folder / "loss.svg").read_text().count("<polyline") == 2
-
-
-def test_a_step_that_was_not_kept_is_named(finished: train.Trainer, data: run.Data, tmp_path: Path):
-    record = training_record(finished.recipe, data, [], 7, 0.1, "a CPU")
-    with pytest.raises(FileNotFoundError, match="kept: 0, 6, 12"):
-        export(finished.model, finished.recipe, data, finished.folder, record, tmp_path / "out")
 
 
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path, small_recipe: Recipe):
