@@ -11,7 +11,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 def run_cells(number: str, **parameters: object) -> dict:
     """Run a notebook's code cells and return its variables."""
     matplotlib.use("Agg")
-    [path] = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    [path] = NOTEBOOKS.glob(f"{number}*.ipynb")
     variables: dict = {}
     for cell in json.loads(path.read_text(encoding="utf8"))["cells"]:
         if cell["cell_type"] == "code":

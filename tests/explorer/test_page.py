@@ -1,20 +1,18 @@
 """The explorer in a page without a kernel: rendered by the book's own build, opened from a file."""
 
-import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import sdnb
 from sdnb import book
-from sdnb.explorer import explore
 from tests.browser import Page
 from tests.tiny import planted_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TOC = "format: jb-book\nroot: index\nchapters:\n  - file: notebooks/explorer\n"
-STATE = "application/vnd.jupyter.widget-state+json"
 SENTENCE = "One <b> of these & the other."
 VISIBLE = "[...document.querySelectorAll('.sdnb-widget-image')].filter(i => i.offsetParent && i.naturalWidth)"
 TEXT = "document.querySelector('.sdnb-layer:not([hidden] *)').textContent"
@@ -28,22 +26,19 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, planted):
-    """The explorer's page in a book of two pages, with the state that a run of the notebook would save."""
-    from ipywidgets import Widget
-
+    """The explorer's page in a book of two pages, from a run of the notebook."""
     folder = tmp_path_factory.mktemp("page")
-    Widget.close_all()
-    shown = explore(sdnb.load(str(planted.folder)), SENTENCE)  # nobody is present here, so from frames
-    content = json.loads((ROOT / "notebooks" / "explorer.ipynb").read_text(encoding="utf8"))
-    content["metadata"]["widgets"] = {STATE: Widget.get_manager_state()}
-    [cell] = [cell for cell in content["cells"] if "".join(cell["source"]).startswith("explore(")]
-    cell["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": shown._repr_mimebundle_()}]
+    command = [sys.executable, "-m", "sdnb.cli", "run", planted.folder, "--notebooks", "explorer"]
+    command += ["-p", "sentence", SENTENCE, "--results-dir", folder / "results"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [executed] = (folder / "results").glob("*/explorer.ipynb")
     source = folder / "source"
     shutil.copytree(ROOT / "book" / "_ext", source / "book" / "_ext")
     for name in ("_config.yml", "book/references.bib"):
         shutil.copy(ROOT / name, source / name)
     (source / "notebooks").mkdir()
-    (source / "notebooks" / "explorer.ipynb").write_text(json.dumps(content), encoding="utf8")
+    shutil.copy(executed, source / "notebooks")
     (source / "_toc.yml").write_text(TOC)
     (source / "index.md").write_text("# Start\n\n```{bibliography}\n```\n")
     return book.build(source, folder).parent / "notebooks" / "explorer.html"
