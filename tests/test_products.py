@@ -62,14 +62,6 @@ def test_pieces_are_as_exact_as_float32(device, kind, monkeypatch):
     assert kind != "plain" or (coarse - exact).norm() > 3 * worst
 
 
-def test_weights_stored_in_bfloat16_are_one_piece():
-    X = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
-    assert len(products._pieces(X.bfloat16().float(), look=True)) == 1
-    for look in (False, True):
-        pieces = products._pieces(X, look)
-        assert len(pieces) == 3 and torch.equal(sum(piece.double() for piece in pieces), X.double())
-
-
 @pytest.mark.gpu
 @NO_GPU
 def test_a_gpu_takes_its_tensor_cores_only_where_it_pays():

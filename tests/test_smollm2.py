@@ -51,13 +51,6 @@ def test_it_speaks(lm):
     assert sdnb.token_labels(lm, [best]) == ["␣Paris"]
 
 
-def test_a_prompt_is_one_sequence_with_its_special_tokens(lm):
-    prompt = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
-    text = sdnb.encode(lm, [prompt], whole=True)
-    assert text.begin_token and text.lines[0].tolist().count(lm.tokenizer.bos_token_id) == 2
-    assert lm.tokenizer.decode(text.lines[0]) == prompt
-
-
 def test_its_rounding_noise_is_the_measured_one(lm):
     matrices = {name: weight for name, weight in lm.model.named_parameters() if weight.ndim > 1}
     assert set(lm.rounding_noise) == set(matrices)

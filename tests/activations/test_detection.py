@@ -171,20 +171,6 @@ def test_layers_and_states_of_the_fewer_kind_are_found():
 
 
 @pytest.mark.parametrize(
-    ("token", "others", "expected"),
-    [  # in units of the peak of each wave, without what ordinary tokens do as well
-        ([1, 1, 101, 41, 1, 1, 1001, 1001], [1] * 8, [0, 100 / 101, -60 / 101, -40 / 101, 0, 1000 / 1001, 0]),
-        ([1, 41, 101, 41, 11], [1, 6, 1, 2, 1], [35 / 101, 60 / 101, -60 / 101, -29 / 101]),
-    ],
-)
-def test_steps(token, others, expected):
-    norms = together(torch.tensor(token).float(), torch.tensor(others).float()[:, None].expand(-1, 5))
-    steps = detect(norms).steps
-    torch.testing.assert_close(steps[:, 0], torch.tensor(expected, dtype=torch.float64))
-    assert not steps[:, 1:].any()
-
-
-@pytest.mark.parametrize(
     ("norms", "threshold", "error", "message"),
     [
         (torch.ones(4, 2), None, TextError, "too few"),

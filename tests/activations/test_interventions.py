@@ -10,6 +10,7 @@ from sdnb.activations import hidden_states, project_out, set_dimensions, zero_at
 from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers, residual_branches
 from tests.families import FAMILIES, build
+from tests.restored import left_as_it_was
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 12]])
 DIRECTION = torch.randn(32, generator=torch.Generator().manual_seed(3))
@@ -101,36 +102,23 @@ def test_dimensions_are_set_in_the_layers_output(model):
     assert (large != 0).any() and (large == 0).any() and (second != 0).all()
 
 
-def everything(model):
-    """All that an intervention could leave behind: hooks, replaced methods, weights, and the answer."""
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()]
-    weights = [tensor.clone() for tensor in model.state_dict().values()]
-    return hooks, [*weights, model(IDS, use_cache=False).logits]
-
-
-def assert_same(before, after):
-    assert before[0] == after[0]
-    assert all(torch.equal(old, new) for old, new in zip(before[1], after[1], strict=True))
-
-
 @pytest.mark.parametrize(
     ("family", "dtype"), [(f, torch.float32) for f in SOME] + [("llama", torch.bfloat16)]
 )
 def test_the_model_is_restored_bit_for_bit(family, dtype):
     model = build(family, dtype=dtype)
-    before = everything(model)
+    intact = model(IDS, use_cache=False).logits
     for intervene in (
         lambda: zero_attention(model),
         lambda: zero_branch(model, "ffn", [1]),
         lambda: project_out(model, {1: DIRECTION, 2: DIRECTION}),
         lambda: set_dimensions(model, {1: {3: 0.0}}),
     ):
-        with intervene():
-            assert not torch.equal(model(IDS, use_cache=False).logits, before[1][-1])
-        assert_same(before, everything(model))
-        with pytest.raises(ZeroDivisionError), intervene():
+        with left_as_it_was(model), intervene():
+            assert not torch.equal(model(IDS, use_cache=False).logits, intact)
+        with left_as_it_was(model), pytest.raises(ZeroDivisionError), intervene():
             raise ZeroDivisionError
-        assert_same(before, everything(model))
+        assert torch.equal(model(IDS, use_cache=False).logits, intact)
 
 
 def test_interventions_nest():

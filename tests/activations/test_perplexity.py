@@ -14,13 +14,9 @@ VOCABULARY = 96
 START = torch.tensor([5, 6, 7])
 
 
-def small(family="llama", vocabulary=VOCABULARY, **more):
-    return build(family, d=32, f=64, layers=2, heads=4, vocabulary=vocabulary, seed=1, scale=0.7, **more)
-
-
 @pytest.fixture(params=("llama", "gpt2", "gpt_neox", "mpt"))
 def model(request):
-    return small(request.param)
+    return build(request.param)
 
 
 def text(count: int) -> torch.Tensor:
@@ -60,7 +56,7 @@ def test_the_automatic_window_is_the_models_length_up_to_2048(model):
     assert window_length(model) == POSITIONS
     found = perplexity(model, text(3 * POSITIONS + 5))
     assert len(found.nll) == 3 and found.tokens == 3 * (POSITIONS - 1)
-    assert window_length(small(max_position_embeddings=8192)) == 2048
+    assert window_length(build("llama", max_position_embeddings=8192)) == 2048
 
 
 def test_the_rest_of_the_text_is_dropped():
@@ -84,7 +80,7 @@ def test_bad_input_is_refused(model):
 
 @pytest.fixture(scope="module")
 def writer():
-    return small(vocabulary=24).requires_grad_(False)
+    return build("llama", vocabulary=24).requires_grad_(False)
 
 
 def test_the_seed_decides_and_cold_sampling_takes_the_likeliest(writer):

@@ -119,7 +119,7 @@ def test_a_sweep_goes_through_interventions(family, branch):
 
 
 def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
-    model = plain("llama", d=32, f=64, layers=5, heads=4, vocabulary=96, seed=1, scale=0.7)
+    model = plain("llama", layers=5)
     calls = []
     decoder_layers(model)  # the pass that finds them
     for number, layer in enumerate(decoder_layers(model), start=1):
@@ -132,7 +132,7 @@ def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
 
 
 def test_a_sample_of_the_vocabulary_and_its_standard_error():
-    model = plain("llama", d=16, f=32, layers=1, heads=4, vocabulary=5000, seed=1, scale=0.7)
+    model = plain("llama", layers=1, vocabulary=5000)
     sample = sdnb.vocabulary_sample(model)
     assert len(sample.items) == 4096 and sample.size == 5000 and sample.items.unique().equal(sample.items)
     assert torch.equal(sample.items, sdnb.vocabulary_sample(model).items)

@@ -55,18 +55,18 @@ def test_the_known_dimensions():
 
 @pytest.mark.parametrize("d", [2, 3, 7, 100])
 def test_expectation_and_quantiles_against_simulation(d):
-    angles = random_angles(d, (200_000,))
+    angles = random_angles(d, (60_000,))
     assert angles.mean().item() == pytest.approx(random_angle(d), abs=0.2)
     for q in (0.01, 0.3, 0.5, 0.9):
-        assert (angles < random_angle_quantile(d, q)).double().mean().item() == pytest.approx(q, abs=0.004)
+        assert (angles < random_angle_quantile(d, q)).double().mean().item() == pytest.approx(q, abs=0.006)
     assert random_angle_quantile(d, 0) == 0
     assert random_angle_quantile(d, 1) == pytest.approx(90)
 
 
 @pytest.mark.parametrize(("d", "n"), [(3, 5), (20, 20), (100, 300)])
 def test_the_nearest_of_many_against_simulation(d, n):
-    nearest = random_angles(d, (1000, n)).min(dim=1).values
-    error = nearest.std().item() / math.sqrt(1000)
+    nearest = random_angles(d, (400, n)).min(dim=1).values
+    error = nearest.std().item() / math.sqrt(400)
     assert nearest.mean().item() == pytest.approx(expected_nearest_angle(d, n), abs=4 * error)
 
 

@@ -1,7 +1,5 @@
 """One layer's view: what is left alone, half precision, offload, norms inside attention."""
 
-import copy
-
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -10,6 +8,7 @@ from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers, layer_view
 from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
 from tests.families import HEADS, HIDDEN, LLAMA_LIKE, build, random_model
+from tests.restored import left_as_it_was
 
 
 def close(a, b, tolerance=1e-5):
@@ -25,14 +24,9 @@ def test_the_activation_keeps_float64():
 @pytest.mark.parametrize("name", ["llama", "mpt", "falcon", "gemma2"])
 def test_the_model_is_left_as_it_was(name):
     model = build(name)
-    before = copy.deepcopy(model.state_dict())
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     config = model.config.to_dict()
-    layer_view(model, 2)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any("forward" in vars(m) for m in model.modules())
+    with left_as_it_was(model):
+        layer_view(model, 2)
     assert model.config.to_dict() == config
 
 

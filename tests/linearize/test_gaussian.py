@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from sdnb import gaussian
 from sdnb.errors import ParameterError
 from sdnb.gaussian import gaussian_moments
 from sdnb.linearize import closed_form_fit
@@ -172,19 +171,6 @@ def test_units_do_not_depend_on_the_chunk_they_are_in():
     for i in (0, 77, 599):
         alone = torch.stack(gaussian_moments(functional.gelu, s[i : i + 1], b[i : i + 1]))
         assert torch.allclose(together[:, i : i + 1], alone, rtol=1e-7, atol=1e-14)
-
-
-@pytest.mark.parametrize(("name", "expected"), [
-    ("silu", {}), ("gelu_new", {}), ("tanh", {}), ("laplace", {}),
-    ("relu", {0: (1, 0)}), ("leaky_relu", {0: (0.99, 0)}), ("relu2", {0: (0, 2)}),
-    ("relu6", {0: (1, 0), 6: (-1, 0)}), ("gelu_10", {10: (-1, 0)}),
-    ("hardswish", {-3: (-0.5, 1 / 3), 3: (-0.5, -1 / 3)}),
-])  # fmt: skip
-def test_kinks_are_seen_with_the_jumps_of_both_derivatives(name, expected):
-    found = {k: jumps for k, *jumps in gaussian._kinks(module_of(name), torch.zeros(1, dtype=torch.float64))}
-    assert found.keys() == expected.keys()
-    for k, jumps in found.items():
-        assert jumps == pytest.approx(expected[k], abs=1e-7)
 
 
 def test_a_kink_at_an_odd_place_costs_time_but_little_accuracy():
