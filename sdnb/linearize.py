@@ -227,7 +227,7 @@ def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stream_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the divisors of the norms on the stream itself for x (n, d), those of S1, S2 and T, (n,) each."""
+    """Return the divisors of the norms on the stream itself for x (n, d): those of S1, S2, T, (n,) each."""
     return _divisors(view, x)[2:]
 
 

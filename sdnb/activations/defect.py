@@ -84,8 +84,7 @@ class Defect(Detection):
     def high_norm_tokens(self) -> list[dict]:
         """Return rows of distinct high-norm tokens, the most frequent first.
 
-        They hold token_id, position ("first" or "later"), peak_norm (the largest norm of a high-norm state)
-        and count (of tokens).
+        They hold token_id, position ("first" or "later"), peak_norm (of a high-norm state) and count.
         """
         peaks = torch.where(self.high, self.norms, 0.0)[1:].amax(dim=0)
         found: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -102,10 +101,8 @@ class Defect(Detection):
         """Return the norm that separates exploded tokens from others right after one layer, and medians.
 
         Half the lower decile of the norms that are high there, or, where an ordinary token comes higher, the
-        geometric mean of both; five times the median where no state is high-norm after that layer.
-
-        Args:
-            layer: 1..L; None takes the first explosion layer, else the layer with the largest mean step.
+        geometric mean of both; five times the median where no state is high-norm after that layer. Without a
+        `layer`, 1..L, it is the first explosion layer, else the one with the largest mean step.
 
         Raises:
             ParameterError: there is no such layer.
@@ -132,15 +129,10 @@ def find_defect(
 ) -> Defect:
     """Return the high-norm states of a text, their mean, and the layers that make and unmake them.
 
-    The text is read once. What ordinary tokens are is also asked of the beginning of the held-out text, since
-    a text most of whose tokens are high-norm cannot say so itself. `Defect.found` is False where no state is.
-    Too few tokens are a TextError, states that are not finite a ParameterError.
-
-    Args:
-        loaded: a loaded model (`sdnb.load`).
-        text: an encoded text (`sdnb.encode`), or a list of token ids, each (T_i,).
-        threshold: a norm that replaces the automatic one.
-        states: keep the high-norm states themselves in `Defect.states`.
+    The text, encoded by `sdnb.encode` or a list of token ids, (T_i,) each, is read once. What ordinary tokens
+    are is also asked of the beginning of the held-out text, since a text most of whose tokens are high-norm
+    cannot say so itself. A `threshold` replaces the automatic one; `Defect.states` is None unless `states`
+    are wanted. Too few tokens are a TextError, states that are not finite a ParameterError.
     """
     reader = StateReader(loaded, text, threshold=threshold)
     reader.read()

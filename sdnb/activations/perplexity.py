@@ -32,15 +32,9 @@ def perplexity(
 
     The protocol of GPTQ and SmoothQuant: the text is one string of tokens, cut into windows of the model's
     length up to 2048 without overlap; the incomplete window at the end is dropped, and the first token of a
-    window is not predicted. A text shorter than one window is one window of its own length. All windows weigh
-    the same.
-
-    Args:
-        model: a causal language model.
-        ids: token ids of the whole text, (N,).
-        window: tokens in a window; the smaller of the model's number of positions and 2048 when None.
-        begin_token: an id put in front of every window, which then holds one token of text less, all
-            predicted.
+    window is not predicted. A text `ids`, (N,), shorter than one window is one window of its own length. All
+    windows weigh the same. They have as many tokens as `window_length` says; a `begin_token` stands in front
+    of each, which then holds one token of text less, all predicted.
 
     Raises:
         ParameterError: logits that are not finite, or another window than `window_length` allows.

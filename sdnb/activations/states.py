@@ -33,14 +33,11 @@ def input_device(model: object) -> torch.device:
 def visit_states(
     model: object, ids: Tensor, visit: Callable[[int, Tensor], None], *, stop_after: int | None = None
 ) -> None:
-    """Run the base model on `ids` and show every hidden state to `visit`.
+    """Run the base model on `ids`, (B, T), or embeddings, (B, T, d), and show its hidden states to `visit`.
 
-    Args:
-        model: a causal language model.
-        ids: token ids, (B, T), or embeddings, (B, T, d).
-        visit: called as `visit(l, state)` with l in 0..L and the state (B, T, d), in the model's dtype and on
-            its device. It must not keep the tensor itself: some layers add to it in place afterwards.
-        stop_after: the last layer to run (0..L); all of them when None.
+    It is called as `visit(l, state)` with l in 0..L and the state (B, T, d), in the model's dtype and on its
+    device, and must not keep the tensor itself: some layers add to it in place afterwards. `stop_after` is
+    the last layer to run, 0..L; all of them when None.
     """
     model = as_module(model)
     layers = decoder_layers(model)
@@ -128,8 +125,7 @@ def matrix_inputs(
         for length, batch in progress(batches.items(), desc="inputs", total=len(batches)):
             norms.append(hidden_norms(model, torch.stack(batch)).flatten(1))
             positions.append(torch.arange(length).repeat(len(batch)))
-    found: dict[str, Tensor] = {}
-    last = torch.empty(0)
+    found, last = {}, torch.empty(0)
     for matrix in matrices:
         rows = torch.cat(read[matrix.module])
         last = found[matrix.name] = last if torch.equal(last.to(rows), rows) else rows

@@ -17,7 +17,6 @@ from sdnb.errors import ParameterError
 from sdnb.layers import decoder_layers, layer_view, residual_branches
 from sdnb.layers.calls import Call, StopForward
 
-DRAWN_AT_ONCE = 1024  # random embeddings; fixed, so that the draw does not depend on the batch
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
 LARGEST_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**32}  # larger ones are not faster
 
@@ -39,7 +38,7 @@ class VocabularySample:
 
 
 def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) -> VocabularySample:
-    """Return vocabulary items for a sweep: so many, drawn at random, or all where there are no more.
+    """Return so many vocabulary items, drawn at random, or all where there are no more, for a sweep.
 
     None takes all on a GPU and 4,096 on a CPU.
 
@@ -73,12 +72,8 @@ def batch_size(model: object, tokens: int = 1) -> int:
 def item_norms(model: object, layer: int, items: Tensor, *, prefix: Tensor | None = None) -> Tensor:
     """Return |h_l| of each item as the last token of a sequence of its own, (n,) in float32 on the CPU.
 
-    Args:
-        model: a causal language model.
-        layer: the hidden state that is read: l in 1..L, or 0 for what enters layer 1.
-        items: token ids, (n,).
-        prefix: what stands before each item: the same ids for all, (p,), or ids for each, (n, p); None puts
-            the items at position 0.
+    The `layer` is 1..L, or 0 for what enters layer 1. Before the `items`, token ids (n,), stands a `prefix`,
+    the same ids for all, (p,), or ids for each, (n, p); None puts the items at position 0.
 
     Raises:
         ParameterError: there is no such layer.
@@ -96,9 +91,8 @@ def random_norms(model: object, layer: int, count: int, norm: float, *, seed: in
     Their embeddings are Gaussian (drawn by `seed`), all of length `norm`; paper A takes the mean length of
     the vocabulary's embeddings.
     """
-    weight, generator = as_module(model).get_input_embeddings().weight, torch.Generator().manual_seed(seed)
-    sizes = [min(DRAWN_AT_ONCE, count - start) for start in range(0, count, DRAWN_AT_ONCE)]
-    rows = torch.cat([torch.randn(size, weight.shape[1], generator=generator) for size in sizes])
+    weight = as_module(model).get_input_embeddings().weight
+    rows = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(seed))
     rows = (norm * nn.functional.normalize(rows, dim=1)).to(weight.dtype)
     return torch.cat([states.norm(dim=1).cpu() for states in _rows(model, layer, rows[:, None])])
 
@@ -145,10 +139,9 @@ def ffn_input_coefficients(
     reader = branch.inputs[0] if branch.norm is None else branch.norm
     for rows in _rows(model, layer, _sequences(items, prefix), reader):
         v = unit.to(rows.device)
-        centred = rows if norm is None or not norm.centred else rows - rows.mean(dim=1, keepdim=True)
-        divisor = (centred.square().mean(dim=1) + (0.0 if norm is None else norm.epsilon)).sqrt()
+        scale = rows.square().mean(dim=1).sqrt() if norm is None else norm.scale(rows)[:, 0]
         raw.append((rows @ v).cpu())
-        normalised.append((centred @ v / divisor).cpu())
+        normalised.append(((rows if norm is None else norm.centre(rows)) @ v / scale).cpu())
     return Coefficients(torch.cat(raw), torch.cat(normalised))
 
 
