@@ -24,7 +24,6 @@ from sdnb.files import atomic_write, content_hash
 from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
-_BAR = re.compile(r"(it/s|s/it)\]$")  # the end of a tqdm bar's text, whose widget a run leaves behind
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
 _ENDINGS = {".json": "its record", ".safetensors": "its arrays"}
 
@@ -176,17 +175,11 @@ def _notebooks_of(toc: Path) -> list[str]:
 
 
 def _bare(notebook: Path, results: Path) -> str:
-    """An executed notebook without the machine that it ran on: no timings, bars or path of results."""
+    """An executed notebook without the machine that it ran on: no timings or path of results."""
     content = json.loads(notebook.read_text(encoding="utf-8").replace(str(results.resolve()), str(results)))
     for part in (content, *content["cells"]):
         for key in ("papermill", "sdnb"):
             part["metadata"].pop(key, None)
-        if "outputs" in part:
-            said = ["".join(output.get("data", {}).get("text/plain", "")) for output in part["outputs"]]
-            kept = zip(part["outputs"], said, strict=True)
-            part["outputs"] = [output for output, text in kept if not _BAR.search(text)]
-    if "widget-view" not in json.dumps(content["cells"]):
-        content["metadata"].pop("widgets", None)  # the state of bars
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
