@@ -4,7 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,22 +15,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part, also after a kill."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(number, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except OSError as error:
-        raise _refusal(path, error) from error
-    finally:
-        if temporary is not None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _writing(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
             temporary.unlink(missing_ok=True)
 
 
@@ -39,16 +32,10 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a lock file: other processes wait for it, and it is freed when its holder is killed."""
     from filelock import FileLock
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        lock.acquire()
-    except OSError as error:
-        raise _refusal(path, error) from error
-    try:
+    with _writing(path):
+        held = FileLock(path).acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def sweep(path: Path) -> None:
@@ -64,8 +51,15 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refusal(path: Path, error: OSError) -> RecordError:
-    why = "the disk is full: free some space" if error.errno in _FULL else error.strerror
-    return RecordError(
-        f"{path} could not be written ({why}): what was there before is unharmed, choose another results_dir."
-    )
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make a file's folder, and say what keeps it from being written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        why = "the disk is full: free some space" if error.errno in _FULL else error.strerror
+        raise RecordError(
+            f"{path} could not be written ({why}): what was there before is unharmed, choose another "
+            "results_dir."
+        ) from error

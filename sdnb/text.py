@@ -75,15 +75,13 @@ def encode(
     if tokenizer is None:
         raise TextError("The model has no tokenizer, so it cannot read text: give token ids instead.")
     strings = [whole_text(text)] if whole else lines_of(text, max_lines)
-    add, lines = add_special_tokens is None or bool(add_special_tokens), []
+    add, begin, lines = add_special_tokens in (None, True), tokenizer.bos_token_id, []
     for line in strings:
         ids = tokenizer(line, add_special_tokens=add, verbose=False).input_ids[:max_tokens]
         shown = line if len(line) <= 40 else line[:37] + "..."
         lines.append(_checked(ids, f"The text {shown!r}", limit, rows))
-    begin = tokenizer.bos_token_id
-    starts = begin is not None and all(int(ids[0]) == begin for ids in lines)
-    unusual = None
-    if not add and begin is not None and tokenizer("a", verbose=False).input_ids[:1] == [begin]:
+    starts, unusual = begin is not None and all(int(ids[0]) == begin for ids in lines), None
+    if begin is not None and not add and tokenizer("a", verbose=False).input_ids[:1] == [begin]:
         unusual = (
             f"The tokenizer starts a text with {tokenizer.bos_token} by itself, and here it was left out "
             "(add_special_tokens=False)."
@@ -209,16 +207,10 @@ def _characters(piece: str, byte_level: bool) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escape what cannot be seen: control and format characters, and marks that need a letter before them."""
-    shown = []
-    for place, character in enumerate(text):
-        lone_mark = unicodedata.category(character)[0] == "M" and place == 0
-        if character == " ":
-            shown.append(SPACE)
-        elif character.isprintable() and not lone_mark:
-            shown.append(character)
-        else:
-            shown.append(character.encode("unicode_escape").decode())
+    """Escape what cannot be seen: control and format characters, and a mark without a letter before it."""
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace(" ", SPACE)]
+    if text and unicodedata.category(text[0])[0] == "M":
+        shown[0] = text[0].encode("unicode_escape").decode()
     return "".join(shown)
 
 
