@@ -111,12 +111,6 @@ def test_a_model_without_the_phenomenon_is_shown(explorer, tmp_path):
     assert plain.angles.isna().all(axis=None) and 1 in plain.views
 
 
-def test_a_text_that_cannot_be_shown_is_refused(explorer, study):
-    for text, said in (("", "type a sentence"), (" \n", "type a sentence"), ("word " * 240, "shorten it")):
-        with pytest.raises(sdnb.TextError, match=said):
-            explorer.read_sentence(study, text, True)
-
-
 def test_a_deep_model_has_frames_of_some_layers_those_of_the_explosion_among_them(explorer):
     chosen = explorer.framed_layers(80, [2, 45])
     assert {1, 2, 45, 80} <= set(chosen) and len(chosen) <= 34 and chosen == sorted(chosen)
@@ -174,8 +168,9 @@ def test_the_button_gives_the_angles_of_all_layers(live, study):
 
 @pytest.mark.parametrize(
     ("control", "value", "said"),
-    [("text", "", "type a sentence"), ("model", "zoo/none", "no model zoo/none"),
-     ("model", "no such model", "check the spelling"), ("model", "org/other", "ZeroDivisionError: by &lt;")],
+    [("text", "", "type a sentence"), ("text", " ", "type a sentence"), ("text", "word " * 240, "shorten it"),
+     ("model", "zoo/none", "no model zoo/none"), ("model", "no such model", "check the spelling"),
+     ("model", "org/other", "ZeroDivisionError: by &lt;")],
 )  # fmt: skip
 def test_errors_are_said_and_nothing_stays(live, control, value, said, monkeypatch):
     def fails(*args, **options):
