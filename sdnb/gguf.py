@@ -7,6 +7,7 @@ cache, in a folder named by the file's SHA-256, and every later load reads that.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -172,9 +173,8 @@ def _convert(name: str, reader: Reader, base: Checkpoint | None, folder: Path) -
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    sys.stderr.write(
-        f"{name} was converted once into {folder} ({network.dtype}); sdnb cache --clear removes it.\n"
-    )
+    if "JPY_PARENT_PID" not in os.environ:  # a kernel's would stand on the page
+        sys.stderr.write(f"{name} was converted once into {folder}; sdnb cache --clear removes it.\n")
 
 
 # --- the conversion

@@ -16,22 +16,21 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import ChainMap
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
-from sdnb.checkpoint import fetch, locate, path_of, slug_of
+from sdnb.checkpoint import locate, path_of, slug_of
 from sdnb.errors import ParameterError, SdnbError
 from sdnb.files import atomic_write, content_hash, locked, sweep
 
@@ -70,7 +69,7 @@ class Cell:
     source: Path
     parameters: dict
     defaults: dict
-    results: Path
+    notebook: Path  #: where the executed one goes
 
     @property
     def label(self) -> str:
@@ -80,12 +79,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """The folder of its results."""
-        return self.model.slug if self.model else NO_MODEL
-
-    @property
-    def notebook(self) -> Path:
-        """Where the executed notebook goes."""
-        return self.results / self.slug / self.source.name
+        return self.notebook.parent.name
 
     @functools.cached_property
     def reads_records(self) -> bool:
@@ -135,14 +129,14 @@ def models_in(names: Iterable[str], only: Iterable[str] | None = None) -> list[M
             raise ParameterError(f"{name} must hold a list under `models`.")
         found += [_model(entry, name) for entry in entries]
     slugs = [model.slug for model in found]
-    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
-    if twice:
+    if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
         raise ParameterError(f"Several models would share the folder {', '.join(twice)}: name each once.")
-    unknown = sorted({*(only or ())} - {name for model in found for name in (model.name, model.label)})
-    if unknown:
+    if not only:
+        return found
+    if unknown := sorted({*only} - {name for model in found for name in (model.name, model.label)}):
         there = ", ".join(model.label for model in found)
         raise ParameterError(f"--only {' '.join(unknown)}: not among the models, which are {there}.")
-    return [model for model in found if not only or {model.name, model.label} & {*only}]
+    return [model for model in found if {model.name, model.label} & {*only}]
 
 
 def _model(entry: object, file: str) -> Model:
@@ -196,18 +190,19 @@ def matrix(
     wished, known = pick(there, asked), {path: declared(path) for path in there}
     chosen = [pick(there, model.notebooks) if model.notebooks else wished for model in models]
     chosen = [[path for path in paths if asked is None or path in wished] for paths in chosen]
-    _refuse_unknown(given, ChainMap(*(known[path] for paths in chosen for path in paths)))
+    _refuse_unknown(given, [known[path] for paths in chosen for path in paths])
     cells = {}
     for model, paths in zip(models, chosen, strict=True):
-        _refuse_unknown(model.parameters, ChainMap(*known.values()))
+        _refuse_unknown(model.parameters, known.values())
         own = given | model.parameters | ({"revision": model.revision} if model.revision else {})
         own |= {"model": model.name, "results_dir": str(results)}
         for path in paths:
             names = known[path]
             values = {key: _listed(value, names[key]) for key, value in own.items() if key in names}
-            rest = {key: _literal(entry) for key, entry in names.items() if key not in values}
-            cell = Cell(model if "model" in names else None, path, values, rest, results)
-            cells.setdefault(cell.notebook, cell)
+            rest = {key: entry["default"] for key, entry in names.items() if key not in values}
+            own_model = model if "model" in names else None
+            notebook = results / (model.slug if own_model else NO_MODEL) / path.name
+            cells.setdefault(notebook, Cell(own_model, path, values, rest, notebook))
     if not cells:
         raise ParameterError("No notebook is left to run: check --notebooks and the models' file.")
     return list(cells.values())
@@ -240,13 +235,17 @@ def read_yaml(path: Path) -> dict:
 
 
 def declared(source: Path) -> dict[str, dict]:
-    """The parameters of a template as papermill reads them: inferred_type_name, default, help by name."""
+    """The parameters of a template by name, as papermill reads them, with defaults as values, not source."""
     import papermill
 
     try:
-        return papermill.inspect_notebook(str(source))
+        found = papermill.inspect_notebook(str(source))
     except Exception as error:  # whatever a damaged notebook makes nbformat raise
         raise ParameterError(f"The notebook {source} cannot be read: {error}") from error
+    for entry in found.values():
+        with suppress(ValueError, SyntaxError):  # else it stays source
+            entry["default"] = ast.literal_eval(entry["default"])
+    return found
 
 
 def _listed(value: object, entry: dict) -> object:
@@ -255,19 +254,12 @@ def _listed(value: object, entry: dict) -> object:
     return [value] if alone else value
 
 
-def _literal(entry: dict) -> object:
-    try:
-        return ast.literal_eval(entry["default"])
-    except (ValueError, SyntaxError):
-        return None
-
-
-def _refuse_unknown(given: dict, known: dict[str, object]) -> None:
+def _refuse_unknown(given: dict, known: Iterable[dict]) -> None:
+    names = sorted({name for declared in known for name in declared} - {*_OWN})
     for name in given:
         if name in _OWN:
             raise ParameterError(f"{name} is no parameter to pass: give MODEL and --results-dir instead.")
-        if name not in known:
-            names = sorted({*known} - {*_OWN})
+        if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}."
             raise ParameterError(f"No notebook of this run has a parameter {name!r}: {hint}")
@@ -288,7 +280,7 @@ def cell_key(cell: Cell) -> str:
         "named": {word: _named_marks(word) for word in words if isinstance(word, str)},
     }  # fmt: skip
     if cell.reads_records:
-        records = cell.results.glob("*/[0-9][0-9]_*.json")
+        records = cell.notebook.parent.parent.glob("*/[0-9][0-9]_*.json")
         parts["records"] = {str(p): content_hash(p) for p in sorted(records) if p.stem != cell.source.stem}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -307,11 +299,9 @@ def _named_marks(word: str) -> object:
     path = path_of(word)
     if path is not None and path.is_file():
         return _mark(path)
-    if word.startswith("zoo/") or (path is not None and path.is_dir()):
-        try:
+    if path is not None or word.startswith("zoo/"):
+        with suppress(SdnbError):  # whether it may be missing is for the notebook to say
             return _model_marks(Model(word))
-        except SdnbError:
-            return None  # whether it may be missing is for the notebook to say
     return None
 
 
@@ -374,9 +364,8 @@ def _show_progress(events: object, bars: dict) -> None:
         if label not in bars:
             last = f"{before:.0f} s last time" if before else None
             form = "{desc}: cell {n_fmt} of {total_fmt}, {elapsed} min{postfix}"
-            bars[label] = tqdm(
-                total=total, desc=label, bar_format=form, postfix=last, leave=False, disable=None
-            )
+            options = {"desc": label, "postfix": last, "bar_format": form, "leave": False, "disable": None}
+            bars[label] = tqdm(total=total, **options)
             if bars[label].disable and before and before > 20:
                 print(f"{label}  started, {last}", flush=True)
         bars[label].n = place
@@ -420,55 +409,42 @@ def _prepare(jobs: int, events: object) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if gpus is None and shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        gpus = ",".join(str(n) for n, line in enumerate(listed.splitlines()) if line.startswith("GPU"))
-    if gpus:  # each worker its own, going round
+    there = ",".join(str(n) for n, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
+    if gpus := os.environ.get("CUDA_VISIBLE_DEVICES", there):  # each worker its own, going round
         names, own = gpus.split(","), multiprocessing.current_process()._identity[0]
         os.environ["CUDA_VISIBLE_DEVICES"] = names[own % len(names)]
 
 
 def _work(cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
-    """Run one cell unless it is done and unchanged; failures are returned, not raised."""
-    start = time.perf_counter()
+    """Run a cell unless it is done and unchanged; its notebook is written last, elsewhere if it fails."""
+    from sdnb.records import machine
+
+    start, failed = time.perf_counter(), cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:
-        # first: what is no model leaves no folder behind
-        found = locate(cell.model.name, cell.model.revision) if cell.model else None
+        if cell.model:  # first: what is no model leaves no folder behind
+            locate(cell.model.name, cell.model.revision)
         with locked(cell.notebook.parent / ".runs" / f"{cell.source.stem}.lock"):
             if not force and cell.unchanged():
                 return Outcome(cell, UNCHANGED)
-            if found and found.is_gguf and not os.environ.get("SDNB_BASE"):
-                from sdnb.gguf import converted
-
-                converted(fetch(found))  # here, once: what it prints belongs in the terminal, not on a page
-            problem = _run_and_keep(cell, timeout_s)
+            sweep(cell.notebook)
+            key = cell_key(cell)
+            content, problem = _execute(cell, timeout_s)
+            if not problem:
+                content["metadata"]["sdnb"] = {
+                    "key": key, "files": cell.products(), "seconds": round(time.perf_counter() - start, 1),
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
+                }  # fmt: skip
+            if content:
+                text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+                atomic_write(failed if problem else cell.notebook, text.encode())
+                problem = problem and f"{problem} (see {failed})"
+            if not problem:
+                failed.unlink(missing_ok=True)
     except SdnbError as error:
         problem = str(error)
     except Exception as error:  # whatever it is, the other cells still run
         problem = f"{type(error).__name__}: {error}"
     return Outcome(cell, FAILED if problem else DONE, time.perf_counter() - start, problem)
-
-
-def _run_and_keep(cell: Cell, timeout_s: int | None) -> str:
-    """Execute a cell and write its notebook, under another name if it fails; what went wrong, or ""."""
-    from sdnb.records import machine
-
-    failed = cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
-    sweep(cell.notebook)
-    start, key = time.perf_counter(), cell_key(cell)
-    content, problem = _execute(cell, timeout_s)
-    if not problem:
-        content["metadata"]["sdnb"] = {
-            "key": key, "files": cell.products(), "seconds": round(time.perf_counter() - start, 1),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-        }  # fmt: skip
-    if content:
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        atomic_write(failed if problem else cell.notebook, text.encode())
-    if not problem:
-        failed.unlink(missing_ok=True)
-    return f"{problem} (see {failed})" if problem and content else problem
 
 
 def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
