@@ -14,7 +14,7 @@ def executed(tmp_path_factory):
     return execute_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
-LONG = ("book/test_book.py", "book/test_rerun.py", "zoo/test_models.py")
+LONG = ("book/test_book.py", "book/test_rerun.py", "cli/test_run.py")
 
 
 def pytest_collection_modifyitems(items):

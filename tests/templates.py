@@ -1,14 +1,20 @@
-"""Every notebook executed once, as `sdnb run --jobs 2` does, on a model with a defect planted by hand.
+"""Every notebook executed once, two at a time, on a model with a defect planted by hand.
 
-Executing takes a kernel each, so all tests that look at executed notebooks share one run, whichever process
-comes first: the tests of what they find, and those of the book that is made of them.
+All tests that look at executed notebooks share one run, whichever process comes first: the tests of what
+they find, and those of the book that is made of them. Cells are run as `sdnb run` does, but their kernels are
+forks of a process that has imported everything, since imports take longer than most of these notebooks.
 """
 
+import asyncio
 import json
+import multiprocessing
 import os
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -21,6 +27,7 @@ from tests.tiny import Planted, planted_model, tiny_model, tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 DOLLAR = "$"
 """A noninitial token that would start a formula in a figure that does not take care."""
+SPIKES = dict(rows=80, columns=320, strengths=[0.1, 0.9, 2.0], quiet=0.05, example=[0.2, 2.0], draws=6)
 SMALL = {
     "01_high_norm_tokens": {},
     "02_empirical_direction": {"max_lines": 12},
@@ -39,7 +46,7 @@ SMALL = {
     "15_singular_vectors": {"max_lines": 12, "layers": [1, 2]},
     "16_removing_singular_values": {"window": 64, "max_windows": 2, "kinds": ["q", "o", "gate", "down"]},
     "17_fine_tuned_spectra": {"kinds": ["up"], "deciles": [1], "seeds": [0], "steps": 2},
-    "18_random_matrix_model": {"rows": 40, "columns": 160, "draws": 4},
+    "18_random_matrix_model": SPIKES,
     "19_across_models": {},
     "20_attention_sinks": {"max_tokens": 256},
     "21_single_weights": {"max_tokens": 256},
@@ -59,6 +66,7 @@ class Executed:
     planted: Planted
     step: str  # of the planted model's training
     other: str  # with another planted defect
+    wide: str  # of another width
     plain: str  # without the phenomenon
     encoder: str
 
@@ -108,13 +116,14 @@ def _execute(root: Path) -> Executed:
         plain=str(tiny_model(steps / "step0", d=64, f=128, layers=6)),
         step=str(planted_model(steps / "step500", noninitial=DOLLAR).folder),
         other=str(planted_model(root / "org" / "other", seed=7).folder),
+        wide=str(planted_model(root / "org" / "wide", d=96).folder),
         planted=planted_model(root / "org" / "planted", noninitial=DOLLAR),
         encoder=str(encoder(root / "org" / "bert")),
     )
-    name = executed.model.name
+    name, others = executed.model.name, [executed.other, executed.plain, executed.wide]
     lists = {
-        "11_fine_tuning": {"descendants": [executed.step, executed.plain]},
-        "13_signatures": {"models": [name, executed.other, executed.plain]},
+        "11_fine_tuning": {"descendants": [executed.step, *others]},
+        "13_signatures": {"models": [name, *others]},
         "19_across_models": {"models": [name]},
     }
     pairs = [(template, name) for template in SMALL] + [(PLAIN, executed.plain), (ENCODER, executed.encoder)]
@@ -127,7 +136,64 @@ def _execute(root: Path) -> Executed:
         cells += run.matrix(
             [run.Model(model, None, given)], [*there.values()], {}, executed.results, [template]
         )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcomes = run.run_all(cells, jobs=2)
-    assert [outcome.reason for outcome in outcomes if outcome.status != run.DONE] == []
+    assert [outcome.reason for outcome in _run_all(cells) if outcome.status != run.DONE] == []
     return executed
+
+
+# --- kernels without imports
+
+IMPORTED = (
+    "ipykernel.kernelapp", "ipywidgets", "matplotlib.pyplot", "papermill", "scipy.stats", "seaborn",
+    "transformers.models.llama.modeling_llama", "sdnb.inspection", "sdnb.records", "sdnb.run",
+    "sdnb.signatures",
+)  # fmt: skip
+
+
+def _run_all(cells: list[run.Cell]) -> list[run.Outcome]:
+    """Run cells in two processes, those that read the others' records last."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    outcomes = []
+    with ProcessPoolExecutor(2, context, _fork_kernels) as pool:
+        for late in (False, True):
+            chosen = [cell for cell in cells if cell.reads_records == late]
+            outcomes += pool.map(run._work, chosen, [False] * len(chosen), [None] * len(chosen))
+    return outcomes
+
+
+def _fork_kernels() -> None:
+    """Let this process start kernels by forking, and tell nobody of its progress."""
+    from jupyter_client.provisioning import local_provisioner
+
+    local_provisioner.launch_kernel = ForkedKernel
+    run._EVENTS = SimpleNamespace(put=lambda event: None)
+
+
+class ForkedKernel(ForkProcess):
+    """A kernel with what jupyter_client asks of a subprocess."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], env: dict[str, str], **options: object):
+        super().__init__(target=_serve, args=(command, env))
+        self.start()
+        os.setpgid(self.pid, self.pid)  # which is killed as a whole
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> int | None:
+        self.join()
+        return self.exitcode
+
+
+def _serve(command: list[str], env: dict[str, str]) -> None:
+    """Be the kernel of a command line; pyplot, imported before there was one, learns where figures go."""
+    import matplotlib
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.environ.update(env)
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"
+    IPKernelApp.launch_instance(command[command.index("-f") :])

@@ -26,7 +26,6 @@ from sdnb.signatures import (
     signature,
     signature_command,
 )
-from tests.cells import run_cells
 from tests.tiny import planted_model, tiny_model, tiny_tokenizer
 
 LINES = [f"the module number {n} provides a class for {n * n} objects" for n in range(20)]
@@ -323,43 +322,6 @@ def test_copies_in_other_coordinates_are_related(zoo, kind):
         assert compare_signatures(zoo[name], found)["verdict"] == "no sign of a relation"
 
 
-@torch.no_grad()
-def test_noise_and_coarse_weights_leave_a_relative(zoo):
-    generator = torch.Generator().manual_seed(0)
-    noisy, coarse = sdnb.load("zoo/llama"), sdnb.load("zoo/llama")
-    for W in noisy.model.parameters():
-        W += 0.1 * W.std() * torch.randn(W.shape, generator=generator)
-    for W in coarse.model.parameters():  # four bits, one scale a row
-        step = W.abs().amax(dim=-1, keepdim=True) / 7
-        W.copy_((W / step).round() * step)
-    for changed in (noisy, coarse):
-        row = compare_signatures(zoo["llama"], measured(changed))
-        assert row["verdict"] == row["direction"] == row["embeddings"] == "related"
-        assert row["angle_deg"] < 10 and row["alignment"] > 0.97
-
-
-def renumbered(one: Signature, other: Signature, count: int) -> Signature:
-    """`other` with its largest coordinates moved to where those of `one` stand, with their signs."""
-    to, of = (x.direction.abs().argsort(descending=True).tolist() for x in (one, other))
-    to, of = (top[:count] + sorted(top[count:]) for top in (to, of))
-    R = torch.zeros(len(to), len(to))
-    R[to, of] = 1.0
-    R[to[:count]] *= (torch.sign(one.direction) * torch.sign(R @ other.direction))[to[:count], None]
-    return dataclasses.replace(other, direction=R @ other.direction, embedding=other.embedding @ R.T)
-
-
-def test_unrelated_models_with_the_same_massive_dimension_are_no_relatives(zoo):
-    for a, b in itertools.permutations(UNRELATED, 2):
-        row = compare_signatures(zoo[a], renumbered(zoo[a], zoo[b], 1))
-        assert row["verdict"] == "no sign of a relation"
-        assert row["carried_angle_deg"] > 75, "the rotation undoes the renumbering"
-    row = compare_signatures(zoo["gpt2"], renumbered(zoo["gpt2"], zoo["llama-batch8k"], 1))
-    assert row["isotropic_log10"] < -20 and row["permutation_log10"] > -3
-    # all coordinates in the order of their size: the directions meet, the embeddings say that it is another
-    row = compare_signatures(zoo["llama"], renumbered(zoo["llama"], zoo["llama-seed2"], 128))
-    assert row["direction"] == "related" and row["verdict"] == "undecided"
-
-
 def test_command_names_everyone(capsys):
     models = ["zoo/llama", "zoo/llama-chat", "zoo/gpt2"]
     options = {"models": models, "text": LINES, "max_lines": 20, "chance": 1e-6}
@@ -371,71 +333,3 @@ def test_command_names_everyone(capsys):
     assert all(name in text for name in models)
     with pytest.raises(sdnb.ModelError):
         signature_command(SimpleNamespace(json=True, **(options | {"models": ["zoo/llama", "/no/such"]})))
-
-
-# --- the notebooks of collections
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    """A planted model, a descendant, an unrelated one, another width, and one without the phenomenon."""
-    root = tmp_path_factory.mktemp("collection")
-    sizes = {"f": 64, "layers": 4, "decay_layer": 4}
-    truth = planted_model(root / "step-30", "gpt2", d=64, **sizes)
-    planted_model(root / "other", "gpt2", d=64, seed=7, **sizes)
-    planted_model(root / "wide", "gpt2", d=96, **sizes)
-    tiny_model(root / "step-0", "gpt2", d=64, f=64, layers=4, seed=5)
-    child = sdnb.load(str(truth.folder)).model
-    with torch.no_grad():
-        for W in child.parameters():
-            W += 0.02 * W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(1))
-    child.save_pretrained(root / "step-20")
-    tiny_tokenizer().save_pretrained(root / "step-20")
-    return {path.name: str(path) for path in root.iterdir()}, truth
-
-
-def test_training_dynamics(collection, tmp_path):
-    folders, truth = collection
-    steps = [folders["step-30"], folders["step-0"], folders["step-20"]]
-    options = {"model": steps[0], "text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
-    found = run_cells("10", checkpoints=steps, window=64, max_windows=2, **options)["record"]
-    assert found["steps"] == [0, 20, 30] and found["explosion_layers"] == [[], [2], [2]]
-    assert found["angle_to_final_deg"][0] is None and found["angle_to_final_deg"][2] == 0
-    assert 0 < found["angle_to_final_deg"][1] < 20 < found["first_state_angle_deg"][0]
-    assert found["high_norm_count"][0] == 0 and found["peak_ratio"][2] > 5 > found["peak_ratio"][0]
-    assert found["state_layer"] == truth.explosion_layer and len(found["loss"]) == 3
-    assert found.arrays["first_norms"].shape == (3, 5) and list(tmp_path.glob("*/10_training_dynamics.png"))
-    with pytest.raises(sdnb.ParameterError):
-        run_cells("10", **options)
-
-
-def test_fine_tuning(collection, tmp_path):
-    folders, _ = collection
-    names = [folders[name] for name in ("step-20", "other", "step-0", "wide")]
-    options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
-    found = run_cells("11", model=folders["step-30"], descendants=names, **options)["record"]
-    assert found["names"] == [folders["step-30"], *names] and found["angle_deg"][0] == 0
-    assert found["angle_deg"][1] < 20 < 60 < found["angle_deg"][2]
-    assert found["angle_deg"][3] is found["angle_deg"][4] is None, "no direction, and another width"
-    assert found["pair_angle_deg"][1][2] == found["pair_angle_deg"][2][1] > 60
-    assert found["explosion_layers"][:3] == [[2], [2], [2]] and found["high_norm_count"][3] == 0
-    assert found.arrays["first_norms"].shape == (4, 5), "those of the base's shape"
-    assert found.arrays["directions"].shape == (5, 64) and not found.arrays["directions"][3:].any()
-
-
-def test_signatures_of_a_collection(collection, tmp_path):
-    folders, _ = collection
-    options = {"text": LINES, "results_dir": tmp_path, "add_special_tokens": False}
-    models = list(folders.values())
-    found = run_cells("13", model=folders["step-30"], models=models, **options)["record"]
-    groups = dict(zip(folders, found["groups"], strict=True))
-    assert groups["step-20"] == groups["step-30"] and len({*groups.values()}) == 4
-    assert list(found["left_out"]) == [folders["step-0"]]
-    rows = {(row["change"], row["amount"]): row for row in found["robustness"]}
-    counts = {"noise": 4, "quantization": 3, "fine-tuning": 3, "renumbering": 1}
-    assert [change for change, _ in rows] == [change for change, n in counts.items() for _ in range(n)]
-    assert all(row["verdict"] == "related" for row in rows.values())
-    moved = rows["renumbering", "all coordinates"]
-    assert moved["alignment"] > 0.999 and moved["angle_deg"] > 60
-    assert moved["carried_angle_deg"] is None, "no embedding was planted along the direction"
-    assert found.arrays["angle_deg"].shape == found.arrays["alignment"].shape == (5, 5)

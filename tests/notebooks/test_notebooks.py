@@ -1,19 +1,18 @@
 """What the executed notebooks find: planted layers, directions, tokens and modules, whose truth is known."""
 
-import papermill
 import pytest
 
 import sdnb
 from sdnb import run
+from tests.cells import run_cells
 from tests.templates import DOLLAR, ROOT, SMALL, code_cells
 
-NOTEBOOKS = ROOT / "notebooks"
 NUMBERED = [name for name in SMALL if name != "explorer"]
 pytestmark = pytest.mark.slow
 
 
 def test_every_notebook_is_executed_here():
-    assert {*SMALL} == {path.stem for path in run.templates_in(NOTEBOOKS)}
+    assert {*SMALL} == {path.stem for path in run.templates_in(ROOT / "notebooks")}
 
 
 @pytest.mark.parametrize("template", NUMBERED)
@@ -98,15 +97,27 @@ def test_09_prevents_the_explosion(values, executed):
     assert without["first_norm"] < 0.1 * found["none"]["first_norm"]
 
 
-def test_10_takes_the_steps_beside_the_model(values, executed):
-    found = values("10_training_dynamics")
-    assert found["steps"] == [0, 500]
-    assert found["explosion_layers"] == [[], [executed.planted.explosion_layer]]
+def test_10_takes_the_steps_beside_the_model(executed, tmp_path):
+    found, layer = executed.record("10_training_dynamics"), executed.planted.explosion_layer
+    assert found["steps"] == [0, 500] and found["explosion_layers"] == [[], [layer]]
+    assert found["angle_to_final_deg"] == [None, 0] and found["first_state_angle_deg"][0] > 20
+    assert found["high_norm_count"][0] == 0 and found["peak_ratio"][1] > 5 > found["peak_ratio"][0]
+    assert found["state_layer"] == layer and len(found["loss"]) == 2
+    assert found.arrays["first_norms"].shape == (2, 7)
+    with pytest.raises(sdnb.ParameterError, match="checkpoints"):
+        run_cells("10", model=executed.plain, results_dir=tmp_path)
 
 
-def test_11_compares_models(values):
-    near, none = values("11_fine_tuning")["angle_deg"][1:]
-    assert near < 1 and none is None
+def test_11_compares_models(executed):
+    found = executed.record("11_fine_tuning")
+    others = [executed.step, executed.other, executed.plain, executed.wide]
+    assert found["names"] == [executed.model.name, *others]
+    assert found["angle_deg"][0] == 0 and found["angle_deg"][1] < 1 and found["angle_deg"][2] > 60
+    assert found["angle_deg"][3] is found["angle_deg"][4] is None, "no direction, and another width"
+    assert found["pair_angle_deg"][1][2] == found["pair_angle_deg"][2][1] > 60
+    assert found["high_norm_count"][3] == 0
+    assert found.arrays["first_norms"].shape == (4, 7), "those of the base's shape"
+    assert found.arrays["directions"].shape == (5, 64) and not found.arrays["directions"][3:].any()
 
 
 def test_12_and_22_name_the_spiking_module(values, executed):
@@ -114,16 +125,23 @@ def test_12_and_22_name_the_spiking_module(values, executed):
     assert found["explosion_layers"] == [layer]
     assert f"model.layers.{layer - 1}.mlp.down_proj" in found["spiking_modules"]
     lists = {name for row in found["rows"] for name in row["skipped"]}
-    assert {row["module"] for row in found["given_back"]} == lists
+    assert {row["module"] for row in found["recovered"]} == lists
     assert values("22_number_formats")["explosion_layers"] == [layer]
 
 
-def test_13_tells_unrelated_models_apart(values, executed):
+def test_13_tells_unrelated_models_apart(executed):
     """The model without the phenomenon has no direction, but the planted one's embeddings, both of seed 0."""
-    found = values("13_signatures")
-    assert found["names"] == [executed.model.name, executed.other, executed.plain]
+    found = executed.record("13_signatures")
+    assert found["names"] == [executed.model.name, executed.other, executed.plain, executed.wide]
     assert [*found["left_out"]] == [executed.plain]
-    assert found["groups"] == [1, 2, 1] and found["pairs"][0]["angle_deg"] > 60
+    assert found["groups"] == [1, 2, 1, 3] and found["pairs"][0]["angle_deg"] > 60
+    assert found.arrays["angle_deg"].shape == found.arrays["alignment"].shape == (4, 4)
+    changes = [(row["change"], row["verdict"]) for row in found["robustness"]]
+    counts = {"noise": 4, "quantization": 3, "fine-tuning": 3, "renumbering": 1}
+    assert changes == [(change, "related") for change, n in counts.items() for _ in range(n)]
+    moved = found["robustness"][-1]
+    assert moved["alignment"] > 0.999 and moved["angle_deg"] > 60
+    assert moved["carried_angle_deg"] is None, "no embedding was planted along the direction"
 
 
 def test_19_reads_the_others_records(values, executed):
@@ -147,9 +165,7 @@ def test_a_model_without_the_phenomenon_has_gaps_and_an_encoder_its_page(execute
     assert {entry["kind"] for entry in matrices} == {"q", "k", "v", "o", "up", "down"}
 
 
-def test_a_wrong_model_is_a_clear_error_with_plain_papermill(tmp_path):
-    given = {"model": str(tmp_path / "nothing"), "results_dir": str(tmp_path / "results")}
-    template, page = NOTEBOOKS / "01_high_norm_tokens.ipynb", tmp_path / "page.ipynb"
-    with pytest.raises(papermill.PapermillExecutionError, match="ModelError"):
-        papermill.execute_notebook(template, page, given, progress_bar=False, start_timeout=120)
-    assert not list(tmp_path.glob("results/*/*.json"))
+def test_a_wrong_model_is_a_clear_error_and_leaves_no_record(tmp_path):
+    with pytest.raises(sdnb.ModelError, match="no folder"):
+        run_cells("01", model=str(tmp_path / "nothing"), results_dir=str(tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
