@@ -141,32 +141,25 @@ def test_local_models_of_the_same_name_have_slugs_of_their_own(tmp_path, monkeyp
 # --- the fingerprint of the weights
 
 
-def test_the_fingerprint_sees_every_bit_and_every_place(good):
-    model = load(str(good), device="cpu").model
-    first = weights_fingerprint(model)
-    assert first == weights_fingerprint(load(str(good), device="cpu").model)
-    weight, seen = model.model.layers[1].mlp.down_proj.weight, {first}
+def test_the_fingerprint_sees_every_bit_place_name_dtype_and_shape(tmp_path):
+    folder = str(tiny_model(tmp_path / "tied", layers=2, tie_word_embeddings=True))
+    model = load(folder, device="cpu").model
+    seen = {weights_fingerprint(model)}
+    assert seen == {weights_fingerprint(load(folder, device="cpu").model)}
+    weight, layers = model.model.layers[1].mlp.down_proj.weight, model.model.layers
     weight.view(torch.int32)[3, 17] ^= 1
     seen.add(weights_fingerprint(model))
     for moved in (weight.flip(0), weight.roll(2, 1)):  # the same numbers in other places
         weight.copy_(moved)
         seen.add(weights_fingerprint(model))
-    assert len(seen) == 4
-
-
-def test_the_fingerprint_sees_names_dtypes_shapes_and_tied_weights(tmp_path):
-    model = load(str(tiny_model(tmp_path / "tied", layers=2, tie_word_embeddings=True)), device="cpu").model
-    seen = {weights_fingerprint(model)}
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)  # not tied
     seen.add(weights_fingerprint(model))
-    first, second = model.model.layers
-    model.model.layers[0], model.model.layers[1] = second, first
+    layers[0], layers[1] = layers[1], layers[0]
     seen.add(weights_fingerprint(model))
-    query = model.model.layers[0].self_attn.q_proj
+    query = layers[0].self_attn.q_proj
     query.weight = torch.nn.Parameter(query.weight.reshape(16, -1), requires_grad=False)
-    seen.add(weights_fingerprint(model))
-    seen.add(weights_fingerprint(model.bfloat16()))
-    assert len(seen) == 5
+    seen |= {weights_fingerprint(model), weights_fingerprint(model.bfloat16())}
+    assert len(seen) == 8
 
 
 def test_the_fingerprint_is_the_one_that_records_hold():

@@ -140,11 +140,6 @@ def test_a_name_that_is_no_model_leaves_no_folder(bench):
     assert bench.runs == [] and not (bench.root / "results").exists()
 
 
-def test_whatever_a_cell_raises_is_told(bench, monkeypatch):
-    monkeypatch.setattr(run, "cell_key", lambda cell: 1 / 0)
-    assert "ZeroDivisionError: division" in bench.work().reason
-
-
 def test_of_two_runs_in_one_folder_one_works_and_the_other_finds_it_done(bench, monkeypatch):
     outcomes, execute = [], bench.execute
 

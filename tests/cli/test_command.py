@@ -7,8 +7,6 @@ import sys
 import pytest
 
 from sdnb.cli import COMMANDS, main
-from sdnb.errors import ModelError
-from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -53,18 +51,3 @@ def test_a_reader_that_goes_away_is_no_failure():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-@pytest.mark.parametrize("command", ["detect", "signature"])
-def test_commands_take_what_messages_name(command, tmp_path, monkeypatch, capfd):
-    asked = []
-
-    def refuse(name, **options):
-        asked.append(options)
-        raise ModelError("that is all")
-
-    monkeypatch.setattr("sdnb.loading.load", refuse)
-    monkeypatch.setattr("sdnb.signatures.load", refuse)
-    folder = tiny_model(tmp_path / "tiny", layers=1)
-    assert main([command, str(folder), "--allow-pickle", "--trust-remote-code", "--dtype", "float32"]) == 1
-    assert asked[0]["allow_pickle"] and asked[0]["trust_remote_code"] and asked[0]["dtype"] == "float32"

@@ -6,15 +6,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from sdnb import encode, gguf, hidden_states, load
+from sdnb import encode, hidden_states, load
 from sdnb.cli import main
 from sdnb.inspection import MULTIPLES, inspect_model, report
 from sdnb.quantize.skip_lists import TOOLS
-from tests import ggufs
 from tests.tiny import build, planted_model, save, tiny_model
 
 LINES = [f"the module number {n} provides a class for {n} objects" + " of it" * (n % 3) for n in range(12)]
-SIZES = {"d": 32, "f": 48, "layers": 2, "heads": 4, "vocabulary": 384, "seed": 1, "scale": 0.7}
 MIXTURES = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -146,7 +144,7 @@ def test_a_model_without_high_norm_tokens(tmp_path):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_an_expert_scaled_by_hand_is_named(tmp_path, family):
-    model = build(family, **SIZES, **MIXTURES[family])
+    model = build(family, layers=2, vocabulary=384, **MIXTURES[family])
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3] *= 200
     values = inspect_model(load(str(save(model, tmp_path, 384))), LINES)
@@ -163,19 +161,6 @@ def test_an_offloaded_model_is_read_and_not_quantized(tmp_path, planted, capsys)
     check_report(values)
     assert main(["detect", str(truth.folder), "--device", "offload", "--measure"]) == 1
     assert "device=offload" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ggufs.ARCHITECTURES)
-def test_a_gguf_file_of_each_architecture(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "cache_folder", lambda: tmp_path / "cache")
-    family, more, settings = ggufs.ARCHITECTURES[kind]
-    model = ggufs.small(family, **more)
-    loaded = load(str(ggufs.write_model(tmp_path / "model.gguf", model, kind, settings)))
-    values = inspect_model(loaded, LINES[:4])
-    assert values["format"] == "gguf F32" and len(values["layers"]) == loaded.layer_count
-    without = {"mamba": {"sinks", "cache"}, "lfm2": {"sinks"}, "qwen35": {"sinks"}}
-    assert set(values["left_out"]) == without.get(kind, set()), "layers that do not attend"
-    check_report(values)
 
 
 @pytest.mark.parametrize("options", [{"whole": True}, {"chat": True}, {"chat": True, "whole": True}, {}])
@@ -231,10 +216,10 @@ def test_an_option_out_of_range_is_named(words, message, planted, capsys):
 
 
 def test_without_a_tokenizer_another_models_is_taken(tmp_path, planted, capsys):
-    model = build("llama", **SIZES)
+    model = build("llama", vocabulary=384)
     model.save_pretrained(tmp_path / "bare")
     assert main(["detect", str(tmp_path / "bare")]) == 1
     error = capsys.readouterr().err
     assert "--base" in error and "token_ids" not in error
-    other = tiny_model(tmp_path / "other", **{k: v for k, v in SIZES.items() if k != "seed"})
+    other = tiny_model(tmp_path / "other")
     assert main(["detect", str(tmp_path / "bare"), "--base", str(other), "--max-lines", "4"]) == 0
