@@ -7,9 +7,7 @@ Not called `sdnb.detect`: that is the rule of `sdnb.activations.detection`. `ins
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from statistics import median_high
 
@@ -20,7 +18,6 @@ from sdnb import activations, quantize
 from sdnb.activations.sinks import EPSILON
 from sdnb.errors import ParameterError, SdnbError, TextError
 from sdnb.loading import Loaded
-from sdnb.quantize.experts import expert_parameters
 from sdnb.quantize.formats import largest_entry
 from sdnb.text import Text, encode, lines_of, position_limit, token_labels, whole_text
 
@@ -30,7 +27,6 @@ TAKEN = 0.95  # the largest multiple that still takes this share of the high-nor
 SINK_SHARE = 0.05  # a token is a sink when it is one in this share of all heads
 CACHE_BITS, RANDOM_LISTS = 4, 3
 WINDOW, WINDOWS = 128, 8  # tokens in a window, windows that costs are measured on; schemes: twice as many
-Label = Callable[[int], str]  # token id -> its label
 SCHEME_NAMES = ("int8 tensor", "int8 channel, token", "float8 tensor", "int8 blocks of 32", "nvfp4")
 
 
@@ -77,28 +73,10 @@ def inspect_model(
     if measure and not in_memory:
         raise ParameterError("Weights are quantized in memory: load the model without device=offload.")
     encoded, windows, sequences = _read(loaded, text, **reading)
-
-    def label(token: int) -> str:
-        return token_labels(loaded, [token])[0]
-
     note(f"reading {encoded.tokens:,} tokens")
-    seen, done = _Largest(model, encoded, label), 0
+    scheme = quantize.Scheme() if in_memory and (costs or measure) else None
     reader = activations.StateReader(loaded, encoded, threshold=threshold)
-
-    def visit(layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
-        nonlocal done
-        seen.visit(layer, state, real, numbers)
-        reader.visit(layer, state, real, numbers)
-        if layer == seen.last:
-            done += int(real.sum())
-            note(f"{done:,} of {encoded.tokens:,} tokens read")
-
-    options = {"scheme": quantize.Scheme() if in_memory and (costs or measure) else None, "visit": visit}
-    mixture = next(expert_parameters(model), None) is not None
-    if mixture:
-        options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
-    with seen.watch(), quantize.watched_experts(model) if mixture else nullcontext([]) as experts:
-        statistics = quantize.input_statistics(model, encoded.lines, **options)
+    statistics, largest, experts = _one_pass(reader, scheme, note)
     defect = reader.defect()
     skip = quantize.skip_list(model, statistics, threshold=min_ratio)
     values = {
@@ -106,21 +84,21 @@ def inspect_model(
         "format": loaded.format, "token_count": encoded.tokens, "line_count": len(encoded.lines),
         "layer_count": len(defect.norms) - 1, "begin_token": encoded.begin_token,
         "add_special_tokens": encoded.add_special_tokens, "begin_token_note": encoded.unusual,
-        "text_hash": encoded.hash, **_tokens(defect, label, loaded.tokenizer), **_layers(defect, seen, label),
-        "linear_inputs": [_input(row, seen.found.get((n, "input"), {})) for n, row in statistics.items()],
+        "text_hash": encoded.hash, **_tokens(loaded, defect), **_layers(loaded, defect, statistics, largest),
+        "linear_inputs": [_input(row, largest["input"][name]) for name, row in statistics.items()],
         "experts": [vars(expert) for expert in experts],
         "super_experts": [e.name for e in quantize.super_experts(experts)] if experts else [],
         "skip_threshold": skip.threshold, "spiking_modules": skip.spiking, "fused_modules": skip.fused,
         "never_quantized": skip.by_default, "skip_list": skip.modules, "forms": _forms(skip, model),
         "left_out": {},
     }  # fmt: skip
-    for name, part in {"sinks": _sinks, "cache": _cache, "single_weight": _single_weight}.items():
-        if costs:
-            note(name.replace("_", " "))
-            try:
-                values[name] = part(loaded, windows[:WINDOWS], sequences, defect, label)
-            except SdnbError as problem:
-                values["left_out"][name] = str(problem)
+    parts = {"sinks": _sinks, "cache": _cache, "single_weight": _single_weight} if costs else {}
+    for name, part in parts.items():
+        note(name.replace("_", " "))
+        try:
+            values[name] = part(loaded, windows[:WINDOWS], sequences, defect)
+        except SdnbError as problem:
+            values["left_out"][name] = str(problem)
     if measure:
         values["measured"] = _measured(model, windows, skip, measure, note)
         note(f"ranking modules by what skipping each gives back in {measure[0]}")
@@ -152,7 +130,7 @@ def _read(
     special = {"add_special_tokens": add_special_tokens}
     limit = position_limit(loaded.model.config)
     cut = max_tokens and min(max_tokens, limit or max_tokens)
-    read = encode(loaded, text, max_lines=max_lines, whole=whole and not chat, max_tokens=cut, **special)
+    read = encode(loaded, text, max_lines=max_lines, whole=whole, max_tokens=cut, **special)
     if max_tokens:
         ends = accumulate(map(len, read.lines), initial=0)
         lines = [line[: max(max_tokens - end, 0)] for line, end in zip(read.lines, ends, strict=False)]
@@ -172,89 +150,78 @@ def _read(
 # --- the pass
 
 
-class _Largest:
-    """Largest entries of states and of linear modules' inputs and outputs, with dimension and token."""
+def _one_pass(
+    reader: activations.StateReader, scheme: quantize.Scheme | None, note: Callable[[str], None]
+) -> tuple[dict[str, quantize.InputStatistics], dict[str, dict], list[quantize.ExpertStatistics]]:
+    """Inputs' statistics; largest "state" of each layer, "input" and "output" of each module; experts."""
+    loaded, lines, done = reader.loaded, reader.lines, 0
+    largest: dict[str, dict] = {"state": {}, "input": {}, "output": {}}
 
-    def __init__(self, model: nn.Module, text: Text, label: Label):
-        self.linears, self.text, self.label = quantize.linear_modules(model), text, label
-        self.last = model.config.get_text_config().num_hidden_layers
-        self.found: dict[tuple[str | int, str], dict] = defaultdict(lambda: {"size": -1.0})
-        self.batch: tuple[Tensor, list[int]] | None = None
-
-    def visit(self, layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
-        """Take the states of one batch after a layer; the next layer's modules are called after it."""
-        self.batch = (real, numbers)
-        self._take((layer, "state"), state)
-        self.batch = None if layer == self.last else self.batch
-
-    def watch(self) -> ExitStack:
-        """Hooks on every linear module, until the stack is left."""
-        hooks = ExitStack()
-        for name, linear in self.linears.items():
-            hooks.enter_context(linear.module.register_forward_hook(partial(self._look, name)))
-        return hooks
-
-    def _look(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        if self.batch is not None and args and torch.is_tensor(args[0]) and args[0].numel():
-            self._take((name, "input"), args[0])
-            self._take((name, "output"), output)
-
-    def _take(self, key: tuple[str | int, str], x: Tensor) -> None:
-        real, numbers = self.batch
-        known = x.numel() == real.numel() * x.shape[-1]  # else a mixture has sorted the rows
-        rows = x.reshape(*real.shape, -1) if known else x.reshape(1, -1, x.shape[-1])
-        sizes = largest_entry(rows, (-1,))[..., 0].float()
-        sizes = sizes.masked_fill(~real.to(sizes.device), -1.0) if known else sizes
+    def take(kind: str, key: int | str, x: Tensor, real: Tensor, numbers: list[int] | None) -> None:
+        """Look for the largest entry in x (B, T, d), of lines with these numbers."""
+        sizes = largest_entry(x, (-1,))[..., 0].masked_fill(~real.to(x.device), -1.0)
         b, t = divmod(int(sizes.argmax()), sizes.shape[1])
-        if sizes[b, t] <= self.found[key]["size"]:
+        if key in largest[kind] and sizes[b, t] <= largest[kind][key]["size"]:
             return
-        j = int(rows[b, t].abs().argmax())
-        value = rows[b, t, j].item()
-        place = {"line": None, "position": None}
-        if known:
-            token = int(self.text.lines[numbers[b]][t])
-            place = {"line": numbers[b], "position": t, "token_id": token, "token": self.label(token)}
-        self.found[key] = {"value": value, "size": abs(value), "dimension": j, **place}
+        j = int(x[b, t].abs().argmax())
+        value, place = x[b, t, j].item(), {"line": None, "position": None}
+        if numbers is not None:
+            token = int(lines[numbers[b]][t])
+            place = {"line": numbers[b], "position": t, "token_id": token}
+            place["token"] = token_labels(loaded, [token])[0]
+        largest[kind][key] = {"value": value, "size": abs(value), "dimension": j, **place}
 
-    def of_layer(self, layer: int, side: str) -> dict | None:
-        """The largest input or output of a layer's linear modules, with the module's name."""
-        rows = [
-            entry | {"module": name}
-            for (name, kind), entry in self.found.items()
-            if kind == side and self.linears[name].layer == layer
-        ]
-        return max(rows, key=lambda entry: entry["size"], default=None)
+    def visit(layer: int, state: Tensor, real: Tensor, numbers: list[int]) -> None:
+        nonlocal done
+        take("state", layer, state, real, numbers)
+        reader.visit(layer, state, real, numbers)
+        if layer == loaded.layer_count:
+            done += int(real.sum())
+            note(f"{done:,} of {sum(map(len, lines)):,} tokens read")
+
+    def watch(linear: quantize.LinearModule, x: Tensor, y: Tensor, *batch: object) -> None:
+        take("input", linear.name, x, *batch)
+        take("output", linear.name, y, *batch)
+
+    options = {"scheme": scheme, "visit": visit, "watch": watch}
+    with quantize.watched_experts(loaded.model) as experts:
+        if experts:
+            options["max_tokens"] = 1  # line by line: padding would be sent to experts, too
+        return quantize.input_statistics(loaded.model, lines, **options), largest, experts
 
 
-def _tokens(defect: activations.Defect, label: Label, tokenizer) -> dict:
+def _tokens(loaded: Loaded, defect: activations.Defect) -> dict:
     """High-norm tokens, layers, massive dimensions."""
 
     def kind(token: int, position: int) -> str:
-        if token == tokenizer.bos_token_id or position == 0:
-            return "begin token" if token == tokenizer.bos_token_id else "first position"
-        return "word" if any(c.isalnum() for c in tokenizer.decode([token])) else "delimiter"
+        if token == loaded.tokenizer.bos_token_id or position == 0:
+            return "begin token" if token == loaded.tokenizer.bos_token_id else "first position"
+        return "word" if any(c.isalnum() for c in loaded.tokenizer.decode([token])) else "delimiter"
 
-    high = defect.high_norm.nonzero().flatten()
+    high, rows = defect.high_norm, defect.high_norm_tokens()
     kinds = Counter(map(kind, defect.token_ids[high].tolist(), defect.positions[high].tolist()))
+    labels = token_labels(loaded, [row["token_id"] for row in rows])
     same = ("peak_ratio", "threshold", "undecided", "explosion_layers", "decay_layers", "climbs", "descents")
     return {key: getattr(defect, key) for key in same} | {
-        "high_norm_tokens": [{"token": label(r["token_id"])} | r for r in defect.high_norm_tokens()],
-        "high_norm_token_count": len(high), "high_norm_kinds": dict(kinds),
+        "high_norm_tokens": [{"token": t} | row for t, row in zip(labels, rows, strict=True)],
+        "high_norm_token_count": int(high.sum()), "high_norm_kinds": dict(kinds),
         "massive_dimensions": defect.massive,
     }  # fmt: skip
 
 
-def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict:
+def _layers(loaded: Loaded, defect: activations.Defect, statistics: dict, largest: dict) -> dict:
     """Layers 1..L one by one, what share of float16's range they take, and what to mask."""
     norms, high = defect.norms[1:].double(), defect.high[1:]
-    medians = norms.median(dim=1).values
-    ratios = norms / medians.clamp(min=1e-30)[:, None]
+    ratios = norms / norms.median(dim=1).values.clamp(min=1e-30)[:, None]
     rows = []
-    for number, (median, here, ratio) in enumerate(zip(medians, norms, ratios, strict=True), start=1):
-        tops = {f"largest_{side}": largest.of_layer(number, side) for side in ("input", "output")}
-        tops["largest_entry"] = largest.found[number, "state"]
+    for number, (here, ratio) in enumerate(zip(norms, ratios, strict=True), start=1):
+        tops = {}
+        for side in ("input", "output"):
+            found = [e | {"module": n} for n, e in largest[side].items() if statistics[n].layer == number]
+            tops[f"largest_{side}"] = max(found, key=lambda entry: entry["size"], default=None)
+        tops["largest_entry"] = largest["state"][number]
         rows.append({
-            "layer": number, "median_norm": median.item(), "largest_norm": here.max().item(), **tops,
+            "layer": number, "median_norm": here.median().item(), "largest_norm": here.max().item(), **tops,
             "float16_share": max(top["size"] for top in tops.values() if top) / FLOAT16_MAX,
             "above_medians": {str(k): (ratio > k).double().mean().item() for k in MULTIPLES},
         })  # fmt: skip
@@ -262,21 +229,21 @@ def _layers(defect: activations.Defect, largest: _Largest, label: Label) -> dict
         "layers": rows,
         "float16_share": max(row["float16_share"] for row in rows),
         "first_float16_overflow": next((r["layer"] for r in rows if r["float16_share"] > 1), None),
-        "masking": _masking(defect, ratios, high, label) if high.any() else None,
+        "masking": _masking(loaded, defect, ratios, high) if high.any() else None,
     }
 
 
-def _masking(defect: activations.Defect, ratios: Tensor, high: Tensor, label: Label) -> dict:
+def _masking(loaded: Loaded, defect: activations.Defect, ratios: Tensor, high: Tensor) -> dict:
     """The multiple of its layer's median above which to mask a state, and what that masks."""
     enough = [k for k in MULTIPLES if (ratios > k)[high].double().mean() >= TAKEN]
     multiple = max(enough, default=MULTIPLES[0])
     taken, first = ratios > multiple, defect.positions == 0
     tokens = taken.any(dim=0)
+    later = Counter(token_labels(loaded, defect.token_ids[tokens & ~first]))
     return {
         "multiple": multiple, "layers": (taken.any(dim=1).nonzero().flatten() + 1).tolist(),
         "tokens": int(tokens.sum()), "share": tokens.double().mean().item(),
-        "first_positions": int((tokens & first).sum()),
-        "later": dict(Counter(map(label, defect.token_ids[tokens & ~first].tolist())).most_common()),
+        "first_positions": int((tokens & first).sum()), "later": dict(later.most_common()),
         "high_norm_states_taken": taken[high].double().mean().item(),
         "taken_by_first_position": (high & first)[high].double().mean().item(),
     }  # fmt: skip
@@ -309,15 +276,16 @@ def _compared(losses: Tensor, reference: Tensor) -> dict:
     return {"perplexity": losses.mean().exp().item(), **vars(quantize.perplexity_ratio(losses, reference))}
 
 
-def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
+def _sinks(loaded: Loaded, windows: Tensor, sequences: Tensor, defect) -> dict:
     """Sink rates, the tokens that are sinks, and the length of their keys and values."""
     found = activations.sinks(loaded.model, sequences)
     hit, groups = found.tokens > SINK_SHARE, defaultdict(list)  # false where it is NaN
     for b, t in hit.nonzero().tolist():
         groups[int(sequences[b, t]), "later" if t else "first"].append(found.tokens[b, t].item())
+    labels = token_labels(loaded, [token for token, _ in groups])
     tokens = [
-        {"token": label(i), "token_id": i, "position": p, "count": len(s), "share_of_heads": sum(s) / len(s)}
-        for (i, p), s in groups.items()
+        {"token": t, "token_id": i, "position": p, "count": len(s), "share_of_heads": sum(s) / len(s)}
+        for t, ((i, p), s) in zip(labels, groups.items(), strict=True)
     ]
     parts = {"sinks": hit, "others": ~hit} if hit.any() else {"others": ~hit}
     return {
@@ -329,7 +297,7 @@ def _sinks(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> 
     }  # fmt: skip
 
 
-def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
+def _cache(loaded: Loaded, windows: Tensor, sequences: Tensor, defect) -> dict:
     """The cost of a cache of few bits with nothing kept, the first position, and all high-norm tokens."""
     model, intact = loaded.model, _losses(loaded.model, windows)
     first = (torch.arange(windows.shape[1]) == 0).expand_as(windows)
@@ -355,11 +323,11 @@ def _cache(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> 
     return {
         "bits": CACHE_BITS, "windows": len(windows), "window": windows.shape[1],
         "perplexity": intact.mean().exp().item(), "kept": rows,
-        "front": [label(token) for token in front], "front_ids": front,
+        "front": token_labels(loaded, front), "front_ids": front,
     }  # fmt: skip
 
 
-def _single_weight(loaded, windows: Tensor, sequences: Tensor, defect, label: Label) -> dict:
+def _single_weight(loaded: Loaded, windows: Tensor, sequences: Tensor, defect) -> dict:
     """The entries of every layer; that of the explosion layer, where there is one, also set to zero."""
     model = loaded.model
     found = quantize.single_weights(model, windows)
@@ -384,35 +352,32 @@ def _single_weight(loaded, windows: Tensor, sequences: Tensor, defect, label: La
 
 def _measured(model: nn.Module, windows: Tensor, skip, names: Sequence[str], note: Callable) -> dict:
     """Perplexity of every scheme with nothing skipped, with the list, and with random lists as long."""
-    intact, draw = _losses(model, windows), torch.Generator().manual_seed(0)
     free = [name for name in quantize.linear_modules(model) if name not in skip.chosen]
-    count, lists = min(len(skip.chosen), len(free)), []
-    for _ in range(RANDOM_LISTS if count else 0):
-        lists.append([free[i] for i in torch.randperm(len(free), generator=draw)[:count].tolist()])
-
-    def quantized(name: str, skipped: Sequence[str]) -> tuple[Tensor, float]:
-        with quantize.quantized(model, quantize.SCHEMES[name], skip=skipped) as done:
-            return _losses(model, windows), quantize.kept_share(model, done)
-
-    rows = []
+    count, draw = min(len(skip.chosen), len(free)), torch.Generator().manual_seed(0)
+    lists = {"nothing": [()]}
+    if count:
+        places = [torch.randperm(len(free), generator=draw)[:count].tolist() for _ in range(RANDOM_LISTS)]
+        lists |= {"list": [skip.chosen], "random": [[free[i] for i in drawn] for drawn in places]}
+    intact, rows = _losses(model, windows), []
     for name in names:
         note(f"measuring {name}")
-        nothing, _ = quantized(name, ())
-        row = {"scheme": name, "nothing": _compared(nothing, intact)}
-        if lists:
-            listed, kept = quantized(name, skip.chosen)
-            random = torch.stack([quantized(name, skipped)[0] for skipped in lists]).mean(dim=0)
-            added = (nothing - intact).mean().item()
-            for kind, losses in {"list": listed, "random": random}.items():
-                given = (nothing - losses).mean().item() / added if added > 0 else None
-                row[kind] = _compared(losses, intact)
-                row[f"{kind}_over_nothing"] = vars(quantize.perplexity_ratio(losses, nothing))
-                row[f"given_back_{kind}"] = given
-            row["kept_share"] = kept
-        rows.append(row)
+        losses = {}
+        for kind, skips in lists.items():
+            runs = []
+            for skipped in skips:
+                with quantize.quantized(model, quantize.SCHEMES[name], skip=skipped):
+                    runs.append(_losses(model, windows))
+            losses[kind] = torch.stack(runs).mean(dim=0)
+        nothing = losses.pop("nothing")
+        added, row = (nothing - intact).mean().item(), {"scheme": name, "nothing": _compared(nothing, intact)}
+        for kind, found in losses.items():
+            row[kind] = _compared(found, intact)
+            row[f"{kind}_over_nothing"] = vars(quantize.perplexity_ratio(found, nothing))
+            row[f"given_back_{kind}"] = (nothing - found).mean().item() / added if added > 0 else None
+        rows.append(row | ({"kept_share": quantize.kept_share(model, free)} if count else {}))
     return {
         "windows": len(windows), "window": windows.shape[1], "perplexity": intact.mean().exp().item(),
-        "random_lists": len(lists), "schemes": rows,
+        "random_lists": RANDOM_LISTS if count else 0, "schemes": rows,
     }  # fmt: skip
 
 
@@ -490,13 +455,13 @@ def _skip_list_text(v: dict, everything: bool) -> str:
     """The list with its numbers, and the modules that come next."""
     known = {row["module"]: row for row in v["linear_inputs"]}
     skip = dict.fromkeys(v["spiking_modules"], "yes") | dict.fromkeys(v["fused_modules"], "fused")
-    rest = sorted(known, key=lambda name: -(known[name]["token_ratio"] or float("inf")))
-    rest = [name for name in rest if name not in skip]
+    rest = [name for name in known if name not in skip]
+    rest.sort(key=lambda name: -(known[name]["token_ratio"] or float("inf")))
     shown = [*skip, *rest] if everything else [*list(skip)[:12], *rest[:3]]
     rows = []
     for name, row in ((name, known[name]) for name in shown):
         sizes = map(_number, (row["token_ratio"], row["largest_input"], row["median_token_largest"]))
-        place = [_index(row["dimension"]), _place(row), _percent(row["int8_error"])]
+        place = [str(row["dimension"]), _place(row), _percent(row["int8_error"])]
         rows.append([name, skip.get(name, "no"), *sizes, *place])
     heads = ["linear module ", "skip", "ratio", "largest input", "median token", "unit", "token "]
     tools = list(v["forms"])
@@ -525,7 +490,7 @@ def _layers_text(v: dict, everything: bool) -> str:
         mark = "up" if row["layer"] in ups else "down" if row["layer"] in downs else ""
         state, inner = row["largest_entry"], row["largest_input"]
         cells.append([
-            f"{row['layer']:>3} {mark}", _number(state["value"]), _index(state["dimension"]), _place(state),
+            f"{row['layer']:>3} {mark}", _number(state["value"]), str(state["dimension"]), _place(state),
             *([_number(inner["value"]), inner["module"].rpartition(".")[2]] if inner else ["-", "-"]),
             _percent(row["float16_share"]), *map(_percent, row["above_medians"].values()), _percent(rate),
         ])  # fmt: skip
@@ -548,7 +513,8 @@ def _costs_text(v: dict) -> str:
         first = _percent(found["rate"])
         lines.append(f"sinks       first position in {first} of heads; later: {_few(later, 3)}")
         if "sinks" in found["key_norms"]:
-            keys, values = (_number(_median_ratio(found[name])) for name in ("key_norms", "value_norms"))
+            pairs = (zip(*found[name].values(), strict=True) for name in ("key_norms", "value_norms"))
+            keys, values = (_number(median_high(a / b for a, b in each if b)) for each in pairs)
             lines.append(f"            keys there {keys}, values {values} times as long as others'")
     if found := v.get("cache"):
         kept = [f"{_times(row)}, {row['kept']} kept" for row in found["kept"]]
@@ -622,10 +588,6 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _index(value: int | None) -> str:
-    return "-" if value is None else str(value)
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.3g}%"
 
@@ -650,7 +612,3 @@ def _place(row: dict) -> str:
 def _few(items: Sequence, limit: int = 6) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(map(str, items[:limit])) + more if items else "none"
-
-
-def _median_ratio(norms: dict) -> float:
-    return median_high(a / b for a, b in zip(norms["sinks"], norms["others"], strict=True) if b)

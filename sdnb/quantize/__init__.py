@@ -2,14 +2,7 @@
 
 from sdnb.quantize.experts import ExpertStatistics, expert_statistics, super_experts, watched_experts
 from sdnb.quantize.formats import FORMATS, absmax_scale, levels_left, rounded
-from sdnb.quantize.modules import (
-    InputStatistics,
-    LinearModule,
-    down_projections,
-    linear_modules,
-    never_quantized,
-    norm_feeding,
-)
+from sdnb.quantize.modules import InputStatistics, LinearModule, linear_modules, never_quantized, norm_feeding
 from sdnb.quantize.schemes import (
     SCHEMES,
     PairedRatio,
@@ -20,7 +13,13 @@ from sdnb.quantize.schemes import (
     quantized,
     smoothing_factors,
 )
-from sdnb.quantize.single_weights import SingleWeight, similar_entries, single_weights, zeroed_entries
+from sdnb.quantize.single_weights import (
+    SingleWeight,
+    down_projections,
+    similar_entries,
+    single_weights,
+    zeroed_entries,
+)
 from sdnb.quantize.skip_lists import (
     MIN_TOKEN_RATIO,
     Form,

@@ -69,18 +69,13 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, l
 
 @contextmanager
 def watched_experts(model: nn.Module) -> Iterator[list[ExpertStatistics]]:
-    """Watch experts' down-projections inside the block; yield the list, which is filled there."""
+    """Watch experts' down-projections inside the block, which fills the list; empty where there are none."""
     found: list[ExpertStatistics] = []
     forwards: dict[nn.Module, Callable] = {}
     for number, name, module, parameters in expert_parameters(model):
         rows = [ExpertStatistics(f"{name}.{e}", number, e) for e in range(len(parameters[0]))]
         forwards[module] = partial(_watched, module, parameters, rows)
         found += rows
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are linear "
-            "modules of their own are in input_statistics"
-        )
     with replaced_forward(forwards):
         yield found
 
@@ -102,9 +97,15 @@ def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], 
 def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertStatistics]:
     """Return the largest input and output of every expert's down-projection over lines of token ids, (T_i,).
 
-    A model without experts in three-dimensional parameters is a ModelError.
+    Raises:
+        ModelError: no experts in three-dimensional parameters.
     """
     with watched_experts(model) as found:
+        if not found:
+            raise ModelError(
+                f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are "
+                "linear modules of their own are in input_statistics"
+            )
         for line in lines:  # one by one: padding would be sent to experts, too
             model.base_model(input_ids=line[None].to(input_device(model)), use_cache=False)
     return found

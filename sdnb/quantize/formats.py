@@ -128,10 +128,7 @@ def levels_left(x: Tensor, name: str, scales: str = "tensor") -> Tensor:
     """
     size = largest_entry(x, (-1,))
     if name in PLAIN:
-        scale, grid = (
-            1.0,
-            torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(PLAIN[name]).double(),
-        )
+        scale, grid = 1.0, torch.arange(1, 2**15).to(torch.int16).view(PLAIN[name]).double()
     else:
         kind, scale = number_format(name), absmax_scale(size if scales == "token" else size.max(), name)
         if kind.block is not None:

@@ -1,7 +1,6 @@
 """The linear modules of a model, found without a table of names, their inputs, and which norm feeds them."""
 
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from sdnb.activations import input_device
-from sdnb.errors import LayerUnsupported, ModelError
-from sdnb.layers import WeightMatrix, decoder_layers, layer_matrices
+from sdnb.errors import ModelError
+from sdnb.layers import decoder_layers
 from sdnb.layers.weights import is_linear, linear_weight
 
 
@@ -71,19 +70,6 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
     }
     if not found:
         raise ModelError(f"{type(model).__name__} has no linear module that could be quantized")
-    return found
-
-
-def down_projections(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, WeightMatrix]:
-    """Return the down-projection of each of some layers, 1..L, by full name; of all when None.
-
-    There is none where a layer is not recognised, or has another number of them (a mixture of experts).
-    """
-    names, found = {module: name for name, module in model.named_modules()}, {}
-    for layer in range(1, len(decoder_layers(model)) + 1) if layers is None else layers:
-        with suppress(LayerUnsupported):
-            downs = [matrix for matrix in layer_matrices(model, layer) if matrix.kind == "down"]
-            found |= {names[down.module]: down for down in downs if len(downs) == 1}
     return found
 
 

@@ -113,22 +113,20 @@ class QuantizedLinear:
         """The module's output for x (..., k), in x's dtype."""
         X = x if self.smoothing is None else x / self.smoothing
         scales, X = self._input_scales(X), X.reshape(-1, x.shape[-1])
-        W = self.weight.float()
+        W, whole = self.weight.float(), self.weight.dtype == torch.int8
         y = torch.empty(len(X), len(W), dtype=x.dtype, device=x.device)
         step = len(X) if x.is_cuda else max(1, ENTRIES_AT_ONCE // X.shape[1])
         for rows in (slice(start, start + step) for start in range(0, len(X), step)):
-            part = scales[rows] if len(scales) > 1 else scales
-            found = numbers(X[rows], part, self.scheme.number_format)
-            whole = number_format(self.scheme.number_format).stored == torch.int8
+            found = numbers(X[rows], scales[rows], self.scheme.number_format)
             product = exact_product(found, W) if whole else found @ W.T
-            product *= part * self.weight_scale
+            product *= scales[rows] * self.weight_scale
             y[rows] = product if self.bias is None else product.add_(self.bias)
         return y.reshape(*x.shape[:-1], -1)
 
     def _input_scales(self, X: Tensor) -> Tensor:
-        """Scales of the input's rows: (rows, 1), or one that is fixed, (1,)."""
+        """Scales of the input's rows, (rows, 1)."""
         if self.input_scale is not None:
-            return self.input_scale
+            return self.input_scale.expand(X[..., 0].numel(), 1)
         name = self.scheme.number_format
         if self.scheme.inputs == "token":
             return absmax_scale(largest_entry(X, (-1,)), name).reshape(-1, 1)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from sdnb.activations import input_device
 from sdnb.decompose import largest_gain, leading_triplets
 from sdnb.errors import LayerUnsupported, ParameterError
-from sdnb.layers import WeightMatrix, layer_view
+from sdnb.layers import WeightMatrix, decoder_layers, layer_matrices, layer_view
 from sdnb.layers.weights import linear_weight
-from sdnb.quantize.modules import down_projections
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,29 @@ class SingleWeight:
     share: float  #: part of y_row that the entry writes; of W[row, column] that the rank-one matrix explains
 
 
-def single_weights(
-    model: nn.Module, ids: Tensor | None = None, layers: Sequence[int] | None = None
-) -> list[SingleWeight]:
+def down_projections(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, WeightMatrix]:
+    """Return the down-projection of each of some layers, 1..L, by full name; of all when None.
+
+    There is none where a layer is not recognised, or has another number of them (a mixture of experts).
+    """
+    names, found = {module: name for name, module in model.named_modules()}, {}
+    for layer in range(1, len(decoder_layers(model)) + 1) if layers is None else layers:
+        with suppress(LayerUnsupported):
+            downs = [matrix for matrix in layer_matrices(model, layer) if matrix.kind == "down"]
+            found |= {names[down.module]: down for down in downs if len(downs) == 1}
+    return found
+
+
+def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWeight]:
     """Return the single weight of every layer, in up to three ways, layer after layer.
 
     From a spike: at the token of a text `ids`, (B, T), with the largest output y of W, row = argmax |y|,
     column the unit that writes most of it, argmax_i |W[row, i] x_i|. By the gain: the same at the input that
     the norm and FFN amplify most (`largest_gain`); none without a linear view. By the rank-one matrix: the
     largest entry of sigma_1 u_1 v_1^T of W. A layer without one down-projection (a mixture of experts) has
-    none. `layers`, 1..L, are the ones to look at, None all. Source: Yu et al., arXiv 2411.07191 (the spike);
-    paper A's view of the explosion layer for the other two.
+    none. Source: Yu et al., arXiv 2411.07191 (the spike); paper A's view of the explosion layer (the others).
     """
-    downs = down_projections(model, layers)
+    downs = down_projections(model)
     spikes = _spikes(model, ids, downs.values()) if ids is not None else {}
     picks = []
     for name, down in downs.items():

@@ -7,6 +7,7 @@ for a model of half a GB).
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,15 @@ class _Series:
     def __init__(self, size: int):
         self.kept, self.count = torch.empty(size), 0
 
+    def add(self, part: Tensor) -> None:
+        start, self.count = self.count, self.count + len(part)
+        if self.count > len(self.kept):  # a module that is called more than once for a token
+            self.kept = torch.cat([self.kept, torch.empty(self.count)])
+        self.kept[start : self.count] = part
+
     @property
     def values(self) -> Tensor:
         return self.kept[: self.count]
-
-    def add(self, part: Tensor) -> None:
-        self.count += len(part)
-        if self.count > len(self.kept):  # a module that is called more than once for a token
-            self.kept = torch.cat([self.kept, torch.empty(self.count)])
-        self.values[len(self.values) - len(part) :] = part
 
 
 class _Gathering:
@@ -51,20 +52,14 @@ class _Gathering:
             self.quantized.bias = None
         self.error, self.error_tokens = 0.0, 0
 
-    def add(self, inputs: Tensor, outputs: Tensor, real: Tensor) -> None:
-        """Take one call, (B, T, k), or rows in another order when a mixture has sorted them."""
-        if inputs.numel() == real.numel() * inputs.shape[-1]:
-            lines, mask = inputs.reshape(*real.shape, -1), real.to(inputs.device)
-        else:
-            lines = inputs.reshape(1, -1, inputs.shape[-1])
-            mask = torch.ones(lines.shape[:2], dtype=torch.bool, device=inputs.device)
-        if not mask.all():
-            lines = lines.masked_fill(~mask[..., None], 0.0)
+    def add(self, inputs: Tensor, outputs: Tensor, mask: Tensor) -> None:
+        """Take one call: inputs (B, T, k), outputs (B, T, m), which tokens are real (B, T)."""
+        lines = inputs if mask.all() else inputs.masked_fill(~mask[..., None], 0.0)
         self.tokens.add(largest_entry(lines, (-1,))[..., 0][mask])
         torch.maximum(self.channels, largest_entry(lines, (0, 1)).flatten().cpu(), out=self.channels)
         self.sample.add(self._drawn(lines, mask))
         if self.quantized is not None:
-            y = outputs.reshape(*mask.shape, -1)
+            y = outputs
             if y.dtype != torch.float32:
                 y = lines.float() @ self.linear.weight.float().T
             elif getattr(self.linear.module, "bias", None) is not None:
@@ -104,6 +99,7 @@ def input_statistics(
     *,
     scheme: Scheme | None = Scheme(),  # noqa: B008 - it is frozen
     visit: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
+    watch: Callable[[LinearModule, Tensor, Tensor, Tensor, list[int] | None], None] | None = None,
     max_tokens: int = 4096,
 ) -> dict[str, InputStatistics]:
     """Return the statistics of every linear module's inputs, by its full name, from one pass over a text.
@@ -117,27 +113,35 @@ def input_statistics(
             for no errors, which takes half the time.
         visit: called with (l, hidden state (B, T, d), mask of real tokens (B, T), numbers of the lines) for
             l = 0..L of every batch, for a caller that needs the residual stream of the same pass.
+        watch: called with (linear module, inputs (B, T, k), outputs, mask, numbers of the lines) likewise;
+            tokens that a mixture has sorted come as one line, (1, N, k), with None for the numbers.
         max_tokens: tokens in one forward pass.
     """
-    total = sum(len(line) for line in lines)
-    linears = linear_modules(model).values()
-    gathered = {linear.module: _Gathering(linear, total, scheme) for linear in linears}
-    running: list[Tensor] = []  # the mask of real tokens, empty during passes that only look for the layers
+    total = sum(map(len, lines))
+    linears = {linear.module: linear for linear in linear_modules(model).values()}
+    gathered = {module: _Gathering(linear, total, scheme) for module, linear in linears.items()}
+    batch: list = []  # mask and numbers of the lines; empty during passes that only look for the layers
+
+    def show(real: Tensor, numbers: list[int], layer: int, state: Tensor) -> None:
+        batch[:] = real, numbers
+        if visit is not None:
+            visit(layer, state, real, numbers)
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if running and args and torch.is_tensor(args[0]) and args[0].numel():
-            gathered[module].add(args[0], output, running[0])
+        if not (batch and args and torch.is_tensor(args[0]) and args[0].numel()):
+            return
+        x, (mask, numbers) = args[0], batch
+        if x.numel() != mask.numel() * x.shape[-1]:
+            mask, numbers = torch.ones(1, x.numel() // x.shape[-1], dtype=torch.bool), None
+        x, y, mask = x.reshape(*mask.shape, -1), output.reshape(*mask.shape, -1), mask.to(x.device)
+        gathered[module].add(x, y, mask)
+        if watch is not None:
+            watch(linears[module], x, y, mask, numbers)
 
     with ExitStack() as hooks:
-        for module in gathered:
+        for module in linears:
             hooks.enter_context(module.register_forward_hook(hook))
         for ids, real, numbers in token_batches(lines, max_tokens=max_tokens):
-
-            def show(layer: int, state: Tensor, real: Tensor = real, numbers: list[int] = numbers) -> None:
-                running[:] = [real]
-                if visit is not None:
-                    visit(layer, state, real, numbers)
-
-            visit_states(model, ids, show)
-            running.clear()
+            visit_states(model, ids, partial(show, real, numbers))
+            batch.clear()
     return {found.linear.name: found.result() for found in gathered.values() if found.tokens.count}

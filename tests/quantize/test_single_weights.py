@@ -55,7 +55,6 @@ def test_weights_alone_need_no_pass_and_may_be_offloaded():
     assert [(e.layer, e.row, e.column, e.how) for e in away] == [
         (e.layer, e.row, e.column, e.how) for e in there
     ]
-    assert single_weights(model, layers=[2]) == [entry for entry in away if entry.layer == 2]
     mixture = build("mixtral", num_local_experts=4, num_experts_per_tok=2)
     assert single_weights(mixture, IDS) == [], "no single down-projection"
 
