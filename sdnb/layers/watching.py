@@ -7,7 +7,7 @@ left of the layer is the residual path, as a rule its input.
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -157,20 +157,11 @@ def norms_among(calls: Collection[ModuleCall], d: int) -> list[ModuleCall]:
     return [c for c in fitting if measure_norm(c.name, c.module, c.given) is not None]
 
 
-def before(calls: Collection[ModuleCall], read: Tensor) -> ModuleCall | None:
-    """The call that wrote a tensor which others read: a norm if there is one, else the outermost."""
-    return _preferred([c for c in calls if same(c.returned, read) and c.changes()], read)
-
-
-def after(calls: Collection[ModuleCall], written: Tensor) -> ModuleCall | None:
-    """The call that reads a tensor and changes it: a norm if there is one, else the outermost."""
-    return _preferred([c for c in calls if same(c.given, written) and c.changes()], written)
-
-
-def _preferred(calls: list[ModuleCall], like: Tensor) -> ModuleCall | None:
-    """The first norm among calls (in BERT the module around one returns the same), else the outermost."""
-    norms = norms_among(calls, like.shape[-1])
-    return norms[0] if norms else min(calls, key=lambda c: c.name.count("."), default=None)
+def next_to(calls: Collection[ModuleCall], tensor: Tensor, side: str) -> ModuleCall | None:
+    """The call that was "given", or "returned", a tensor and changes it: a norm, else the outermost."""
+    found = [call for call in calls if same(getattr(call, side), tensor) and call.changes()]
+    norms = norms_among(found, tensor.shape[-1])  # in BERT the module around one returns the same
+    return norms[0] if norms else min(found, key=lambda call: call.name.count("."), default=None)
 
 
 def linearised(norms: Collection[Norm]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -202,23 +193,23 @@ def _mixing_modules(isolated: IsolatedLayer) -> list[str]:
     return sorted(found, key=lambda name: name.count("."))
 
 
-def _norms_inside(isolated: IsolatedLayer, attention: str, calls: list[ModuleCall]) -> list[Norm]:
+def _norms_inside(isolated: IsolatedLayer, mixer: ModuleCall, calls: list[ModuleCall]) -> list[Norm]:
     """Norms inside attention whose divisors matter at length one; those of queries and keys do not."""
-    mixer = next(call for call in calls if call.name == attention)
     small = [c for c in calls if c.inside(mixer) and all(p.ndim < 2 for p in c.module.parameters())]
     norms = [measure_norm(c.name, c.module, c.given) for c in small if c.given.shape == c.returned.shape]
     rows = trial_rows(isolated)
-    plain, found = isolated.feed(rows, [attention], attention), []
+    plain, found = isolated.feed(rows, [mixer.name], mixer.name), []
     for norm in filter(None, norms):
         with isolated.altered(linearised([norm])):
-            changed = isolated.feed(rows, [attention], attention)
+            changed = isolated.feed(rows, [mixer.name], mixer.name)
         found += [norm] if (changed - plain).norm() > LINEAR * plain.norm() else []
     return found
 
 
-def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[str, list[Norm]]:
+def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[ModuleCall, list[Norm]]:
     """Of the modules that mix tokens the outermost that is affine at length one, with its inner norms."""
-    candidates = _mixing_modules(isolated)
+    first = {call.name: call for call in reversed(calls)}
+    candidates = [first[name] for name in _mixing_modules(isolated)]
     if not candidates:
         reason = "no submodule with hidden states in and out mixes tokens"
         silent = outermost([call for call in calls if call.name and not call.returned.any()])
@@ -226,15 +217,15 @@ def _find_attention(isolated: IsolatedLayer, calls: list[ModuleCall]) -> tuple[s
         if names:  # as attention before its last matrix is trained
             reason = f"writes zero, nothing to watch: {reason}"
         raise LayerUnsupported(isolated.number, " and ".join(names) or "layer", reason)
-    errors = [_nonlinearity(isolated, name) for name in candidates]
-    for name, error in zip(candidates, errors, strict=True):
+    errors = [_nonlinearity(isolated, call.name) for call in candidates]
+    for call, error in zip(candidates, errors, strict=True):
         if error < LINEAR:
-            return name, []
-    for name in candidates:  # second try, with the norms inside reduced to their gains
-        norms = _norms_inside(isolated, name, calls)
+            return call, []
+    for call in candidates:  # second try, with the norms inside reduced to their gains
+        norms = _norms_inside(isolated, call, calls)
         with isolated.altered(linearised(norms)):
-            if norms and _nonlinearity(isolated, name) < LINEAR:
-                return name, norms
+            if norms and _nonlinearity(isolated, call.name) < LINEAR:
+                return call, norms
     return candidates[errors.index(min(errors))], []  # clips, sinks, gates: the nearest to affine
 
 
@@ -245,8 +236,7 @@ def watch_layer(isolated: IsolatedLayer) -> LayerView:
     if reason is not None:
         raise LayerUnsupported(isolated.number, "layer", reason)
     calls = isolated.watch(isolated.states()[:, None])
-    name, inner_norms = _find_attention(isolated, calls)
-    mixer = next(call for call in calls if call.name == name)
+    mixer, inner_norms = _find_attention(isolated, calls)
     linears = [call for call in calls if is_linear(call.module)]
     # where the mixing module ends before its output projection (RoBERTa), the projection stands behind it
     projection = next((call for call in linears if same(call.given, mixer.returned)), mixer)
@@ -297,16 +287,16 @@ def _structure(
     """The structure of a layer if the two modules `ablated` take its branches out."""
     mixer, projection = attention
     if ablated[1] is None:  # a layer that is attention alone (Nemotron-H): parallel to nothing
-        norm = before(outside, mixer.given)
+        norm = next_to(outside, mixer.given, "returned")
         rest = [call for call in outside if call is not norm]
         where = _branch(rest, [mixer], projection, ablated[0], norm, False)
         return Structure(where, BranchStructure(), True, (norm or mixer).name, output_norm)
     # the FFN's input is what its first linear map reads, or the module that is ablated as a whole
-    gate = before(outside, mixer.given)  # may hold linear maps of its own
+    gate = next_to(outside, mixer.given, "returned")  # may hold linear maps of its own
     linears = [c for c in outside if is_linear(c.module) and not (gate and c.inside(gate))]
     reader = linears[0] if ablated[1] in linears else ablated[1]
     readers = outermost([call for call in outside if same(call.given, reader.given)])
-    norms = [before(outside, call.given) for call in (mixer, reader)]
+    norms = [gate, next_to(outside, reader.given, "returned")]
     begin = [norm and _norm_at_the_start(outside, norm, isolated.hidden_size) for norm in norms]
     norms = [inner or norm for inner, norm in zip(begin, norms, strict=True)]
     rest = [call for call in outside if call not in norms]  # Bloom's attention returns what a norm reads
@@ -333,25 +323,25 @@ def _branch(
     gated: bool,
 ) -> BranchStructure:
     """The names of a branch; what stands behind its output and is no norm (a convolution) is in it."""
-    post_norm = after(calls, output.returned)
+    post_norm = next_to(calls, output.returned, "given")
     while post_norm is not None and not norms_among([post_norm], post_norm.given.shape[-1]):
-        output, post_norm = post_norm, after(calls, post_norm.returned)
+        output, post_norm = post_norm, next_to(calls, post_norm.returned, "given")
     names = (call and call.name for call in (output, ablated, norm, post_norm))
     return BranchStructure(inputs[0].name, () if gated else tuple(call.name for call in inputs), *names)
 
 
 def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
     """A view with the norms that a structure names, measured; the residual path is taken to be bare."""
-    known: dict[str | None, Norm | None] = {None: None}
 
+    @cache  # branches may share one
     def norm(name: str | None, size: int = isolated.hidden_size) -> Norm | None:
-        if name not in known:
-            like = torch.empty(0, size, device=isolated.device)
-            known[name] = measure_norm(name, isolated.module(name), like)
-            if known[name] is None:
-                reason = "stands where a norm is expected and is neither an RMS norm nor a LayerNorm"
-                raise LayerUnsupported(isolated.number, name, reason)
-        return known[name]
+        if name is None:
+            return None
+        found = measure_norm(name, isolated.module(name), torch.empty(0, size, device=isolated.device))
+        if found is None:
+            reason = "stands where a norm is expected and is neither an RMS norm nor a LayerNorm"
+            raise LayerUnsupported(isolated.number, name, reason)
+        return found
 
     attention, ffn = ((norm(s.norm), norm(s.post_norm)) for s in (structure.attention, structure.ffn))
     inner = tuple(norm(*name_and_size) for name_and_size in structure.inner_norms)
