@@ -7,11 +7,8 @@ Two kinds of evidence, each with the chance of it between unrelated models:
    nearly one coordinate coincides with another such one once in d pairs, not once in 1e500.
 2. The alignment of the embeddings: nuclear norm of A^T B over |A| |B|, rows of A and B the tokens that both
    models know, centred and of unit length. No rotation of the residual stream changes it, and the rotation
-   that goes with it carries one direction into the other's coordinates. Its limits are measured, from 0
-   (shuffled tokens) to 1 (a copy): input embeddings of 15 unrelated pairs reach 0.13 to 0.36, a fine-tuning
-   0.98, a checkpoint at 40, 20 and 10 % of the training 0.79, 0.65 and 0.52; output embeddings 0.41 to 0.58
-   against 0.90, 0.82, 0.70 and 0.57. The rotation of the output embeddings is not used: it carries even
-   unrelated directions to within 28 to 66 degrees, since all models answer a first token alike.
+   that goes with it carries one direction into the other's coordinates. That of the output embeddings does
+   not: it brings even unrelated directions together, since all models answer a first token alike.
 """
 
 import functools
@@ -27,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import log_ndtr, logsumexp
 from torch import Tensor, nn
 
-from sdnb.activations import find_defect
+from sdnb.activations import find_defect, input_device
 from sdnb.bar import progress
 from sdnb.checkpoint import locate
 from sdnb.decompose import angle_deg, log10_chance
@@ -36,7 +33,9 @@ from sdnb.loading import load
 from sdnb.text import encode
 
 CHANCE = 1e-6  # two directions say "related" when unrelated ones come so close less often than this
-# Alignment beyond shuffled tokens from which embeddings are "undecided", and from which "related".
+# Alignment, 0 for shuffled tokens and 1 for a copy, from which embeddings are "undecided", and from which
+# "related": chosen so that unrelated models stay below the first, and checkpoints late in a training and
+# fine-tunings of one another come above the second.
 INPUT_LIMITS, OUTPUT_LIMITS = (0.5, 0.6), (0.65, 0.75)
 MASSIVE_SHARE = 0.1  # a coordinate with this share of a direction's squared norm is massive
 DIFFERENT_KINDS_DEG = 10.0  # initial and noninitial states further apart are not averaged; initial ones count
@@ -106,11 +105,9 @@ def signature(loaded: object, text: object, *, seed: int = 0) -> Signature:
     """
     states = find_defect(loaded, text).states
     initial = states.position == 0
-    chosen, kind = torch.ones_like(initial), "all"
-    if initial.any() and not initial.all():
-        means = (states.states[which].double().mean(dim=0) for which in (initial, ~initial))
-        if float(angle_deg(*means)) > DIFFERENT_KINDS_DEG:
-            chosen, kind = initial, "initial"
+    means = (states.states[which].double().mean(dim=0) for which in (initial, ~initial))
+    apart = float(angle_deg(*means)) > DIFFERENT_KINDS_DEG  # not where one kind has none: the angle is NaN
+    chosen, kind = (initial, "initial") if apart else (torch.ones_like(initial), "all")
     direction = radius = None
     if len(states.states):
         direction, radius = _resampled_mean(states.states[chosen], states.line[chosen], len(text.lines), seed)
@@ -126,8 +123,7 @@ def _resampled_mean(states: Tensor, line: Tensor, lines: int, seed: int) -> tupl
     sums = torch.zeros(lines, states.shape[1], dtype=torch.float64).index_add_(0, line, states.double())
     counts = torch.bincount(line, minlength=lines).double()
     draws = torch.randint(lines, (_REPLICATES, lines), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(_REPLICATES, lines, dtype=torch.float64)
-    times.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    times = torch.stack([torch.bincount(draw, minlength=lines) for draw in draws]).double()
     mean, means = sums.sum(dim=0), (times @ sums)[times @ counts > 0]
     radius = torch.quantile(angle_deg(means, mean), 0.95).item()
     return nn.functional.normalize(mean, dim=0).float(), radius
@@ -136,9 +132,8 @@ def _resampled_mean(states: Tensor, line: Tensor, lines: int, seed: int) -> tupl
 def _embeddings(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Copies of the input and the output embeddings, (V, d) each; no output where it is tied or offloaded."""
     module, head = model.get_input_embeddings(), model.get_output_embeddings()
-    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
     with torch.no_grad():  # by a call, which works for offloaded weights, too
-        rows = module(torch.arange(module.weight.shape[0], device=device)).to("cpu", copy=True)
+        rows = module(torch.arange(len(module.weight), device=input_device(model))).to("cpu", copy=True)
     if head is None or head.weight is module.weight or head.weight.is_meta:
         return rows, None
     return rows, head.weight.detach().to("cpu", copy=True)
@@ -150,10 +145,10 @@ def _final_gain(model: nn.Module, d: int) -> Tensor:
     norms = [part for part in parts if getattr(getattr(part, "weight", None), "shape", None) == (d,)]
     if not norms or norms[-1].weight.is_meta:
         return torch.ones(d)
-    weight = norms[-1].weight
-    x = 1.0 - 2.0 * (torch.arange(d, device=weight.device) % 2).to(weight.dtype)  # its mean is zero
+    x = torch.ones_like(norms[-1].weight)[None, None]
+    x[..., 1::2] = -1  # its mean is zero
     with torch.no_grad():
-        return ((norms[-1](x[None, None]) - norms[-1](-x[None, None])) / 2 / x).flatten().float().cpu()
+        return ((norms[-1](x) - norms[-1](-x)) / 2 / x).flatten().float().cpu()
 
 
 @dataclass(frozen=True)
@@ -386,6 +381,6 @@ def _described(names: Sequence[str], groups: Sequence[int], pairs: Sequence[dict
         )
     return "\n".join(lines) + (
         "\n\nchance: of so small an angle between unrelated directions, the larger one of two nulls"
-        "\nembeddings: alignment, 1 for a rotated copy; up to 0.49 for 15 pairs of unrelated models"
+        "\nembeddings: alignment, 1 for a rotated copy; judged by how far it is above shuffled tokens'"
         "\ncarried: the angle after the rotation that aligns the embeddings"
     )
