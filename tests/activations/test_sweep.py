@@ -1,5 +1,7 @@
 """Sweeps against plain full forward passes, one sequence at a time, on every family of the contract test."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import sdnb
 from sdnb.activations import sweep
 from sdnb.errors import ParameterError
-from sdnb.layers import decoder_layers, layer_view
+from sdnb.layers import decoder_layers, layer_view, residual_branches
 from tests.families import FAMILIES, LAYERS, STREAMED, build
 from tests.tiny import build as plain
 
@@ -116,6 +118,32 @@ def test_a_sweep_goes_through_interventions(family, branch):
         )
         torch.testing.assert_close(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-5, atol=0)
     assert not torch.allclose(sdnb.item_norms(model, 2, ITEMS), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", [*SOME, "olmo2", "granite", "bert", "doge"])
+def test_the_value_path_of_many_items_equals_plain_forward_passes(family, monkeypatch):
+    model = build(family)
+    branch = residual_branches(model, [LAYERS])[0].ffn
+    for reader in (branch.norm or branch.inputs[0], None):
+        expected = torch.cat([*sweep._rows(model, LAYERS, ITEMS[:, None], reader)])
+        rows = sweep._by_value_path(model, LAYERS, ITEMS[:, None], reader)
+        assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+    monkeypatch.setattr(sweep, "MANY", len(ITEMS))
+    taken, real = [], sweep._step
+    monkeypatch.setattr(sweep, "_step", lambda *given: taken.append(given) or real(*given))
+    torch.testing.assert_close(sdnb.item_norms(model, LAYERS, ITEMS), expected.norm(dim=1), rtol=1e-5, atol=0)
+    assert taken
+
+
+def test_what_the_value_path_does_not_fit_goes_the_plain_way(monkeypatch):
+    model = build("llama")
+    with sdnb.set_dimensions(model, {1: {3: 9.0}}):  # a hook that the views would not see
+        assert sweep._by_value_path(model, 2, ITEMS[:, None], None) is None
+    assert sweep._by_value_path(build("llama", dtype=torch.bfloat16), 2, ITEMS[:, None], None) is None
+    view = sweep.layer_view(model, 2)
+    for other in (dataclasses.replace(view, status="approximate"), view):  # inexact, or another layer's
+        monkeypatch.setattr(sweep, "layer_view", lambda *_, other=other: other)
+        assert sweep._by_value_path(model, 1, ITEMS[:, None], None) is None
 
 
 def test_no_layer_after_the_one_that_is_read_is_run(monkeypatch):
