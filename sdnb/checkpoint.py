@@ -41,7 +41,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path | None:
         """The local folder, or None while the files are on the hub only."""
-        return path if (path := Path(self.target)).is_dir() else None
+        return Path(self.target) if Path(self.target).is_dir() else None
 
     @property
     def is_gguf(self) -> bool:
@@ -125,10 +125,7 @@ def locate(name: str, revision: str | None = None) -> Checkpoint:
         if path is None or path.is_file():
             return _on_hub(name, repo, wanted, revision)
     if revision is not None:
-        raise ModelError(
-            f"{name} is local and has no revisions, but revision={revision!r} was asked for: leave "
-            "revision at null, or give the hub id."
-        )
+        raise ModelError(f"{name} is local and has no revisions: leave out {revision!r}, or give the hub id.")
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(f"{name} is a file, and no .gguf: give the folder that holds {CONFIG} and weights.")
     if path.is_file():
@@ -151,9 +148,8 @@ def _described(
     if ADAPTER in files:
         base = _read_json(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
         raise ModelError(
-            f"{name} is an adapter (LoRA or similar) for {base}, not a model: merge it first with peft, "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), save the "
-            "tokenizer there too, and give that folder."
+            f"{name} is an adapter (LoRA or similar) for {base}, not a model: merge it with peft's "
+            "merge_and_unload, save the result and the tokenizer in one folder, and give that."
         )
     own = tuple(sorted(file for file in files if "/" not in file))
     return Checkpoint(name, target, own, _read_json(folder / CONFIG), revision)
@@ -192,15 +188,10 @@ def _pointed_at(name: str, pointer: dict) -> Checkpoint:
 
 def _read_json(path: Path) -> dict:
     """A JSON object, or `{}` where the file is missing."""
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:  # no JSON, or no object
         raise ModelError(f"{path} is damaged ({error}): fetch or save the model again.") from error
-    return content
 
 
 # --- the hub
@@ -242,16 +233,12 @@ def _hub_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.HFValidationError as error:
+    except (errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:  # the last include OSError
         raise ModelError(
-            f"There is no folder or file {name}, and it is no hub id (org/name) either: check the spelling."
-        ) from error
-    except errors.HfHubHTTPError.__bases__ as error:  # whatever library the client uses, and OSError
-        raise ModelError(
-            f"{name} could not be fetched from the hub: {' '.join(str(error).split())} Check the spelling "
-            "and the revision. A private or gated model needs a token in HF_TOKEN (or `hf auth login`), a "
-            "gated one also that its terms are accepted on its page. Without a network, or with "
-            "HF_HUB_OFFLINE, only a folder and what is in the local cache can be loaded."
+            f"{name} could not be fetched from the hub, and there is no folder or file of that name: "
+            f"{' '.join(str(error).split())} Check the spelling and the revision. A private or gated model "
+            "needs a token in HF_TOKEN (or `hf auth login`), a gated one also that its terms are accepted on "
+            "its page. Without a network, or with HF_HUB_OFFLINE, only what is in the local cache is found."
         ) from error
 
 

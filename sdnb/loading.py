@@ -27,10 +27,6 @@ from sdnb.errors import MemoryShortage, ModelError, ParameterError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BLOCK, _SAMPLE = 1 << 20, 64  # 64-bit words, for the fingerprint
-_SMALLER = (
-    'dtype="bfloat16" takes half of float32\'s, and device="offload" keeps on disk what does not fit and '
-    "brings it one layer at a time."
-)
 # Endings of stored tensors that a model may leave unused: it computes them itself.
 _HARMLESS = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
@@ -135,7 +131,10 @@ def load(
         dtype = "float32" if dtype == "auto" and place == "cpu" and fits else dtype
         if place != "offload":
             item = getattr(DTYPES.get(dtype), "itemsize", None)
-            files.refuse_too_large(model, files.weight_bytes(entries, item), place, _SMALLER)
+            advice = (
+                'dtype="bfloat16" needs half of float32, device="offload" leaves on disk what does not fit.'
+            )
+            files.refuse_too_large(model, files.weight_bytes(entries, item), place, advice)
         network = _network(found, dtype, place, trust, pickled, (basis or found).target)
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)
