@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import sdnb
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "sdnb").rglob("*.py"))
 TEMPLATES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -92,6 +94,14 @@ def test_a_template_is_clean_and_says_what_it_is(path):
         cell for cell in cells(path) if {"hide-input", "remove-input"} & {*cell["metadata"].get("tags", [])}
     ]
     assert not hidden or path.stem == "explorer", "a notebook shows its work; widgets are wired out of sight"
+
+
+@each_of(TEMPLATES)
+def test_a_template_takes_from_sdnb_what_it_offers_before_anything_else_is_imported(path):
+    code = "\n".join("".join(cell["source"]) for cell in cells(path))
+    taken = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
+    names = {node.attr for node in taken if isinstance(node.value, ast.Name) and node.value.id == "sdnb"}
+    assert names and names <= {*sdnb.__all__, "__file__", "plots", "quantize", "spectra"}
 
 
 @each_of(sorted((ROOT / "book").glob("*.md")))
