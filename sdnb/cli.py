@@ -1,6 +1,6 @@
 """The command `sdnb`: heavy imports are inside the functions, so that `sdnb --help` answers at once.
 
-A subcommand is a function `_add_NAME` that declares its options, and a function `_run_NAME` that runs it.
+A subcommand NAME is done by the function `_run_NAME`.
 """
 
 import argparse
@@ -27,14 +27,14 @@ PURPOSE = (
 )
 
 
+_LOADING = ("revision", "dtype", "device", "trust_remote_code", "allow_pickle")
+_INSPECTION = ("max_lines", "max_tokens", "whole", "chat", "threshold", "min_ratio", "share")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0, or 1 if it failed, 2 for a wrong command line, 130 interrupted, 141 unread."""
-    parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
-        globals()[f"_add_{name}"](commands.add_parser(name, help=text, description=text).add_argument)
     try:
-        args = parser.parse_args(argv)
+        args = _parser().parse_args(argv)
         code = globals()[f"_run_{args.command}"](args)
         sys.stdout.flush()  # here, where it is noticed that the reader has gone
         return code
@@ -51,45 +51,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _add_trust(add) -> None:
-    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    add("--allow-pickle", action="store_true", help="read weights in pickle form, which can run code")
-
-
-def _add_loading(add) -> None:
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--device", default="auto", help="auto, cpu, cuda, or offload")
-    _add_trust(add)
-
-
-def _loading(args: argparse.Namespace) -> dict:
-    """The options of `_add_loading` as `sdnb.load` takes them."""
-    names = ("revision", "dtype", "device", "trust_remote_code", "allow_pickle")
-    return {name: getattr(args, name) for name in names}
-
-
-def _numbers(words: str) -> list[str]:
-    """`01,04` and `01 04` as a list."""
-    return [word for word in words.replace(" ", ",").split(",") if word]
-
-
-# --- sdnb run
-
-
-def _add_run(add) -> None:
-    add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, zoo/<name>, or a models.yaml")
-    add("--only", type=_numbers, metavar="MODEL,...", help="only these of the models")
-    add("--notebooks", type=_numbers, metavar="NN,...", help="01,04 (default: as the book's main model)")
-    add("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
-    add("--results-dir", type=Path, default=Path("results"), help="folder of all results (default: results)")
+def _parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run, detect, signature, summary, book, cache = (
+        commands.add_parser(name, help=text, description=text).add_argument for name, text in COMMANDS.items()
+    )
+    model = "hub id, folder, GGUF file, or zoo/<name>"
+    run("models", nargs="+", metavar="MODEL", help=f"{model}; or a models.yaml")
+    run("--notebooks", type=_words, metavar="NN,...", help="01,04 (default: as the book's main model)")
+    run("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
     many = {"action": "append", "default": []}
-    add("-p", dest="pairs", nargs=2, metavar=("NAME", "VALUE"), help="a parameter", **many)
-    add("-f", dest="files", type=Path, metavar="YAML", help="a file of parameters", **many)
-    add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: %(default)s)")
-    add("--force", action="store_true", help="run what is done and unchanged again, too")
-    add("--timeout", type=int, metavar="S", help="seconds after which one cell of a notebook is given up")
-    _add_trust(add)
+    run("-p", dest="pairs", nargs=2, metavar=("NAME", "VALUE"), help="a parameter", **many)
+    run("-f", dest="files", type=Path, metavar="YAML", help="a file of parameters", **many)
+    run("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default: %(default)s)")
+    run("--force", action="store_true", help="run what is done and unchanged again, too")
+    run("--timeout", type=int, metavar="S", help="seconds after which one cell of a notebook is given up")
+    detect("model", help=model)
+    detect("--base", metavar="MODEL", help="take configuration and tokenizer of this model")
+    detect("--chat", action="store_true", help="put the chat template around each line of the text")
+    detect("--whole", action="store_true", help="take the text as one sequence instead of line by line")
+    detect("--max-lines", type=int, default=64, help="lines of the text (default: %(default)s)")
+    detect("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
+    detect(
+        "--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does"
+    )
+    detect("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
+    ratio = "list modules whose largest input is N times the median token's (default: %(default)g)"
+    detect("--min-ratio", type=float, default=32.0, metavar="N", help=ratio)
+    detect("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
+    detect("--measure", action="store_true", help="quantize, and rank modules by what skipping gives back")
+    detect("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
+    detect("--share", type=float, default=0.8, help="share of the added loss to give back (default: 0.8)")
+    detect("--progress", action="store_true", help="say on standard error what is done")
+    detect("--all", action="store_true", help="show every layer and linear module, not only some")
+    signature("models", nargs="+", metavar="MODEL", help=model)
+    signature("--max-lines", type=int, default=200, help="lines of the text (default: %(default)s)")
+    signature("--chance", type=float, default=1e-6, help="chance below which two models are called related")
+    summary("--out", type=Path, metavar="FILE", help="the CSV file (default: print it)")
+    book("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
+    book("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
+    book("--store", type=_words, metavar="NN,...", help="keep the first model's results in book/stored")
+    cache("--clear", action="store_true", help="remove them; they are made again when they are needed")
+    for add in (run, book):
+        add("--only", type=_words, metavar="MODEL,...", help="only these of the models")
+    for add in (run, summary, book):
+        add(
+            "--results-dir",
+            type=Path,
+            default=Path("results"),
+            help="folder of all results (default: results)",
+        )
+    for add in (detect, signature):
+        add("--revision", help="branch, tag or commit on the hub")
+        add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+        add("--device", default="auto", help="auto, cpu, cuda, or offload")
+        add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
+        add("--json", action="store_true", help="print everything as JSON, and nothing else")
+    for add in (run, detect, signature):
+        add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+        add("--allow-pickle", action="store_true", help="read weights in pickle form, which can run code")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    """`01,04` and `01 04` as a list."""
+    return text.replace(",", " ").split()
+
+
+def _taken(args: argparse.Namespace, names: Sequence[str]) -> dict:
+    return {name: getattr(args, name) for name in names}
 
 
 def _run_run(args: argparse.Namespace) -> int:
@@ -108,34 +140,6 @@ def _run_run(args: argparse.Namespace) -> int:
     cells = run.matrix(models, there, given, results, args.notebooks)
     outcomes = run.run_all(cells, jobs=args.jobs, force=args.force, timeout_s=args.timeout)
     return int(any(outcome.status == run.FAILED for outcome in outcomes))
-
-
-# --- sdnb detect
-
-
-_INSPECTION = ("max_lines", "max_tokens", "whole", "chat", "threshold", "min_ratio", "share")
-
-
-def _add_detect(add) -> None:
-    add("model", help="hub id, folder, GGUF file, or zoo/<name>")
-    _add_loading(add)
-    add("--base", metavar="MODEL", help="take configuration and tokenizer of this model")
-    add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
-    add("--chat", action="store_true", help="put the chat template around each line of the text")
-    add("--whole", action="store_true", help="take the text as one sequence instead of line by line")
-    add("--max-lines", type=int, default=64, help="lines of the text (default: %(default)s)")
-    add("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
-    add("--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does")
-    add("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
-    ratio = "list modules whose largest input is N times the median token's (default: %(default)g)"
-    add("--min-ratio", type=float, default=32.0, metavar="N", help=ratio)
-    add("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
-    add("--measure", action="store_true", help="quantize, and rank modules by what skipping gives back")
-    add("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
-    add("--share", type=float, default=0.8, help="share of the added loss to give back (default: 0.8)")
-    add("--progress", action="store_true", help="say on standard error what is done")
-    add("--all", action="store_true", help="show every layer and linear module, not only some")
-    add("--json", action="store_true", help="print everything as JSON, and nothing else")
 
 
 def _run_detect(args: argparse.Namespace) -> int:
@@ -157,13 +161,13 @@ def _run_detect(args: argparse.Namespace) -> int:
 
     note(f"loading {args.model}")
     values = inspect_model(
-        load(args.model, base=args.base, **_loading(args)),
+        load(args.model, base=args.base, **_taken(args, _LOADING)),
         args.text,
         add_special_tokens=False if args.no_special_tokens else None,
         costs=args.form is None,
         measure=(args.schemes or SCHEME_NAMES) if args.measure else (),
         note=note,
-        **{name: getattr(args, name) for name in _INSPECTION},
+        **_taken(args, _INSPECTION),
     )
     if args.form is None:
         print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else report(values, args.all))
@@ -175,30 +179,10 @@ def _run_detect(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- sdnb signature
-
-
-def _add_signature(add) -> None:
-    add("models", nargs="+", metavar="MODEL", help="hub id, folder, GGUF file, or zoo/<name>")
-    _add_loading(add)
-    add("--text", default="heldout", help="heldout, or the path of a UTF-8 text file")
-    add("--max-lines", type=int, default=200, help="lines of the text (default: %(default)s)")
-    add("--chance", type=float, default=1e-6, help="chance below which two models are called related")
-    add("--json", action="store_true", help="print everything as JSON, and nothing else")
-
-
 def _run_signature(args: argparse.Namespace) -> int:
     from sdnb.signatures import signature_command
 
-    return signature_command(args, **_loading(args))
-
-
-# --- sdnb summary, book, cache
-
-
-def _add_summary(add) -> None:
-    add("--results-dir", default="results", help="where the records are (default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="the CSV file (default: print it)")
+    return signature_command(args, **_taken(args, _LOADING))
 
 
 def _run_summary(args: argparse.Namespace) -> int:
@@ -217,14 +201,6 @@ def _run_summary(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_book(add) -> None:
-    add("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
-    add("--only", type=_numbers, metavar="MODEL,...", help="only these of the models")
-    add("--results-dir", type=Path, default=Path("results"), help="where they were run (default: results)")
-    add("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
-    add("--store", type=_numbers, metavar="NN,...", help="keep the first model's results in book/stored")
-
-
 def _run_book(args: argparse.Namespace) -> int:
     from sdnb import book, run
 
@@ -235,10 +211,6 @@ def _run_book(args: argparse.Namespace) -> int:
         return 0
     print(book.make(models, args.results_dir.expanduser(), args.out.resolve()))
     return 0
-
-
-def _add_cache(add) -> None:
-    add("--clear", action="store_true", help="remove them; they are made again when they are needed")
 
 
 def _run_cache(args: argparse.Namespace) -> int:

@@ -472,8 +472,8 @@ def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
         "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     })  # fmt: skip
-    stderr, told = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(told, 2)  # the kernel's own stderr would stand between the lines of progress
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)  # a kernel's own stderr would stand between the lines of progress
     try:
         papermill.execute_notebook(
             str(cell.source), str(running), parameters=cell.parameters, kernel_name="python3",
@@ -489,9 +489,6 @@ def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
         problem = f"the kernel did not start or died ({error}) {' '.join(words[-1:])}".rstrip()
     finally:
         content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(told)
         shutil.rmtree(folder, ignore_errors=True)
     for part in (content, *content["cells"]) if content else ():  # what differs from run to run
         part["metadata"].pop("papermill", None)
