@@ -1,4 +1,4 @@
-"""Calls of modules: the hidden state is positional or a keyword, and a result is a tensor or a tuple."""
+"""Calls of modules: where the hidden state stands among arguments and results, and how results compare."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +78,17 @@ def outermost(calls: list[ModuleCall]) -> list[ModuleCall]:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same order, whatever their shapes."""
     return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+def relative(error: Tensor, of: Tensor) -> Tensor:
+    """|error| / |of|, shape (): infinite if either is not finite, 0 without an error even where `of` is 0."""
+    # a branch may write exactly zero, as the last matrix of a new block does before it is trained
+    return torch.where(error.any(), (error.norm() / of.norm()).nan_to_num(torch.inf), 0.0)
+
+
+def worst_third(errors: Tensor, of: Tensor) -> Tensor:
+    """The largest `relative` error of three kinds of rows, a third of all each, shape ()."""
+    return torch.stack([relative(*pair) for pair in zip(errors.chunk(3), of.chunk(3), strict=True)]).max()
 
 
 def is_float(value: object) -> bool:

@@ -245,6 +245,11 @@ class IsolatedLayer:
             self._size = ratio.nan_to_num(1.0).clamp(1e-2, 1e2).item()
         return self._size * torch.cat([rows[:4], 5 * rows[4:]])
 
+    def trial_rows(self) -> Tensor:
+        """Rows as a norm makes them, some of their multiples, and their sums, (24, d)."""
+        rows = random_rows(self.hidden_size, self.device, 0)  # a clip shows on rows of real length only,
+        return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])  # a sink on sums only
+
     @torch.no_grad()
     def watch(self, x: Tensor, names: Collection[str] | None = None) -> list[ModuleCall]:
         """What submodules (all, or those named; "" is the layer) are given and return, as they return."""

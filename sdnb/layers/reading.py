@@ -22,20 +22,11 @@ from transformers.activations import ACT2FN
 
 from sdnb.bar import progress
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.calls import RUN_ERRORS, same
+from sdnb.layers.calls import RUN_ERRORS, relative, same, worst_third
 from sdnb.layers.decoder import ROWS_AT_ONCE, IsolatedLayer, find_decoder, random_rows
 from sdnb.layers.matrices import find_roles
 from sdnb.layers.view import FFNFormula, LayerView, Rows, Structure
-from sdnb.layers.watching import (
-    additions,
-    fit_residual,
-    linearised,
-    ratio,
-    read_norms,
-    relative,
-    trial_rows,
-    watch_layer,
-)
+from sdnb.layers.watching import additions, fit_residual, linearised, read_norms, watch_layer
 from sdnb.layers.weights import is_linear, linear_weight
 from sdnb.products import add_product_
 
@@ -243,7 +234,7 @@ def find_ffn(view: LayerView) -> Structure:
     g = nn.functional.linear(rows, *_cut(isolated, gate))
     u = 1.0 if up is None else nn.functional.linear(rows, *_cut(isolated, up))
 
-    def error(activation: Activation) -> float:
+    def error(activation: Activation) -> Tensor | float:
         with suppress(*RUN_ERRORS):  # what is no activation may raise anything
             inner = activation(g) * u
             return relative(inner - target, target) if inner.shape == target.shape else math.inf
@@ -254,8 +245,8 @@ def find_ffn(view: LayerView) -> Structure:
         return structure
     found = replace(structure, gate=gate, up=up, activation=best)
     trials = formula_trials(rows)
-    works = formula_error(_formula(isolated, found), trials, view.ffn_module(trials)) < RECOGNISED
-    return found if works else structure
+    real = view.ffn_module(trials)
+    return found if worst_third(_formula(isolated, found)(trials) - real, real) < RECOGNISED else structure
 
 
 def _slice(rows: Tensor) -> Tensor | slice:
@@ -321,33 +312,26 @@ def formula_trials(rows: Tensor) -> Tensor:
     return torch.cat([random_rows(rows.shape[1], rows.device, 4, len(rows)), rows, 8 * rows])
 
 
-def formula_error(formula: FFNFormula, trials: Tensor, real: Tensor) -> Tensor:
-    """How far a formula is from the real module: the largest relative error of each third of trials, ()."""
-    errors = (formula(trials) - real).chunk(3)
-    return torch.stack([ratio(*pair) for pair in zip(errors, real.chunk(3), strict=True)]).max()
-
-
 @torch.no_grad()
 def measured(view: LayerView) -> LayerView:
     """The view with its errors: what was read off the layer against runs of the real modules."""
     x, attention = view.isolated.states(), view.attention
-    fed, basis = attention.normed(x), zero_and_basis_rows(view.isolated)
-    groups = [fed, fed + fed.roll(1, 0), *trial_rows(view.isolated).chunk(3), basis]
+    u, basis = attention.normed(x), zero_and_basis_rows(view.isolated)
+    groups = [u, u + u.roll(1, 0), *view.isolated.trial_rows().chunk(3), basis]
     *answers, real = view.attention_module(torch.cat(groups)).split([len(rows) for rows in groups])
 
     def affine_error(rows: Tensor, real: Tensor) -> Tensor:
         ours = rows @ attention.matrix.T / attention.inner_scale(rows, real) + attention.bias
-        return ratio(ours - real, real - attention.bias)  # a large bias must not hide a wrong matrix
+        return relative(ours - real, real - attention.bias)  # a large bias must not hide a wrong matrix
 
     near, *far = map(affine_error, groups[:-1], answers)
     with view.isolated.altered(linearised(attention.inner_norms)):
         real = view.attention_module(basis) if attention.inner_norms else real
     off = basis @ attention.matrix.T + attention.bias - real
-    on_basis = torch.maximum(ratio(off[:1], real), ratio(off[1:], real))
+    on_basis = torch.maximum(relative(off[:1], real), relative(off[1:], real))
     formula, layer = _ffn_and_layer_errors(view, x, attention.added(answers[0]))
-    # waits for a GPU once, not five times
-    numbers = torch.stack([near, torch.stack(far).max(), on_basis, formula, layer]).tolist()
-    near, far, on_basis, formula, layer = numbers
+    errors = torch.stack([near, torch.stack(far).max(), on_basis, formula, layer])
+    near, far, on_basis, formula, layer = errors.tolist()  # waits for a GPU once, not five times
     on_basis = on_basis if attention.fit_residual is None else 0.0  # a fit need not agree there
     attention = replace(attention, error=near, error_far=far, error_basis=on_basis)
     ffn = replace(view.ffn, error=None if view.ffn.formula is None else formula)
@@ -360,22 +344,23 @@ def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor
     # measured norms and multipliers around the real module, and the sum of all
     ffn = view.ffn
     real_a, real_f, real_y, real = additions(view, x)
-    bare, zero = view.attention.residual(x), torch.zeros_like(x)
-    trials = formula_trials(ffn.normed(x))
-    answers = view.ffn_module(torch.cat([ffn.normed(real_y), trials]))
-    f = ffn.added(answers[: len(x)])
-    out, stream = _summed(view, x, a, bare + a, f), _summed(view, x, zero, bare, zero)
-    errors = [ratio(a - real_a, real_a), ratio(out - real, real - stream)]
+    trials, zero = formula_trials(ffn.normed(x)), torch.zeros_like(x)
+    answer, at_trials = view.ffn_module(torch.cat([ffn.normed(real_y), trials])).tensor_split([len(x)])
+    f = ffn.added(answer)
+    out, stream = _summed(view, x, a, f), _summed(view, x, zero, zero)
+    errors = [relative(a - real_a, real_a), relative(out - real, real - stream)]
     formula = torch.zeros_like(errors[0])
     if view.structure.ffn.module:
-        errors.append(ratio(f - real_f, real_f))
-        formula = formula if ffn.formula is None else formula_error(ffn.formula, trials, answers[len(x) :])
+        errors.append(relative(f - real_f, real_f))
+        if ffn.formula is not None:
+            formula = worst_third(ffn.formula(trials) - at_trials, at_trials)
     return formula, torch.stack(errors).max()
 
 
-def _summed(view: LayerView, x: Tensor, a: Tensor, y: Tensor, f: Tensor) -> Tensor:
+def _summed(view: LayerView, x: Tensor, a: Tensor, f: Tensor) -> Tensor:
     """The layer's output from what its branches add."""
-    total = view.ffn.residual(x) + a + f if view.parallel else view.ffn.residual(y) + f
+    ffn, attention = view.ffn, view.attention
+    total = (ffn.residual(x) + a if view.parallel else ffn.residual(attention.residual(x) + a)) + f
     return total if view.output_norm is None else view.output_norm(total)
 
 

@@ -14,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sdnb.errors import LayerUnsupported
-from sdnb.layers.calls import RUN_ERRORS, ModuleCall, is_float, outermost, same
+from sdnb.layers.calls import RUN_ERRORS, ModuleCall, is_float, outermost, relative, same, worst_third
 from sdnb.layers.decoder import IsolatedLayer, find_decoder, random_rows, unsupported_type
-from sdnb.layers.view import (
-    AttentionBranch,
-    Branch,
-    BranchStructure,
-    FFNBranch,
-    LayerView,
-    Norm,
-    Structure,
-    is_one,
-)
+from sdnb.layers.view import AttentionBranch, BranchStructure, FFNBranch, LayerView, Norm, Structure, is_one
 from sdnb.layers.weights import is_linear, structure_key
 
 LINEAR = 1e-4  # relative error on sums and multiples up to which a module counts as linear
@@ -99,23 +90,6 @@ def _modules(
     return BranchModules(inputs, norm, post_norm, multiplier, ablated)
 
 
-def ratio(error: Tensor, of: Tensor) -> Tensor:
-    """|error| / |of|, shape (): infinite if either is not finite, 0 without an error even where `of` is 0."""
-    # a branch may write exactly zero, as the last matrix of a new block does before it is trained
-    return torch.where(error.any(), (error.norm() / of.norm()).nan_to_num(torch.inf), 0.0)
-
-
-def relative(error: Tensor, of: Tensor) -> float:
-    """The `ratio` as a Python number, which waits for a GPU."""
-    return ratio(error, of).item()
-
-
-def trial_rows(isolated: IsolatedLayer) -> Tensor:
-    """Rows as a norm makes them, some of their multiples, and their sums, (24, d)."""
-    rows = random_rows(isolated.hidden_size, isolated.device, 0)  # a clip shows on rows of real length only,
-    return torch.cat([rows, 8 * rows, rows + rows.roll(1, 0)])  # a sink on sums only
-
-
 @torch.no_grad()
 def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     """Measure a norm on rows of the width and device of `like`; None if it does not follow the formula."""
@@ -137,9 +111,7 @@ def measure_norm(name: str, module: nn.Module, like: Tensor) -> Norm | None:
     size = rough.scale(SMALL * signs).double().square()
     epsilon = (size * (shrunk**-2 - 1)).clamp(min=0).item()
     norm = Norm(gain, bias, rough.centred, epsilon, name)
-    pairs = zip(norm(trials).chunk(3), real.chunk(3), strict=True)
-    errors = torch.stack([(got - want).norm() / want.norm() for got, want in pairs])
-    return norm if (errors <= NORMED).all() else None
+    return norm if worst_third(norm(trials) - real, real) <= NORMED else None
 
 
 @lru_cache(maxsize=8)  # drawn for every norm of every layer otherwise
@@ -171,7 +143,7 @@ def linearised(norms: Collection[Norm]) -> dict[str, Callable[[Tensor, Tensor], 
 
 def _nonlinearity(isolated: IsolatedLayer, name: str) -> float:
     """How far a module is from affine on one-token sequences: the larger error on multiples and on sums."""
-    rows = trial_rows(isolated)
+    rows = isolated.trial_rows()
     zero = isolated.feed(torch.zeros_like(rows[:1]), [name], name)
     single, multiple, total = (isolated.feed(rows, [name], name) - zero).chunk(3)
     errors = [(8 * single - multiple).norm() / multiple.norm()]
@@ -197,7 +169,7 @@ def _norms_inside(isolated: IsolatedLayer, mixer: ModuleCall, calls: list[Module
     """Norms inside attention whose divisors matter at length one; those of queries and keys do not."""
     small = [c for c in calls if c.inside(mixer) and all(p.ndim < 2 for p in c.module.parameters())]
     norms = [measure_norm(c.name, c.module, c.given) for c in small if c.given.shape == c.returned.shape]
-    rows = trial_rows(isolated)
+    rows = isolated.trial_rows()
     plain, found = isolated.feed(rows, [mixer.name], mixer.name), []
     for norm in filter(None, norms):
         with isolated.altered(linearised([norm])):
@@ -350,34 +322,34 @@ def read_norms(isolated: IsolatedLayer, structure: Structure) -> LayerView:
 
 
 @torch.no_grad()
-def fit_residual(view: LayerView) -> tuple[LayerView, float]:
+def fit_residual(view: LayerView) -> tuple[LayerView, Tensor | float]:
     """The view with its residual path and, if that is recovered, its multipliers; the path's error."""
-    x = view.isolated.states()
-    attention, ffn, where, first = view.attention, view.ffn, view.structure, 0.0
+    x, where, attention, error = view.isolated.states(), view.structure, view.attention, 0.0
     middle, end, _ = _streams(view, x)
     quiet_middle, quiet_end, _ = _streams(view, x, where.attention.ablated, where.ffn.ablated)
     if not view.parallel:
-        attention, first = _path(view, attention, x, quiet_middle, middle - quiet_middle)
+        path, error = _path(view, attention.norm, x, quiet_middle, middle - quiet_middle)
+        attention = replace(attention, **path)
     given = x if view.parallel else quiet_middle
-    ffn, second = _path(view, ffn, given, quiet_end, end - quiet_end)
-    view, error = replace(view, attention=attention, ffn=ffn), max(first, second)
+    path, of_ffn = _path(view, view.ffn.norm, given, quiet_end, end - quiet_end)
+    view, error = replace(view, attention=attention, ffn=replace(view.ffn, **path)), max(error, of_ffn)
     if error < RESTORED:
         a, f, y, _ = additions(view, x)
         attention = replace(attention, multiplier=coefficients(a, view.attention_branch(x)))
-        ffn = replace(ffn, multiplier=coefficients(f, view.ffn_branch(y)))
+        ffn = replace(view.ffn, multiplier=coefficients(f, view.ffn_branch(y)))
         view = replace(view, attention=attention, ffn=ffn)
     return view, error
 
 
 def _path(
-    view: LayerView, branch: Branch, given: Tensor, taken: Tensor, added: Tensor
-) -> tuple[Branch, float]:
-    """The branch with the residual path that makes `taken` of `given`, and the error relative to `added`."""
+    view: LayerView, norm: Norm | None, given: Tensor, taken: Tensor, added: Tensor
+) -> tuple[dict[str, object], Tensor]:
+    """The residual path from `given` to `taken`, as a branch's fields; the error relative to `added`."""
     found = []
-    for on_residual in (False,) if view.parallel or branch.norm is None else (False, True):
-        base = view.isolated.module(branch.norm.name)(given) if on_residual else given
+    for on_residual in (False,) if view.parallel or norm is None else (False, True):
+        base = view.isolated.module(norm.name)(given) if on_residual else given
         scale = coefficients(taken, base)
-        path = replace(branch, norm_on_residual=on_residual, residual_scale=scale)
+        path = {"norm_on_residual": on_residual, "residual_scale": scale}
         found.append((path, relative(taken - scale * base, added)))
         if found[-1][1] < RESTORED:
             return found[-1]
