@@ -40,6 +40,10 @@ _LEFT_OUT = {
 }  # fmt: skip
 _BEGIN = ("llama3", "llama-v3", "llama-bpe")  # vocabularies that begin with a token although no flag says so
 _NOTE = "gguf.json"
+_GIVE_BASE = (
+    "Give base=ORG/REPO (SDNB_BASE in a notebook's environment), the model that it was made from, whose "
+    "configuration and tokenizer are used instead, or that model itself."
+)
 
 
 class Reader(gguf.GGUFReader):
@@ -81,14 +85,10 @@ def read(path: Path) -> Reader:
 
 def stored_format(reader: Reader) -> str:
     """llama.cpp's name for a file, such as "Q4_K_M", where it fits most weights, else their type."""
-    weights = Counter()
+    weights, kinds = Counter(), {kind.value: kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
     for tensor in reader.tensors:
         weights[tensor.tensor_type.name] += tensor.n_elements
-    most = weights.most_common(1)[0][0]
-    try:
-        name = gguf.LlamaFileType(reader.setting("general.file_type")).name.removeprefix("MOSTLY_")
-    except ValueError:
-        return most
+    most, name = weights.most_common(1)[0][0], kinds.get(reader.setting("general.file_type"), "")
     return name if name.startswith(most) else most
 
 
@@ -160,12 +160,7 @@ def _convert(name: str, reader: Reader, base: Checkpoint | None, folder: Path) -
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryShortage(f"{name} does not fit into the memory while it is converted.") from error
     except Exception as error:  # each architecture and each tokenizer fails in its own way
-        way = (
-            f"{base.name} may not be the model that it was made from."
-            if base
-            else "Give base=ORG/REPO (SDNB_BASE in a notebook's environment), the model that it was made "
-            "from, whose configuration and tokenizer are used instead, or that model itself."
-        )
+        way = f"{base.name} may not be the model that it was made from." if base else _GIVE_BASE
         raise ModelError(
             f"{name}, a GGUF file of the architecture {reader.kind!r}, could not be converted: "
             f"{first_line(error)} {way} (The copy takes up to 4 bytes a parameter in {folder.parent}; "
