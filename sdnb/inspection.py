@@ -114,10 +114,7 @@ def _read(
     """The lines; windows of the text, (W, T), for what is measured; and sequences for sinks."""
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise TextError(
-            f"{loaded.name} has no tokenizer, so it cannot read text: name a model that has the same one "
-            "with --base, or save one beside the weights."
-        )
+        raise TextError(f"{loaded.name} has no tokenizer: name a model that has the same one with --base.")
     if max_tokens is not None and max_tokens < 2:
         raise ParameterError(f"max_tokens is {max_tokens}: give at least 2 tokens.")
     if chat:

@@ -102,10 +102,7 @@ def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertS
     """
     with watched_experts(model) as found:
         if not found:
-            raise ModelError(
-                f"{type(model).__name__} has no experts in three-dimensional parameters; experts that are "
-                "linear modules of their own are in input_statistics"
-            )
+            raise ModelError(f"{type(model).__name__} has no experts in three-dimensional parameters")
         for line in lines:  # one by one: padding would be sent to experts, too
             model.base_model(input_ids=line[None].to(input_device(model)), use_cache=False)
     return found

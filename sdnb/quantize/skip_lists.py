@@ -58,9 +58,7 @@ def skip_list(
         ParameterError: a threshold of 1 or below, which every module passes.
     """
     if threshold <= 1:
-        raise ParameterError(
-            f"the threshold of the skip list is {threshold}; give a ratio above 1, such as 32"
-        )
+        raise ParameterError(f"the threshold of the skip list is {threshold}; give a ratio above 1, say 32")
     spikes = {n: s.token_ratio or float("inf") for n, s in statistics.items() if s.largest > 0}
     chosen = sorted((n for n, ratio in spikes.items() if ratio >= threshold), key=lambda n: -spikes[n])
     return SkipList(tuple(chosen), fused_with(model, chosen), tuple(never_quantized(model)), threshold)
