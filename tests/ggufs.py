@@ -4,38 +4,30 @@ import json
 
 import gguf
 import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.tiny import redraw, tiny_tokenizer
+from tests.tiny import build, tiny_tokenizer
 
 VOCABULARY = 384
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 256}
 PLAIN = ("llama", "qwen2", "phi3", "bloom", "stablelm", "starcoder2", "nemotron", "mamba")
+UNKNOWN = {"tokenizer.ggml.unknown_token_id": 0}
+QWEN35 = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_hidden_layers": 4, "head_dim": 256,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
+QWEN35_SETTINGS = {"qwen35.rope.dimension_sections": [11, 11, 10, 0], "qwen35.full_attention_interval": 4}
+LFM2 = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]}
 # GGUF architecture: model type, what its configuration needs, settings that the writer cannot derive
 ARCHITECTURES = {kind: (kind, {}, {}) for kind in PLAIN} | {
     "qwen3": ("qwen3", {"head_dim": 32}, {}),
-    "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 96}, {}),
-    "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, {}),
+    "qwen2moe": ("qwen2_moe", {}, {}),
+    "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}, {}),
     "falcon": ("falcon", {"multi_query": True}, {}),
     "gpt2": ("gpt2", {"n_inner": 96}, {}),
-    "gemma2": ("gemma2", {}, {"tokenizer.ggml.unknown_token_id": 0}),
-    "gemma3": ("gemma3_text", {}, {"tokenizer.ggml.unknown_token_id": 0}),
-    "minimax-m2": (
-        "minimax_m2",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 16},
-        {"minimax-m2.expert_gating_func": 2},
-    ),
-    "lfm2": (
-        "lfm2",
-        {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
-        {"lfm2.attention.head_count_kv": [0, 2]},
-    ),
-    "qwen35": (
-        "qwen3_5_text",
-        {**HEADS, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_hidden_layers": 4},
-        {"qwen35.rope.dimension_sections": [11, 11, 10, 0], "qwen35.full_attention_interval": 4},
-    ),
+    "gemma2": ("gemma2", {}, UNKNOWN),
+    "gemma3": ("gemma3_text", {}, UNKNOWN),
+    "minimax-m2": ("minimax_m2", {"rotary_dim": 16}, {"minimax-m2.expert_gating_func": 2}),
+    "lfm2": ("lfm2", LFM2, {"lfm2.attention.head_count_kv": [0, 2]}),
+    "qwen35": ("qwen3_5_text", QWEN35, QWEN35_SETTINGS),
 }
 _SETTINGS = {
     "block_count": ("num_hidden_layers",),
@@ -65,16 +57,7 @@ _SETTINGS = {
 
 def small(family: str, **more):
     """A random model of a family, every parameter redrawn, whose rows fill blocks of 32."""
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
-    if family not in ("falcon", "bloom", "gpt2", "mamba"):
-        sizes |= {"intermediate_size": 128, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(family, **sizes | more)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    redraw(model, 0, 0.7)
-    return model
+    return build(family, d=64, f=128, layers=2, vocabulary=VOCABULARY, seed=0, **{"pad_token_id": 1} | more)
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -11,37 +11,47 @@ from sdnb.errors import ModelError
 MOST_PARAMETERS = 20_000_000  # a configuration that asks for more ignores the small sizes
 HEADS = 4
 
-# every name of a size that configurations use; a type takes those that it has
-SMALL = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_dim"), 96),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
-    **dict.fromkeys(("encoder_layers", "depth"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
-    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "hidden_size_per_layer_input"), 16),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim"), 16),
-    **dict.fromkeys(("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "laurel_rank", "index_topk"), 8),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 4),
-    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
-    **dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "altup_num_inputs", "index_n_heads"), 2),
-    "moe_shared_expert_intermediate_size": 32,
-    "first_k_dense_replace": 1,  # the first layer dense, the others experts, where a type has both
-    # state-space and linear-attention mixers
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    "mamba_n_groups": 1,
-    "num_kv_shared_layers": 0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+def sizes(
+    hidden: int = 64, inner: int = 96, layers: int = 3, vocabulary: int = 128, positions: int = 64
+) -> dict[str, int]:
+    """Every name of a size that configurations use; a type takes those that it has."""
+    return {
+        **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), hidden),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_dim"), inner),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), inner),
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), layers),
+        **dict.fromkeys(("encoder_layers", "depth"), 2),
+        **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+        **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), vocabulary),
+        **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), positions),
+        **dict.fromkeys(("head_dim", "global_head_dim"), hidden // HEADS),
+        **dict.fromkeys(("v_head_dim", "hidden_size_per_layer_input"), 16),
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim"), 16),
+        **dict.fromkeys(
+            ("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "laurel_rank", "index_topk"), 8
+        ),
+        **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+        **dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 4),
+        **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+        **dict.fromkeys(
+            ("num_key_value_heads", "num_experts_per_tok", "altup_num_inputs", "index_n_heads"), 2
+        ),
+        "moe_shared_expert_intermediate_size": 32,
+        "first_k_dense_replace": 1,  # the first layer dense, the others experts, where a type has both
+        # state-space and linear-attention mixers
+        **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+        **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size"), 16),
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+        "mamba_n_groups": 1,
+        "num_kv_shared_layers": 0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
 
 ROTATED_PART = {"head_dim": 8}  # latent attention: head_dim is the part of a head that positions rotate
 INDEXED = {**ROTATED_PART, "num_key_value_heads": HEADS}  # keys and values are never shared by heads
@@ -139,17 +149,19 @@ def _is_set(config: PretrainedConfig, name: str) -> bool:
         return True
 
 
-def options_of(config_class: type[PretrainedConfig], kind: str, depth: int = 0) -> dict:
+def options_of(
+    config_class: type[PretrainedConfig], kind: str, generic: dict[str, int] | None = None, depth: int = 0
+) -> dict:
     """Option -> value of a small configuration: the generic sizes that a type has, and its own line."""
-    default = config_class()
+    default, generic = config_class(), generic or sizes()
     options = {}
-    for name, value in SMALL.items():
+    for name, value in generic.items():
         if not isinstance(getattr(config_class, name, None), property) and _is_set(default, name):
             options[name] = value
     if depth < 2:
         for name, value in vars(default).items():
             if isinstance(value, PretrainedConfig):
-                options[name] = options_of(type(value), value.model_type, depth + 1)
+                options[name] = options_of(type(value), value.model_type, generic, depth + 1)
     return options | OWN.get(kind, {})
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.small_models import options_of, sizes
 
 BEGIN, END = "<s>", "</s>"
 POSITIONS = 256
@@ -47,22 +50,6 @@ def tiny_tokenizer(size: int = 384) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(family: str, d: int, f: int, layers: int, heads: int, vocabulary: int, **more):
-    """Return the configuration of a small decoder of a model type; `more` overrides any of its keys."""
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    if family == "gpt2":
-        sizes = {"n_embd": d, "n_inner": f, "n_layer": layers, "n_head": heads, "n_positions": POSITIONS}
-    elif family == "mpt":
-        sizes = {"d_model": d, "expansion_ratio": f // d, "n_layers": layers, "n_heads": heads}
-        sizes["max_seq_len"] = POSITIONS
-    else:
-        sizes = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers}
-        sizes |= {"num_attention_heads": heads, "max_position_embeddings": POSITIONS}
-        if family != "gpt_neox":
-            sizes |= {"num_key_value_heads": max(1, heads // 2), "head_dim": d // heads}
-    return AutoConfig.for_model(family, **{**common, **sizes, **more})
-
-
 @torch.no_grad()
 def redraw(model, seed: int, scale: float) -> None:
     """Draw every parameter anew: matrices of norm about `2 scale`, gains around one, biases around zero."""
@@ -84,15 +71,17 @@ def build(
     d: int = 32,
     f: int = 64,
     layers: int = 3,
-    heads: int = 4,
     vocabulary: int = 96,
     seed: int = 1,
     scale: float = 0.7,
     **more,
 ):
-    """A random decoder in evaluation mode with every parameter redrawn."""
-    config = tiny_config(family, d, f, layers, heads, vocabulary, **more)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    """A random decoder in evaluation mode with every parameter redrawn; `more` overrides any option."""
+    config_class = CONFIG_MAPPING[family]
+    options = options_of(config_class, family, sizes(d, f, layers, vocabulary, POSITIONS))
+    options |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    options |= {"gpt2": {"n_inner": f}, "mpt": {"expansion_ratio": f // d}}.get(family, {})
+    model = AutoModelForCausalLM.from_config(config_class(**options | more), dtype=torch.float32).eval()
     redraw(model, seed, scale)
     return model
 
@@ -111,7 +100,6 @@ def tiny_model(
     d: int = 32,
     f: int = 64,
     layers: int = 3,
-    heads: int = 4,
     vocabulary: int = 384,
     seed: int = 0,
     scale: float = 0.7,
@@ -119,7 +107,7 @@ def tiny_model(
     **more,
 ) -> Path:
     """Save a random model without any high-norm token under `folder` and return the folder."""
-    sizes = {"d": d, "f": f, "layers": layers, "heads": heads, "vocabulary": vocabulary}
+    sizes = {"d": d, "f": f, "layers": layers, "vocabulary": vocabulary}
     return save(build(family, seed=seed, scale=scale, **sizes, **more), folder, vocabulary, dtype)
 
 
@@ -189,7 +177,6 @@ def planted_model(
     d: int = 64,
     f: int = 128,
     layers: int = 6,
-    heads: int = 4,
     vocabulary: int = 384,
     seed: int = 0,
     scale: float = 0.2,
@@ -206,7 +193,7 @@ def planted_model(
     the token `noninitial`, if given) lies along `right_vector`; in gpt2 the embedding of position 0 does, so
     that every first token explodes. No ordinary embedding has a part along either vector.
     """
-    sizes = {"d": d, "f": f, "layers": layers, "heads": heads, "vocabulary": vocabulary}
+    sizes = {"d": d, "f": f, "layers": layers, "vocabulary": vocabulary}
     model = build(family, seed=seed, scale=scale, **sizes, **more)
     generator = torch.Generator().manual_seed(seed + 1)
     basis = torch.randn(d, 3, generator=generator)

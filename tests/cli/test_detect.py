@@ -13,10 +13,6 @@ from sdnb.quantize.skip_lists import TOOLS
 from tests.tiny import build, planted_model, save, tiny_model
 
 LINES = [f"the module number {n} provides a class for {n} objects" + " of it" * (n % 3) for n in range(12)]
-MIXTURES = {
-    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
-}
 CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
@@ -142,13 +138,13 @@ def test_a_model_without_high_norm_tokens(tmp_path):
     check_report(ranked)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_an_expert_scaled_by_hand_is_named(tmp_path, family):
-    model = build(family, layers=2, vocabulary=384, **MIXTURES[family])
+    model = build(family, layers=2, vocabulary=384)
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3] *= 200
     values = inspect_model(load(str(save(model, tmp_path, 384))), LINES)
-    assert values["super_experts"] == ["model.layers.1.mlp.experts.3"] and len(values["experts"]) == 16
+    assert values["super_experts"] == ["model.layers.1.mlp.experts.3"] and len(values["experts"]) == 8
     check_report(values)
 
 

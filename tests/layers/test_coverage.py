@@ -8,7 +8,8 @@ import pytest
 import tests.corrupted
 from benchmarks import coverage
 from sdnb.layers import layer_view
-from tests.families import HEADS, build
+from tests.families import build
+from tests.small_models import HEADS
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 VERDICTS = {"llama": "exact", "mixtral": "sampled", "mamba": "unsupported", "gemma3n_text": "unsupported"}

@@ -8,7 +8,8 @@ import torch
 from sdnb.layers import LayerView, decoder_layers, layer_view
 from sdnb.layers.calls import unwrap
 from tests.corrupted import corrupted_views, is_caught
-from tests.families import FAMILIES, HEADS, LAYERS, STREAMED, build
+from tests.families import FAMILIES, LAYERS, STREAMED, build
+from tests.small_models import HEADS
 
 TOLERANCE = 1e-5
 CORRUPT = 1e-3  # what a corrupted copy must exceed

@@ -10,7 +10,7 @@ from sdnb.errors import LayerUnsupported, ModelError, ParameterError
 from sdnb.layers import decoder_layers, each_layer, layer_view
 from sdnb.layers.reading import measured, verdict
 from sdnb.linearize import attention_matrix, linear_layer
-from tests.families import HEADS, HIDDEN, INNER, LLAMA_LIKE, MPT_LIKE, build, random_model
+from tests.families import HIDDEN, INNER, build, random_model
 
 
 def close(a, b, tolerance=1e-5):
@@ -19,8 +19,7 @@ def close(a, b, tolerance=1e-5):
 
 class TestApproximate:
     def test_a_mixture_of_experts_is_sampled(self):
-        options = LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}
-        model = random_model("mixtral", **options)
+        model = random_model("mixtral")
         view = layer_view(model, 2)
         assert (view.status, view.ffn.formula, view.ffn.error) == ("sampled", None, None)
         assert max(view.attention.error, view.error) < 1e-5
@@ -31,7 +30,7 @@ class TestApproximate:
 
     def test_an_attention_that_is_no_matrix_is_fitted(self):
         """Least squares leaves an error that no matrix explains, and a broken fit does not hold."""
-        view = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1.0}), 1)
+        view = layer_view(random_model("mpt", expansion_ratio=2, attn_config={"clip_qkv": 1.0}), 1)
         assert view.status == "approximate" and 1e-2 < view.attention.error < 0.7
         u = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(1))
         left = view.attention_module(u) - u @ view.attention.matrix.T - view.attention.bias
@@ -41,12 +40,12 @@ class TestApproximate:
         wrong = replace(view.attention, matrix=view.attention.matrix.roll(1, 0))
         with pytest.raises(LayerUnsupported, match="not a linear map"):
             verdict(measured(replace(view, attention=wrong)))
-        wide = layer_view(random_model("mpt", **MPT_LIKE, attn_config={"clip_qkv": 1e4}), 1)
+        wide = layer_view(random_model("mpt", expansion_ratio=2, attn_config={"clip_qkv": 1e4}), 1)
         assert wide.status == "exact"
 
     def test_a_layer_of_attention_alone(self):
         kinds = {"layers_block_type": ["attention", "mlp"], "head_dim": 8, "n_groups": 1}
-        view = layer_view(random_model("nemotron_h", **LLAMA_LIKE | kinds), 1)
+        view = layer_view(random_model("nemotron_h", **kinds), 1)
         assert view.status == "exact"
         x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
         assert close(view.layer(x), x + view.attention_branch(x))
@@ -98,26 +97,22 @@ class TestBranchesThatWriteZero:
 class TestUnsupported:
     def test_a_third_branch(self):
         """Granite with state-space layers adds experts and a shared FFN apart from each other."""
-        kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-        kinds["mamba_n_heads"] = 8
-        model = random_model("granitemoehybrid", **LLAMA_LIKE, **kinds, shared_intermediate_size=INNER)
+        kinds = {"layer_types": ["attention"] * 2, "num_local_experts": 4, "mamba_d_head": 8}
+        model = random_model("granitemoehybrid", **kinds, shared_intermediate_size=INNER)
         with pytest.raises(LayerUnsupported, match=r"layer 2, self_attn.*does not return its input"):
             layer_view(model, 2)
 
     def test_state_space_models(self):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4}
-        model = random_model("mamba", **sizes, use_mambapy=False)
+        model = random_model("mamba", state_size=4, use_mambapy=False)
         assert len(decoder_layers(model)) == 2
         with pytest.raises(LayerUnsupported, match="layer 1, layer: a state-space mixer"):
             list(each_layer(model))
 
     def test_recurrent_networks_and_encoder_decoders(self):
-        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "attention_hidden_size": HIDDEN}
         with pytest.raises(ModelError, match="recurrent"):  # though it passes for gated attention
-            layer_view(random_model("rwkv", **sizes, context_length=64), 1)
-        sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
+            layer_view(random_model("rwkv", attention_hidden_size=HIDDEN, context_length=64), 1)
         with pytest.raises(ModelError, match="encoder-decoder"):
-            layer_view(random_model("t5", AutoModelForSeq2SeqLM, **sizes), 1)
+            layer_view(random_model("t5", AutoModelForSeq2SeqLM, d_kv=8, d_ff=INNER), 1)
 
     def test_layers_out_of_range(self):
         for number in (0, 3, -1):
@@ -125,7 +120,7 @@ class TestUnsupported:
                 layer_view(build("llama"), number)
 
     def test_a_convolution_in_attentions_place(self):
-        model = random_model("lfm2", **LLAMA_LIKE, layer_types=["conv", "full_attention"])
+        model = random_model("lfm2", layer_types=["conv", "full_attention"])
         with pytest.raises(LayerUnsupported, match="layer 1, conv: is not a linear map"):
             layer_view(model, 1)
         unsupported = {}

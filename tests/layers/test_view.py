@@ -7,8 +7,9 @@ from accelerate import cpu_offload
 from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers, layer_view
 from sdnb.linearize import attention_intercept, attention_matrix, branch_scales
-from tests.families import HEADS, HIDDEN, LLAMA_LIKE, build, random_model
+from tests.families import HIDDEN, build, random_model
 from tests.restored import left_as_it_was
+from tests.small_models import HEADS
 
 
 def close(a, b, tolerance=1e-5):
@@ -85,11 +86,7 @@ def test_branches_are_differentiable(name):
 
 def test_a_norm_in_the_value_path_enters_by_its_gain_and_its_divisor_is_told_apart():
     """As in latent attention; norms of queries and keys do not touch the values."""
-    options = dict(
-        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, v_head_dim=16,
-        first_k_dense_replace=9, num_key_value_heads=HEADS,
-    )  # fmt: skip
-    model = random_model("deepseek_v3", **LLAMA_LIKE | options)
+    model = random_model("deepseek_v3", first_k_dense_replace=9, num_key_value_heads=HEADS)
     attention, view = decoder_layers(model)[1].self_attn, layer_view(model, 2)
     down = attention.kv_a_proj_with_mqa.weight[:16]
     up = attention.kv_b_proj.weight.reshape(HEADS, 8 + 16, 16)[:, 8:].reshape(-1, 16)
@@ -108,8 +105,7 @@ def test_a_norm_in_the_value_path_enters_by_its_gain_and_its_divisor_is_told_apa
 
 
 def test_a_projection_outside_the_mixing_module_belongs_to_attention():
-    sizes = {name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}
-    model = random_model("roberta-prelayernorm", **sizes, is_decoder=True)
+    model = random_model("roberta-prelayernorm")
     attention, view = decoder_layers(model)[1].attention, layer_view(model, 2)
     assert view.status == "exact"
     assert close(view.attention.matrix, attention.output.dense.weight @ attention.self.value.weight)

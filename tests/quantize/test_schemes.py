@@ -164,7 +164,7 @@ def test_smoothquant_takes_an_outlier_channel_down():
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme("nvfp4"), Scheme(inputs="token")])
 @pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's FFN is given rows, not sequences
 def test_batching_changes_nothing(family, scheme, monkeypatch):
-    model = build(family, ffn_dim=64, word_embed_proj_dim=32)
+    model = build(family)
     ids = torch.randint(2, 96, (8 * 20,), generator=torch.Generator().manual_seed(0))
     with quantized(model, scheme):
         losses = []

@@ -26,16 +26,7 @@ DOWN = {
     "deepseek_v3": "model.layers.{}.mlp.shared_experts.down_proj",
     "mixtral": None,  # experts in one parameter
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MORE = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
-    "qwen2_moe": EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24},
-    "deepseek_v3": EXPERTS
-    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
-    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    | {"num_key_value_heads": 4},
-}
+MORE = {"deepseek_v3": {"first_k_dense_replace": 0, "num_key_value_heads": 4}}
 FED = {
     "llama": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"},
     "gpt2": {"attn.c_attn", "mlp.c_fc"},

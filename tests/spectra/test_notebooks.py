@@ -17,8 +17,7 @@ from tests.tiny import build, save
 
 @pytest.fixture
 def random_model():
-    sizes = {"d": 64, "f": 176, "layers": 2, "heads": 4, "vocabulary": 384}
-    return build("llama", seed=3, scale=0.7, **sizes).requires_grad_(False)
+    return build("llama", d=64, f=176, layers=2, vocabulary=384, seed=3).requires_grad_(False)
 
 
 @pytest.fixture
