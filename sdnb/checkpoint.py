@@ -7,6 +7,7 @@ and `org/repo:Q4_K_M` for one GGUF file of a repository.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -266,48 +267,37 @@ def refuse(checkpoint: Checkpoint, trust_remote_code: bool, allow_pickle: bool, 
     paired = paired or config.get("is_encoder_decoder")
     causal = (code or kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and not encoder and not paired
     what = "an encoder-decoder" if paired else f"no causal decoder that transformers {__version__} knows"
-    for wrong, message in (
-        (
-            not config,
-            f"has no {CONFIG}: give a folder written by save_pretrained, a GGUF file, a hub id, or "
-            "zoo/<name>. (A folder here hides a hub id of the same name.)",
-        ),
-        (
-            method,
-            f"is quantized ({method}): its weights are codes, not the numbers that the analysis is about. "
-            f"{_UNQUANTIZED}",
-        ),
-        (
-            pickled and not stored and not allow_pickle,
-            f"has its weights in pickle form only ({PICKLES[1]}), which can run code while it is read. If "
-            f"you trust its author give {_how('allow_pickle')}; or save it once more as safetensors.",
-        ),
-        (
-            not stored and not pickled,
-            f"has no weights that can be loaded: neither {SINGLE} nor {INDEX} is among its files "
-            f"({', '.join(files)}). Save it with save_pretrained, or fetch it again.",
-        ),
-        (
-            code and kind not in CONFIG_MAPPING and not trust_remote_code,
-            f"needs Python code that comes with it (model type {kind!r}), which is never run unasked: read "
-            f"it, then give {_how('trust_remote_code')}.",
-        ),
-        (
-            multimodal and not _has_text_part(kind),
-            f"({kind}) takes images or sound as well as text. Save its text part as a model of its own and "
-            "give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
-            "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
-            "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
-            "the tokenizer there too.",
-        ),
-        (
-            not (causal or multimodal or (encoder and encoders)),
-            f"is of the model type {kind!r}, which is {what}: give a causal language model. Weight spectra "
-            "(14, 15) take encoders too.",
-        ),
-    ):
-        if wrong:
-            raise ModelError(f"{checkpoint.name} {message}")
+    unsafe = pickled and not stored and not allow_pickle
+    foreign = code and kind not in CONFIG_MAPPING and not trust_remote_code
+    problems = (
+        not config
+        and f"has no {CONFIG}: give a folder written by save_pretrained, a GGUF file, a hub id, or "
+        "zoo/<name>. (A folder here hides a hub id of the same name.)",
+        method
+        and f"is quantized ({method}): its weights are codes, not the numbers that the analysis is about. "
+        f"{_UNQUANTIZED}",
+        unsafe
+        and f"has its weights in pickle form only ({PICKLES[1]}), which can run code while it is read. If "
+        f"you trust its author give {_how('allow_pickle')}; or save it once more as safetensors.",
+        not (stored or pickled)
+        and f"has no weights that can be loaded: neither {SINGLE} nor {INDEX} is among its files "
+        f"({', '.join(files)}). Save it with save_pretrained, or fetch it again.",
+        foreign
+        and f"needs Python code that comes with it (model type {kind!r}), which is never run unasked: read "
+        f"it, then give {_how('trust_remote_code')}.",
+        multimodal
+        and not _has_text_part(kind)
+        and f"({kind}) takes images or sound as well as text. Save its text part as a model of its own and "
+        "give that folder: full = AutoModelForImageTextToText.from_pretrained(name); text = "
+        "AutoModelForCausalLM.from_config(full.config.get_text_config()); text.model = "
+        "full.model.language_model; text.lm_head = full.lm_head; text.save_pretrained(folder); then save "
+        "the tokenizer there too.",
+        not (causal or multimodal or (encoder and encoders))
+        and f"is of the model type {kind!r}, which is {what}: give a causal language model. Weight spectra "
+        "(14, 15) take encoders too.",
+    )
+    if problem := next(filter(None, problems), None):
+        raise ModelError(f"{checkpoint.name} {problem}")
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:
@@ -342,34 +332,33 @@ def is_encoder(checkpoint: Checkpoint) -> bool:
 # --- headers of safetensors files, and memory
 
 
-def headers(checkpoint: Checkpoint) -> dict:
-    """huggingface_hub's `TensorInfo` of each tensor of local safetensors files; codes are refused."""
+def weight_counts(checkpoint: Checkpoint) -> Counter[str]:
+    """How many weights local safetensors files hold in each dtype; a model of codes is refused."""
     from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
 
-    folder, found = checkpoint.folder, {}
+    folder, counts = checkpoint.folder, Counter()
     shards = {*_read_json(folder / INDEX).get("weight_map", {}).values()}
     for name in sorted(shards or {SINGLE} & {*checkpoint.files}):
         try:
             with safe_open(folder / name, "np"):  # it sees whether the file is complete
-                found |= parse_local_safetensors_file_metadata(folder / name).tensors
+                tensors = parse_local_safetensors_file_metadata(folder / name).tensors
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{folder / name} is not there, truncated or damaged ({error}): fetch or save it again."
             ) from error
-    for weight, entry in found.items():
-        code = entry.dtype in ("I8", "U8") or entry.dtype.startswith(("F8", "F6", "F4"))  # of 8 bits or less
-        if code and len(entry.shape) > 1 and weight.endswith("weight"):
-            raise ModelError(
-                f"{checkpoint.name} is quantized: {weight} is stored as {entry.dtype}. {_UNQUANTIZED}"
-            )
-    return found
+        for weight, tensor in tensors.items():
+            counts[tensor.dtype] += tensor.parameter_count
+            code = tensor.dtype in ("I8", "U8") or tensor.dtype.startswith(("F8", "F6", "F4"))
+            if code and len(tensor.shape) > 1 and weight.endswith("weight"):
+                stored = f"{weight} is stored as {tensor.dtype}"
+                raise ModelError(f"{checkpoint.name} is quantized: {stored}. {_UNQUANTIZED}")
+    return counts
 
 
-def weight_bytes(entries: dict, item: int | None = None) -> int:
-    """Bytes that floating tensors take in memory with `item` bytes each; None keeps their own."""
-    floats = [entry for entry in entries.values() if entry.dtype in _FLOAT_BYTES]
-    return sum(entry.parameter_count * (item or _FLOAT_BYTES[entry.dtype]) for entry in floats)
+def weight_bytes(counts: Counter[str], item: int | None = None) -> int:
+    """Bytes that floating weights take in memory with `item` bytes each; None keeps their own."""
+    return sum(counts[dtype] * (item or size) for dtype, size in _FLOAT_BYTES.items())
 
 
 def refuse_too_large(name: str, weights: float, place: str, advice: str, doing: str = "") -> None:

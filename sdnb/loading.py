@@ -126,15 +126,15 @@ def load(
         files.refuse(found, trust, allow_pickle, encoders)
         pickled = files.INDEX not in found.files and files.SINGLE not in found.files
         found = files.fetch(found, pickles=pickled)
-        entries = files.headers(found)
-        fits = 2 * files.weight_bytes(entries, 4) <= files.free_memory("cpu")
+        counts = files.weight_counts(found)
+        fits = 2 * files.weight_bytes(counts, 4) <= files.free_memory("cpu")
         dtype = "float32" if dtype == "auto" and place == "cpu" and fits else dtype
         if place != "offload":
             item = getattr(DTYPES.get(dtype), "itemsize", None)
             advice = (
                 'dtype="bfloat16" needs half of float32, device="offload" leaves on disk what does not fit.'
             )
-            files.refuse_too_large(model, files.weight_bytes(entries, item), place, advice)
+            files.refuse_too_large(model, files.weight_bytes(counts, item), place, advice)
         network = _network(found, dtype, place, trust, pickled, (basis or found).target)
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)
@@ -143,7 +143,7 @@ def load(
             f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
         )
     kept = str(next(network.parameters()).dtype).removeprefix("torch.")
-    slug, stored = files.slug_of(model, revision), stored or (_format(entries), None, {})
+    slug, stored = files.slug_of(model, revision), stored or (_format(counts), None, {})
     return Loaded(network, tokenizer, model, slug, found.revision, kept, place, *stored, started)
 
 
@@ -183,13 +183,10 @@ def _device(device: str) -> str:
     return device
 
 
-def _format(entries: dict) -> str:
+def _format(counts: Counter[str]) -> str:
     """How most of a checkpoint's weights are stored."""
-    count = Counter()
-    for entry in entries.values():
-        count[entry.dtype] += entry.parameter_count
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return "pickle" if not count else f"safetensors {names.get(most := count.most_common(1)[0][0], most)}"
+    return f"safetensors {names.get(most := counts.most_common(1)[0][0], most)}" if counts else "pickle"
 
 
 def _network(

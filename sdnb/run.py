@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from sdnb.checkpoint import locate, path_of, slug_of
 from sdnb.errors import ParameterError, SdnbError
@@ -155,8 +156,7 @@ def templates_in(folder: Path | None = None) -> list[Path]:
     found = sorted(folder.glob("*.ipynb"), key=lambda path: (not path.stem[:2].isdigit(), path.stem))
     if not found:
         raise ParameterError(
-            f"There is no notebook in {folder}: run from a checkout that sdnb was installed from "
-            "(pip install -e .), or give --templates."
+            f"There is no notebook in {folder}: install sdnb from a checkout, or give --templates."
         )
     return found
 
@@ -357,8 +357,6 @@ def run_all(
 
 def _show_progress(events: object, bars: dict) -> None:
     """One line for each running cell: which cell of its notebook, seconds, and what it took last time."""
-    from tqdm import tqdm
-
     while not events.empty():
         label, place, total, before = events.get()
         if label not in bars:
@@ -375,8 +373,6 @@ def _show_progress(events: object, bars: dict) -> None:
 
 def _show_end(outcome: Outcome, count: str, bars: dict) -> None:
     """A line for a cell that has ended, in the place of the one that it had while it ran."""
-    from tqdm import tqdm
-
     if outcome.cell.label in bars:
         bars.pop(outcome.cell.label).close()
     seconds = f"  {outcome.seconds:.1f} s" if outcome.status == DONE else ""
