@@ -110,15 +110,16 @@ def encoder(folder: Path) -> Path:
 
 
 def _execute(root: Path) -> Executed:
-    steps = root / "org" / "planted-steps"
+    org, short = root / "org", {"layers": 4, "decay_layer": 4}
+    steps = org / "planted-steps"
     executed = Executed(
         results=root / "results",
-        plain=str(tiny_model(steps / "step0", d=64, f=128, layers=6)),
-        step=str(planted_model(steps / "step500", noninitial=DOLLAR).folder),
-        other=str(planted_model(root / "org" / "other", seed=7).folder),
-        wide=str(planted_model(root / "org" / "wide", d=96).folder),
-        planted=planted_model(root / "org" / "planted", noninitial=DOLLAR),
-        encoder=str(encoder(root / "org" / "bert")),
+        plain=str(tiny_model(steps / "step0", d=64, f=128, layers=4)),
+        step=str(planted_model(steps / "step500", noninitial=DOLLAR, **short).folder),
+        other=str(planted_model(org / "other", seed=7, **short).folder),
+        wide=str(planted_model(org / "wide", d=96, **short).folder),
+        planted=planted_model(org / "planted", noninitial=DOLLAR, **short),
+        encoder=str(encoder(org / "bert")),
     )
     name, others = executed.model.name, [executed.other, executed.plain, executed.wide]
     lists = {

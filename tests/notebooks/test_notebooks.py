@@ -103,7 +103,7 @@ def test_10_takes_the_steps_beside_the_model(executed, tmp_path):
     assert found["angle_to_final_deg"] == [None, 0] and found["first_state_angle_deg"][0] > 20
     assert found["high_norm_count"][0] == 0 and found["peak_ratio"][1] > 5 > found["peak_ratio"][0]
     assert found["state_layer"] == layer and len(found["loss"]) == 2
-    assert found.arrays["first_norms"].shape == (2, 7)
+    assert found.arrays["first_norms"].shape == (2, 5)
     with pytest.raises(sdnb.ParameterError, match="checkpoints"):
         run_cells("10", model=executed.plain, results_dir=tmp_path)
 
@@ -116,7 +116,7 @@ def test_11_compares_models(executed):
     assert found["angle_deg"][3] is found["angle_deg"][4] is None, "no direction, and another width"
     assert found["pair_angle_deg"][1][2] == found["pair_angle_deg"][2][1] > 60
     assert found["high_norm_count"][3] == 0
-    assert found.arrays["first_norms"].shape == (4, 7), "those of the base's shape"
+    assert found.arrays["first_norms"].shape == (4, 5), "those of the base's shape"
     assert found.arrays["directions"].shape == (5, 64) and not found.arrays["directions"][3:].any()
 
 
