@@ -9,20 +9,9 @@ from sdnb.activations.defect import (
     mean_pairwise_angle,
 )
 from sdnb.activations.detection import Detection, detect
-from sdnb.activations.interventions import (
-    project_out,
-    set_dimensions,
-    zero_attention,
-    zero_branch,
-)
+from sdnb.activations.interventions import project_out, set_dimensions, zero_attention, zero_branch
 from sdnb.activations.perplexity import Perplexity, continuation, perplexity, text_windows, window_length
-from sdnb.activations.sinks import (
-    Sinks,
-    quantized_cache,
-    sink_rate,
-    sink_sequences,
-    sinks,
-)
+from sdnb.activations.sinks import Sinks, quantized_cache, sink_rate, sink_sequences, sinks
 from sdnb.activations.states import (
     Ledger,
     hidden_norms,

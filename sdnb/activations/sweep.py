@@ -22,9 +22,7 @@ from sdnb.layers.calls import Call, StopForward
 SAMPLED_ITEMS = 4096  # of the vocabulary, on a CPU
 LARGEST_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**32}  # larger ones are not faster
 ROWS_AT_ONCE = {"cpu": 512, "cuda": 16_384}  # items on the value path, for the same reason
-MANY = (
-    8192  # items from which the value path pays: to read the layers takes as long as some 4,000 plain passes
-)
+MANY = 8192  # items from which the value path pays: reading the layers takes as long as 4,000 plain passes
 PROOF_ITEMS, PROOF = 4, 1e-4  # items that also take a plain pass, and the relative difference allowed then
 
 
@@ -210,10 +208,6 @@ def _by_value_path(
 def _step(view: LayerView, x: Tensor, before_ffn: bool) -> Tensor:
     """One layer on one-token sequences (n, d), or what its FFN's norm reads."""
     attention, ffn = view.attention, view.ffn
-    added = attention.added(attention.normed(x) @ attention.matrix.T + attention.bias)
-    between = x if view.parallel else attention.residual(x) + added
-    if before_ffn:
-        return between
-    out = ffn.added(ffn.formula(ffn.normed(between)))
-    total = ffn.residual(between) + (out + added if view.parallel else out)
-    return total if view.output_norm is None else view.output_norm(total)
+    a = attention.added(attention.normed(x) @ attention.matrix.T + attention.bias)
+    y = x if view.parallel else attention.residual(x) + a
+    return y if before_ffn else view.summed(x, a, ffn.added(ffn.formula(ffn.normed(y))))

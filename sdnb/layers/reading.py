@@ -347,7 +347,7 @@ def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor
     trials, zero = formula_trials(ffn.normed(x)), torch.zeros_like(x)
     answer, at_trials = view.ffn_module(torch.cat([ffn.normed(real_y), trials])).tensor_split([len(x)])
     f = ffn.added(answer)
-    out, stream = _summed(view, x, a, f), _summed(view, x, zero, zero)
+    out, stream = view.summed(x, a, f), view.summed(x, zero, zero)
     errors = [relative(a - real_a, real_a), relative(out - real, real - stream)]
     formula = torch.zeros_like(errors[0])
     if view.structure.ffn.module:
@@ -355,13 +355,6 @@ def _ffn_and_layer_errors(view: LayerView, x: Tensor, a: Tensor) -> tuple[Tensor
         if ffn.formula is not None:
             formula = worst_third(ffn.formula(trials) - at_trials, at_trials)
     return formula, torch.stack(errors).max()
-
-
-def _summed(view: LayerView, x: Tensor, a: Tensor, f: Tensor) -> Tensor:
-    """The layer's output from what its branches add."""
-    ffn, attention = view.ffn, view.attention
-    total = (ffn.residual(x) + a if view.parallel else ffn.residual(attention.residual(x) + a)) + f
-    return total if view.output_norm is None else view.output_norm(total)
 
 
 def verdict(view: LayerView) -> str:

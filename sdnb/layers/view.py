@@ -210,8 +210,9 @@ class LayerView:
     def ffn_module(self, u: Tensor) -> Tensor:
         """The real FFN on normed rows, before post-norm and multiplier (zeros if there is none); (n, d)."""
         where = self.structure.ffn
-        fed = self.isolated.feed
-        return fed(u, where.inputs, where.output, behind=where.norm) if where.module else torch.zeros_like(u)
+        if not where.module:
+            return torch.zeros_like(u)
+        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm)
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What the real attention adds to one-token sequences, multiplier * post_norm(attention(norm(x)))."""
@@ -233,6 +234,12 @@ class LayerView:
         # by the norm's module, not its formula: a branch of zeros leaves no rounding
         x = self.isolated.module(branch.norm.name)(x) if branch.norm_on_residual else x
         return branch.residual_scale * x
+
+    def summed(self, x: Tensor, a: Tensor, f: Tensor) -> Tensor:
+        """The output for inputs x if the branches add a and f, by the norms' formulas; (n, d) in and out."""
+        attention, ffn = self.attention, self.ffn
+        total = (ffn.residual(x) + a if self.parallel else ffn.residual(attention.residual(x) + a)) + f
+        return total if self.output_norm is None else self.output_norm(total)
 
     def layer(self, x: Tensor) -> Tensor:
         """The real layer on one-token sequences; (n, d) in and out; differentiable."""
