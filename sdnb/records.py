@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 
@@ -26,7 +27,8 @@ from sdnb.errors import RecordError
 from sdnb.files import atomic_write, locked
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "book" / "published.yaml"
-"""Published values; there in a checkout only."""
+KEY_FIGURES = PUBLISHED.with_name("key_figures.yaml")
+_FOLDS = {"mean": fmean, "max": max, "sum": sum}  # of several numbers, for a key figure
 _OWN_KEYS = ("template", "arrays", "provenance")
 _PACKAGES = ("sdnb", "torch", "transformers", "accelerate", "safetensors", "numpy")
 _MIB = 2**20
@@ -158,10 +160,7 @@ def beside_published(record: Record) -> Table:
     Returns:
         One row a quantity: this model's value, and what was published, on which model and where.
     """
-    import yaml
-
-    content = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
-    rows = []
+    content, rows = _read_yaml(PUBLISHED), []
     for item in content.get(record.template, []):
         unit = {"degrees": "°", "percent": " %"}.get(item.get("unit"), "")
         try:
@@ -196,14 +195,22 @@ def provenance(record: Record | object) -> Table:
     return Table({"": rows})
 
 
+def _read_yaml(path: Path) -> dict:
+    """A file of the checkout; nothing outside of one."""
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def entry(values: dict, key: str) -> object:
-    """What a pointer names in a record: `key`, `key[i]`, `key[name=value].inner`, or `key@layers`.
+    """What a pointer names: `key`, `key[i]`, `key[name=value].inner`, `key[*].inner`, or `key@layers`.
 
     Args:
         values: a record's values.
         key: names joined by dots, each followed by an index where needed: `[i]` is a list's entry or an
-            object's (`matrices[01.q]`), `[name=value,...]` the first object of a list that says so; `@layers`
-            takes the entry of a per-layer list at the first layer of another list of the record.
+            object's (`matrices[01.q]`), `[name=value,...]` the first object of a list that says so, `[*]` all
+            entries, for a list of what follows; `@layers` takes the entry of a per-layer list at the first
+            layer of another list of the record.
 
     Returns:
         The value.
@@ -211,6 +218,10 @@ def entry(values: dict, key: str) -> object:
     Raises:
         KeyError: no such key, or no layer in the list that `@` names.
     """
+    before, every, after = key.partition("[*].")
+    if every:
+        found = entry(values, before)
+        return [entry(one, after) for one in (found.values() if isinstance(found, dict) else found)]
     key, _, layers = key.partition("@")
     found = values
     for name, inside in re.findall(r"([^.\[\]]+)|\[([^\]]+)\]", key):
@@ -238,12 +249,13 @@ def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.Data
         models: names or folders of those that are wanted, in this order; all that have a record when None.
 
     Returns:
-        One row a model, the columns of `KEY_FIGURES`; a gap where a notebook was not run or found nothing.
+        One row a model, the columns of `book/key_figures.yaml`; a gap where a notebook was not run or found
+        nothing.
 
     Raises:
         RecordError: there is no record, a model has none, or one is damaged.
     """
-    there: dict[str, list[str]] = {}
+    there, columns = {}, _read_yaml(KEY_FIGURES)
     for path in sorted(Path(results_dir).expanduser().glob("[!.]*/[0-9][0-9]_*.json")):
         there.setdefault(path.parent.name, []).append(path.stem)
     if not there:
@@ -265,83 +277,20 @@ def summary(results_dir: str | Path, models: list[str] | None = None) -> pd.Data
         row = {"model": origins[0].get("model"), "folder": folder}
         for key in ("fingerprint", "hidden_size", "layers"):
             row[key] = next((origin[key] for origin in origins if origin.get(key)), None)
-        for template, figures in KEY_FIGURES.items():
+        for template, figures in columns.items():
             row |= {column: _picked(records.get(template), pick) for column, pick in figures.items()}
         rows.append(row | {"records": list(records)})
     return pd.json_normalize(rows)
 
 
-def _picked(record: dict | None, pick: object) -> object:
-    """A key figure of a record, None where there is no such thing."""
+def _picked(record: dict | None, pick: str | dict[str, str]) -> object:
+    """A key figure of a record by its pointer, None where there is no such thing."""
+    how, key = next(iter(pick.items())) if isinstance(pick, dict) else (None, pick)
     try:
-        return None if record is None else pick(record) if callable(pick) else entry(record, pick)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        found = entry(record, key)
+        return _FOLDS[how](value for value in found if value is not None) if how else found
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
-
-
-_INT8 = "rows[method=rtn,number_format=int8,weights=tensor,inputs=tensor,static=False,skip={}].perplexity"
-
-
-def _recovered(record: dict) -> float | None:
-    """Share of int8's added perplexity that the detected skip list recovers; None where it is below 0.2 %."""
-    keys = ("rows[0].perplexity", _INT8.format("none"), _INT8.format("detected"))
-    intact, everything, listed = (entry(record, key) for key in keys)
-    return (everything - listed) / (everything - intact) if everything >= 1.002 * intact else None
-
-
-def _outliers(record: dict) -> tuple[int, int, int]:
-    """Singular values above and below the bulks of all matrices, and how many there are."""
-    matrices = record["matrices"].values()
-    above, below = (sum(one[f"outliers_{side}"] or 0 for one in matrices) for side in ("above", "below"))
-    return above, below, sum(min(one["shape"]) for one in matrices)
-
-
-def _mean(values: list) -> float:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there)
-
-
-KEY_FIGURES = {
-    "01_high_norm_tokens": {key: key for key in ("peak_ratio", "explosion_layers", "decay_layers")},
-    "02_empirical_direction": {"pairwise_angle_deg": "mean_pairwise_angle_deg"},
-    "03_linear_layers": {"layer_error": lambda r: _mean(r["layer_error"])},
-    "04_singular_directions": {
-        key: f"{key}@explosion_layers" for key in ("angle_deg", "ffn_angle_deg", "gain_angle_deg")
-    },
-    "05_negative_eigenvalues": {
-        "eigen_angle_deg": "angle_deg@explosion_layers", "eigenvalue": "eigenvalue@explosion_layers",
-        "decay_angle_deg": "angle_deg@decay_layers", "decay_eigenvalue": "eigenvalue@decay_layers",
-        "norm_aware_eigenvalue": "norm_aware_eigenvalue@decay_layers",
-    },
-    "06_initial_tokens": {"exploding_share": "exploding_share"},
-    "07_noninitial_tokens": {"noninitial_share": "exploding_share"},
-    "08_explosion_subspace": {"first_to_second": "first_to_second"},
-    "09_interventions": {key: f"interventions.none.{key}" for key in ("sink_rate", "perplexity")},
-    "12_quantization": {
-        "intact_perplexity": "rows[0].perplexity",
-        "quantization_loss": lambda r: entry(r, _INT8.format("none")) / r["rows"][0]["perplexity"] - 1,
-        "recovered_share": _recovered,
-    },
-    "14_weight_spectra": {
-        "outliers_above": lambda r: _outliers(r)[0], "outliers_below": lambda r: _outliers(r)[1],
-        "outlier_share": lambda r: sum(_outliers(r)[:2]) / _outliers(r)[2],
-    },
-    "15_singular_vectors": {
-        "overlap_above": lambda r: _mean([one["overlap_above"] for one in r["matrices"].values()]),
-    },
-    "16_removing_singular_values": {
-        "unpruned_perplexity": "perplexity_intact",
-        "smallest_block_loss": lambda r: max(
-            one["loss_added"][0] for kind, one in r["types"].items() if kind != "all"
-        ),
-    },
-    "20_attention_sinks": {
-        "sink_rate_without_direction": "interventions[intervention=direction out].sink_rate",
-    },
-    "21_single_weights": {"single_weight_ratio": "zeroed[1].ratio"},
-    "22_number_formats": {"float16_share": lambda r: max(r["float16_share"])},
-}  # fmt: skip
-"""Columns of the comparison of models by the notebook they come from: a pointer (`entry`) or a function."""
 
 
 def package_fingerprint() -> str:

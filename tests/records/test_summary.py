@@ -30,12 +30,6 @@ def put(folder: Path, template: str, values: dict, **origin) -> None:
     (folder / f"{template}.json").write_text(json.dumps(content))
 
 
-def rounded(skip: str, perplexity: float, **more) -> dict:
-    """A row of record 12."""
-    row = {"method": "rtn", "number_format": "int8", "weights": "tensor", "inputs": "tensor", "static": False}
-    return row | {"skip": skip, "perplexity": perplexity} | more
-
-
 @pytest.fixture
 def results(tmp_path):
     """Two models with a few records each, and a collection that has no row of its own."""
@@ -44,10 +38,11 @@ def results(tmp_path):
     put(one, "01_high_norm_tokens", {"peak_ratio": 40.0} | layers)
     put(one, "03_linear_layers", {"layer_error": [0.1, None, 0.3]})
     put(one, "05_negative_eigenvalues", {"angle_deg": [60, 9, 4], "eigenvalue": [0, 0.6, -7.5]} | layers)
-    rows = [{"method": "none", "perplexity": 10.0}, rounded("none", 1.0, static=True), rounded("none", 20.0)]
-    put(one, "12_quantization", {"rows": [*rows, rounded("detected", 12.0)]})
-    matrix = {"outliers_above": 2, "outliers_below": 1, "shape": [10, 20]}
-    square = {"outliers_above": 3, "outliers_below": None, "shape": [10, 10]}
+    cells = (("nvfp4", "none", 1.0), ("int8 tensor", "none", 20.0), ("int8 tensor", "detected", 12.0))
+    rows = [dict(zip(("scheme", "skip", "perplexity"), cell, strict=True)) for cell in cells]
+    put(one, "12_quantization", {"rows": [{"method": "none", "perplexity": 10.0}, *rows]})
+    matrix = {"outliers_above": 2, "outliers_below": 1, "count": 10}
+    square = {"outliers_above": 3, "outliers_below": None, "count": 10}
     put(one, "14_weight_spectra", {"matrices": {"01.u": matrix, "01.q": square}})
     put(two, "01_high_norm_tokens", {"peak_ratio": 1.5, "explosion_layers": [], "decay_layers": []})
     put(two, "04_singular_directions", {"angle_deg": [80.0, 30, 70], "explosion_layers": []})
@@ -61,8 +56,8 @@ def test_figures_are_picked_at_the_layers_of_the_largest_step(results):
     one, two = table.loc["org/one"], table.loc["org/two"]
     assert (one.eigen_angle_deg, one.eigenvalue, one.decay_eigenvalue) == (9, 0.6, -7.5)
     assert one.layer_error == pytest.approx(0.2)
-    assert one.quantization_loss == pytest.approx(1.0) and one.recovered_share == pytest.approx(0.8)
-    assert (one.outliers_above, one.outliers_below) == (5, 1) and one.outlier_share == pytest.approx(0.3)
+    assert (one.intact_perplexity, one.int8_perplexity, one.listed_perplexity) == (10, 20, 12)
+    assert (one.outliers_above, one.outliers_below, one.singular_values) == (5, 1, 20)
     assert two.peak_ratio == 1.5 and two.explosion_layers == [] and pd.isna(two.angle_deg)
     assert pd.isna(two.exploding_share) and two.records == ["01_high_norm_tokens", "04_singular_directions"]
 
