@@ -19,6 +19,7 @@ from sdnb import checkpoint, encode, gguf, load
 from sdnb.errors import MemoryShortage, ModelError
 from sdnb.files import content_hash
 from sdnb.inspection import inspect_model
+from tests.cli.processes import exit_code, in_a_child
 from tests.cli.test_detect import check_report
 from tests.ggufs import ARCHITECTURES, settings_of, small, tensors_of, tokenizer_settings, write, write_model
 from tests.tiny import tiny_tokenizer
@@ -269,11 +270,7 @@ def test_a_file_is_converted_once_and_its_content_counts(path, own_cache, monkey
 def test_a_killed_conversion_leaves_nothing_that_is_taken(path, own_cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gguf, "rounding_noise", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        child = os.fork()
-        if child == 0:
-            load(str(path))
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert exit_code(in_a_child(lambda: load(str(path)))) == -signal.SIGKILL
     assert list(own_cache.glob("*.part/model.safetensors"))
     assert len(load(str(path)).model.state_dict())
     assert not list(own_cache.glob("*.part"))

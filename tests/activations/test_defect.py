@@ -71,19 +71,6 @@ def test_everything_equals_a_loop_over_lines_layers_and_tokens(loaded):
     torch.testing.assert_close(found.first_states, first, rtol=1e-4, atol=1e-3)
 
 
-def test_the_planted_defect_is_found(planted, loaded):
-    found = find_defect(loaded, LINES)
-    assert found.found and found.explosion_layers == [2] and found.decay_layers == [5]
-    assert float(angle_deg(found.direction, planted.direction)) < 3
-    assert set(found.states.token_id.tolist()) == {0} and set(found.states.layer.tolist()) == {2, 3, 4}
-    assert list(found.by_layer) == [2] and float(angle_deg(found.by_layer[2], planted.direction)) < 3
-    rows = found.high_norm_tokens()
-    counts = [(row["token_id"], row["position"], row["count"]) for row in rows]
-    assert counts == [(0, "first", 3), (0, "later", 2)]
-    assert rows[0]["peak_norm"] == pytest.approx(planted.peak_norm, rel=0.1)
-    assert "explosion layers [2]" in repr(found) and len(repr(found)) < 300
-
-
 def test_a_text_of_high_norm_tokens_alone_is_compared_with_the_held_out_text(planted, loaded):
     text = SimpleNamespace(lines=[torch.zeros(40, dtype=torch.int64)], add_special_tokens=False)
     found = find_defect(loaded, text)

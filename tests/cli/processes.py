@@ -1,6 +1,8 @@
 """Looking at processes, and small notebooks to run; imports nothing that takes a process long."""
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -17,6 +19,22 @@ def make(path: Path, sources: list[str], parameters: str = PARAMETERS) -> Path:
     kernel = {"kernelspec": {"name": "no-such-kernel", "display_name": "stale", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
     return path
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Start a fork that does the work and ends; its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
+
+
+def exit_code(child: int) -> int:
+    """Wait for a fork to end; minus the signal that ended it, if one did."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def is_alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from sdnb import run
 from sdnb.files import atomic_write
-from tests.cli.processes import make
+from tests.cli.processes import exit_code, in_a_child, make
 
 
 def folder(path: Path, content: str) -> Path:
@@ -176,11 +176,7 @@ def test_a_run_killed_at_a_named_place_is_resumed(bench, monkeypatch):
     bench.work()
     with monkeypatch.context() as patch:
         accident(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        child = os.fork()
-        if child == 0:
-            bench.work(value=2.0)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert exit_code(in_a_child(lambda: bench.work(value=2.0))) == -signal.SIGKILL
     assert not bench.cell(value=2.0).unchanged() and len(temporary(bench)) == 1
     assert [bench.work(value=2.0).status for _ in range(2)] == [run.DONE, run.UNCHANGED]
     assert not temporary(bench)

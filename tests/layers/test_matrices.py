@@ -84,15 +84,6 @@ def test_gate_and_up_in_each_others_place_are_caught():
         check_roles(isolated, roles)
 
 
-def test_an_encoder_has_matrices_too():
-    model = random_model("bert", AutoModel, is_decoder=False)
-    found = {matrix.kind: matrix for matrix in layer_matrices(model, 2)}
-    layer = model.encoder.layer[1]
-    assert set(found) == {"q", "k", "v", "o", "up", "down"}
-    torch.testing.assert_close(found["q"].read(), layer.attention.self.query.weight.detach())
-    torch.testing.assert_close(found["down"].read(), layer.output.dense.weight.detach())
-
-
 @pytest.mark.parametrize(("name", "dtype"), [("gpt_neox", torch.float32), ("gpt2", torch.bfloat16)])
 def test_replaced_weights_come_back_bit_for_bit(name, dtype):
     model = build(name, dtype=dtype)

@@ -17,6 +17,7 @@ import torch
 from sdnb import records
 from sdnb.errors import RecordError
 from sdnb.records import read_record, save_record
+from tests.cli.processes import exit_code, in_a_child
 
 TEMPLATE, SLUG = "04_sample", "org__name"
 TEXT = SimpleNamespace(hash="a" * 64, tokens=7, begin_token=False, add_special_tokens=False, unusual="a note")
@@ -180,17 +181,6 @@ def test_damage_is_found_out(tmp_path, damage):
         read_record(TEMPLATE, "org/name", tmp_path)
 
 
-def in_a_child(work) -> int:
-    """Start a process that does the work and ends; its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return child
-
-
 @pytest.mark.parametrize("place", ["write", "fsync", "1", "2", "3"])
 def test_a_process_killed_at_a_named_place_loses_nothing(tmp_path, monkeypatch, place):
     """While it writes, before its data is on the disk, or before one of its renames: arrays, JSON, arrays."""
@@ -215,9 +205,8 @@ def test_a_process_killed_at_a_named_place_loses_nothing(tmp_path, monkeypatch, 
         monkeypatch.setattr(Path, "replace", replaces)
     else:
         monkeypatch.setattr(os, "fsync", fsync)
-    _, status = os.waitpid(in_a_child(lambda: put(tmp_path, 2.0)), 0)
+    assert exit_code(in_a_child(lambda: put(tmp_path, 2.0))) == -signal.SIGKILL
     monkeypatch.undo()
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     assert number_in(tmp_path) == (2.0 if place == "3" else 1.0)
     put(tmp_path, 3.0)
     assert number_in(tmp_path) == 3.0 and there(tmp_path) == PAIR

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.cli.processes import exit_code, in_a_child, is_alive
 from zoo import run, train
 from zoo.export import export, training_record
 from zoo.recipe import Recipe, read_recipe
@@ -102,13 +102,12 @@ def test_a_killed_run_ends_as_if_not_killed(tmp_path: Path, small_recipe: Recipe
     folders = tmp_path / "killed", tmp_path / "straight"
     small_data(folders[0], recipe, small_corpus)
     shutil.copytree(*folders)
-    options = ["--threads", "1", "--device", "cpu", "--every", "10", "--run", str(folders[0])]
-    command = [sys.executable, str(ROOT / "zoo" / "train.py"), str(path), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folders[0] / "checkpoint.pt").exists() and process.poll() is None:
+    words = [str(path), "--threads", "1", "--device", "cpu", "--every", "10", "--run", str(folders[0])]
+    child = in_a_child(lambda: train.main(words))
+    while not (folders[0] / "checkpoint.pt").exists() and is_alive(child):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL
     torch.set_num_threads(1)
     ends = []
     for folder in folders:
