@@ -246,14 +246,6 @@ def _hub_errors(name: str) -> Iterator[None]:
 # --- what is refused before weights are read
 
 
-def _how(option: str) -> str:
-    """How to allow an option on the command line, in Python, and in a notebook that is run by other means."""
-    return (
-        f"--{option.replace('_', '-')} on the command line, {option}=True in Python, or "
-        f"SDNB_{option.upper()}=1 in a notebook's environment"
-    )
-
-
 def refuse(checkpoint: Checkpoint, trust_remote_code: bool, allow_pickle: bool, encoders: bool) -> None:
     """Refuse what is not a plain causal decoder, or encoder, with weights that can be read safely."""
     from transformers import CONFIG_MAPPING, __version__
@@ -278,13 +270,15 @@ def refuse(checkpoint: Checkpoint, trust_remote_code: bool, allow_pickle: bool, 
         f"{_UNQUANTIZED}",
         unsafe
         and f"has its weights in pickle form only ({PICKLES[1]}), which can run code while it is read. If "
-        f"you trust its author give {_how('allow_pickle')}; or save it once more as safetensors.",
+        "you trust its author give --allow-pickle on the command line, allow_pickle=True in Python, or "
+        "SDNB_ALLOW_PICKLE=1 in a notebook's environment; or save it once more as safetensors.",
         not (stored or pickled)
         and f"has no weights that can be loaded: neither {SINGLE} nor {INDEX} is among its files "
         f"({', '.join(files)}). Save it with save_pretrained, or fetch it again.",
         foreign
         and f"needs Python code that comes with it (model type {kind!r}), which is never run unasked: read "
-        f"it, then give {_how('trust_remote_code')}.",
+        "it, then give --trust-remote-code on the command line, trust_remote_code=True in Python, or "
+        "SDNB_TRUST_REMOTE_CODE=1 in a notebook's environment.",
         multimodal
         and not _has_text_part(kind)
         and f"({kind}) takes images or sound as well as text. Save its text part as a model of its own and "
