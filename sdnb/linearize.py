@@ -116,7 +116,7 @@ def linear_layer(
         module = view.ffn_module if formula is None else lambda x: formula.inner(x) @ formula.down.T
 
         def scaled_module(x: Tensor) -> Tensor:
-            return module(x if inside is None else _diagonal_times(inside, x.T, centre).T + inside.bias)
+            return module(x if inside is None else _diagonal_times(1.0, inside, x.T, centre).T + inside.bias)
 
         device = view.attention.matrix.device
         fit = sampled_fit(scaled_module, view.hidden_size, samples, seed=seed, device=device)
@@ -184,13 +184,14 @@ def _closed_form_ffn(formula: object, norm: Norm | None, centre: bool) -> Tensor
 def _branch_matrix(branch: object, norm: Norm | None, M: Tensor, centre: bool) -> Tensor:
     """Return multiplier diag(g_post) M diag(g), with g of the norm that is given."""
     M = M if norm is None else _times_diagonal(M, norm, centre)
-    M = M if branch.post_norm is None else _diagonal_times(branch.post_norm, M, centre)
-    return _scaled_rows(branch.multiplier, M)
+    return _diagonal_times(branch.multiplier, branch.post_norm, M, centre)
 
 
-def _diagonal_times(norm: Norm, X: Tensor, centre: bool) -> Tensor:
-    """Return diag(g) X, or diag(g) (I - 1 1^T / d) X, shape (d, k)."""
-    return norm.gain[:, None] * (X - X.mean(0) if centre and norm.centred else X)
+def _diagonal_times(c: Number, norm: Norm | None, X: Tensor, centre: bool) -> Tensor:
+    """Return c diag(g) X, or c diag(g) (I - 1 1^T / d) X, (d, k); g = 1 without a norm, c may be (d,)."""
+    if norm is not None:
+        X = norm.gain[:, None] * (X - X.mean(0) if centre and norm.centred else X)
+    return torch.as_tensor(c).to(X).reshape(-1, 1) * X
 
 
 def _times_diagonal(X: Tensor, norm: Norm, centre: bool) -> Tensor:
@@ -199,21 +200,13 @@ def _times_diagonal(X: Tensor, norm: Norm, centre: bool) -> Tensor:
     return X - X.mean(1, keepdim=True) if centre and norm.centred else X
 
 
-def _scaled_rows(c: Number, X: Tensor) -> Tensor:
-    """Return c X, or diag(c) X where c has a number for each row."""
-    return torch.as_tensor(c).to(X).reshape(-1, 1) * X
-
-
 def _stream(view: LayerView, centre: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return S1, S2 and T: c diag(g) where the stream passes the branch's norm too, else c I."""
     if view.plain_residual:
         return None
     eye = torch.eye(view.hidden_size, device=view.attention.matrix.device)
-    sides = [(b.norm if b.norm_on_residual else None, b.residual_scale) for b in (view.attention, view.ffn)]
-    return tuple(
-        _scaled_rows(c, eye if norm is None else _diagonal_times(norm, eye, centre))
-        for norm, c in (*sides, (view.output_norm, 1.0))
-    )
+    sides = [(b.residual_scale, b.norm if b.norm_on_residual else None) for b in (view.attention, view.ffn)]
+    return tuple(_diagonal_times(*side, eye, centre) for side in (*sides, (1.0, view.output_norm)))
 
 
 def branch_scales(view: LayerView, x: Tensor) -> tuple[Tensor, Tensor]:

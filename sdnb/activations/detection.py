@@ -117,10 +117,8 @@ def detect(
             "It cannot be told whether states are high-norm: after every layer all of them have nearly the "
             "same norm, and no ordinary token is there to compare with. Give a text of more different tokens."
         )
-    peak_ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
-    return Detection(
-        peak_ratio, threshold, limits, explosion, decay, climbs, descents, high, steps, undecided
-    )
+    ratio = (norms[1:] / medians[1:, None].clamp(min=torch.finfo(norms.dtype).tiny)).max().item()
+    return Detection(ratio, threshold, limits, explosion, decay, climbs, descents, high, steps, undecided)
 
 
 def _waves(norms: Tensor, above: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,13 +154,10 @@ def _moving_layers(
     """Rules 4 and 5 for steps up: the layers of sudden steps, the largest first, and the climbs."""
     sudden, slow = torch.zeros(2, *steps.shape, dtype=torch.bool)
     for token, column in enumerate(steps.T.tolist()):
-        run: list[tuple[int, float]] = []
-        for layer, step in [*enumerate(column), (len(column), 0.0)]:
-            if step >= SMALL_STEP:
-                run.append((layer, step))
-            elif run:
-                jumps, climb = _read_run(run)
-                sudden[jumps, token], slow[climb, token], run = True, True, []
+        for rises, run in groupby(enumerate(column), key=lambda pair: pair[1] >= SMALL_STEP):
+            if rises:
+                jumps, climb = _read_run(list(run))
+                sudden[jumps, token], slow[climb, token] = True, True
     sudden &= (steps >= MIN_STEP) & (lengths >= MIN_CHANGE * whole)
     kinds = [kind for kind in (initial, ~initial) if kind.any()]
 

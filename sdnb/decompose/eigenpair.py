@@ -120,7 +120,11 @@ def _shifted(R: Tensor, q: Tensor, scale: float) -> tuple[Tensor, Tensor] | None
             return found
     # Inside the bulk a large Krylov space blurs what lies near q: start again from q alone (for a real
     # eigenvector) or from q and R q (for a complex plane), whichever R maps more nearly into itself.
-    few = [(*_nearest(V[:, :n], RV[:, :n], q), n) for n in (1, 2)]
+    few = []
+    for n in (1, 2):
+        values, X, residuals = _ritz(V[:, :n], RV[:, :n])
+        i = _plane_angle_deg(X, q).argmin()
+        few.append((values[i], residuals[i], n))
     value, residual, columns = min(few, key=lambda found: found[1])
     V, RV = V[:, :columns], RV[:, :columns]
     if residual > _INVARIANT * scale:
@@ -196,13 +200,6 @@ def _parts(X: Tensor) -> Tensor:
     """Return real and imaginary parts of complex columns, those that are not zero, shape (d, m)."""
     parts = torch.cat([X.real, X.imag], dim=1)
     return parts[:, parts.norm(dim=0) > 1e-4]
-
-
-def _nearest(V: Tensor, RV: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return value and residual of the Ritz pair whose plane lies nearest to q."""
-    values, X, residuals = _ritz(V, RV)
-    i = _plane_angle_deg(X, q).argmin()
-    return values[i], residuals[i]
 
 
 def _plane_angle_deg(X: Tensor, q: Tensor) -> Tensor:
