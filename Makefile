@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 book: $(STAMP)
 	$(QUIET) $(BIN)/sdnb run $(BOOK) --jobs $(JOBS)
-	$(QUIET) $(BIN)/sdnb book $(BOOK)
+	$(QUIET) $(BIN)/python book/build.py $(BOOK)
 
 # Half as many more test processes as cores: a quarter of the time they wait for kernels and commands that they started.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, (3 * os.cpu_count() + 1) // 2))')

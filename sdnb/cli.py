@@ -18,7 +18,6 @@ COMMANDS = {
     "detect": "find high-norm tokens, input spikes and the modules a quantizer should skip",
     "signature": "say which models descend from one another, and how sure that is",
     "summary": "write the key figures of every model that was run as CSV",
-    "book": "build the book from what was run",
     "cache": "say what the converted GGUF files take, or remove them",
 }
 PURPOSE = (
@@ -55,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
     parser = argparse.ArgumentParser(prog="sdnb", description=PURPOSE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run, detect, signature, summary, book, cache = (
+    run, detect, signature, summary, cache = (
         commands.add_parser(name, help=text, description=text).add_argument for name, text in COMMANDS.items()
     )
     model = "hub id, folder, GGUF file, or zoo/<name>"
@@ -90,13 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     signature("--max-lines", type=int, default=200, help="lines of the text (default: %(default)s)")
     signature("--chance", type=float, default=1e-6, help="chance below which two models are called related")
     summary("--out", type=Path, metavar="FILE", help="the CSV file (default: print it)")
-    book("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
-    book("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
-    book("--store", type=_words, metavar="NN,...", help="keep the first model's results in book/stored")
     cache("--clear", action="store_true", help="remove them; they are made again when they are needed")
-    for add in (run, book):
-        add("--only", type=_words, metavar="MODEL,...", help="only these of the models")
-    for add in (run, summary, book):
+    run("--only", type=_words, metavar="MODEL,...", help="only these of the models")
+    for add in (run, summary):
         add(
             "--results-dir",
             type=Path,
@@ -198,18 +193,6 @@ def _run_summary(args: argparse.Namespace) -> int:
         print(text, end="")
     else:
         atomic_write(args.out.expanduser(), text.encode())
-    return 0
-
-
-def _run_book(args: argparse.Namespace) -> int:
-    from sdnb import book, run
-
-    models = run.models_in(args.models or [str(book.checkout() / "book" / "models.yaml")], args.only)
-    if args.store:
-        for template in run.pick(run.templates_in(book.checkout() / "notebooks"), args.store):
-            print(book.store(args.results_dir.expanduser(), models[0].slug, template))
-        return 0
-    print(book.make(models, args.results_dir.expanduser(), args.out.resolve()))
     return 0
 
 

@@ -294,12 +294,12 @@ def _picked(record: dict | None, pick: str | dict[str, str]) -> object:
 
 
 def package_fingerprint() -> str:
-    """SHA-256 over the package's sources without cli.py, run.py and book.py, 16 hexadecimal digits."""
+    """SHA-256 over the package's sources without cli.py and run.py, 16 hexadecimal digits."""
     root = Path(__file__).resolve().parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if name not in ("cli.py", "run.py", "book.py"):
+        if name not in ("cli.py", "run.py"):
             total.update(f"{name}\0".encode() + path.read_bytes())
     return total.hexdigest()[:16]
 

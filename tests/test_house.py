@@ -23,8 +23,7 @@ STEPS = {
     "decompose": 4,
     "quantize": 5, "signatures": 5, "records": 5, "plots": 5,
     "inspection": 6, "run": 6,
-    "book": 7,
-    "cli": 8,
+    "cli": 7,
 }  # fmt: skip
 NUMERICS = (
     "layers",

@@ -17,7 +17,7 @@ from sdnb.records import entry, read_json
 
 LOGGER = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"
-RECORDS = "records"  # where `sdnb book` stages them
+RECORDS = "records"  # where book/build.py stages them
 
 
 class RecordRole(SphinxRole):

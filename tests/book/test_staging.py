@@ -1,4 +1,4 @@
-"""What `sdnb book` stages: pages, links, gallery, status, stored results; and the book's extension."""
+"""What book/build.py stages: pages, links, gallery, status, stored results; and the book's extension."""
 
 import base64
 import importlib.util
@@ -12,7 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdnb import book, run
+from book import build as book
+from sdnb import run
 from sdnb.errors import RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,7 +227,7 @@ def edit_the_record(root):
 )
 def test_a_stored_result_that_no_longer_matches_is_refused(root, change, words):
     change(root)
-    with pytest.raises(RecordError, match=f"{words}.*`sdnb book --store 17`"):
+    with pytest.raises(RecordError, match=f"{words}.*`python book/build.py --store 17`"):
         staged(root)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdnb import book
+from book import build as book
 from tests.browser import Page
 from tests.tiny import planted_model
 

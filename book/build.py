@@ -1,4 +1,7 @@
-"""`sdnb book`: lay executed notebooks, prose and records side by side, and build the pages strictly.
+"""Lay executed notebooks, prose and records side by side, and build the pages strictly.
+
+    python book/build.py --results-dir results                  # the models of book/models.yaml
+    python book/build.py zoo/llama --results-dir results --store 17
 
 Papermill has run the notebooks, Sphinx only renders them. A notebook of the table of contents has its page
 at the path of its template, by the first model that lists it; further models' pages stand under `models/`,
@@ -6,6 +9,7 @@ outside the side bar, and are reached by links. What a build does not compute ma
 with hashes of the code and of the weights that it belongs to.
 """
 
+import argparse
 import base64
 import hashlib
 import io
@@ -15,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from sdnb.errors import RecordError, SdnbError
 from sdnb.files import atomic_write, content_hash
 from sdnb.run import NO_MODEL, Model, models_in, pick, templates_in
 
+ROOT = Path(__file__).resolve().parents[1]
 _CARDS = ("README.md", "*/README.md", "*/loss.svg", "*/*/README.md", "*/*/loss.svg")
 _DOC = re.compile(r"\{doc\}`(?:([^`<]*)<)?([^`<>]+)>?`")
 _ENDINGS = {".json": "its record", ".safetensors": "its arrays"}
@@ -50,6 +56,30 @@ class Page:
         return [path for path in map(self.executed.with_suffix, _ENDINGS) if path.is_file()]
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0, or 1 if it failed."""
+    parser = argparse.ArgumentParser(description="build the book from what was run")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="models or files of them (default: book/models.yaml)")
+    words = {"type": lambda text: text.split(",")}
+    add("--only", metavar="MODEL,...", help="only these of the models", **words)
+    add("--results-dir", type=Path, default=Path("results"), help="where they were run (default: results)")
+    add("--out", type=Path, default=Path(), help="the pages go to OUT/_build/html (default: %(default)s)")
+    add("--store", metavar="NN,...", help="keep the first model's results in book/stored", **words)
+    args = parser.parse_args(argv)
+    try:
+        models = models_in(args.models or [str(ROOT / "book" / "models.yaml")], args.only)
+        if args.store:
+            for template in pick(templates_in(ROOT / "notebooks"), args.store):
+                print(store(args.results_dir.expanduser(), models[0].slug, template))
+        else:
+            print(make(models, args.results_dir.expanduser(), args.out.resolve()))
+    except SdnbError as error:
+        print(f"book/build.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def make(models: list[Model], results: Path, out: Path) -> Path:
     """Stage the book of some models, build it below `out`, and return the path of its index.html."""
     for model in models:
@@ -57,16 +87,8 @@ def make(models: list[Model], results: Path, out: Path) -> Path:
             order = f"sdnb run {model.name} --results-dir {results}"
             raise RecordError(f"{results / model.slug} does not exist: first `{order}`")
     source = out / "_build" / "source"
-    stage(staged_files(checkout(), results, models), source)
+    stage(staged_files(ROOT, results, models), source)
     return build(source, out)
-
-
-def checkout() -> Path:
-    """The root of the checkout that this package was installed from."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "_toc.yml").is_file():
-        raise SdnbError(f"no _toc.yml in {root}: the book builds from a git checkout only (pip install -e .)")
-    return root
 
 
 def build(source: Path, out: Path) -> Path:
@@ -116,7 +138,7 @@ def staged_files(root: Path, results: Path, models: list[Model]) -> dict[str, Pa
     found = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
     files: dict[str, Path | bytes] = {
         name: path for name, path in found.items()
-        if path.suffix != ".pyc" and not name.startswith(("book/stored/", "zoo/runs/"))
+        if path.suffix != ".pyc" and not name.startswith(("book/stored/", "book/build.py", "zoo/runs/"))
     }  # fmt: skip
     everything = pages(root, results, models)
     contents = {page: json.loads(_bare(page.executed, results)) for page in everything}
@@ -302,7 +324,7 @@ def store(results: Path, slug: str, template: Path) -> Path:
 def _kept(root: Path, path: Path) -> Page:
     """The page of a stored result, which must still match the template's code and the model's weights."""
     name, note, folder = path.name.removesuffix(".stored.json"), _json(path), path.parent
-    again = f"run {name} again and `sdnb book --store {name[:2]}`"
+    again = f"run {name} again and `python book/build.py --store {name[:2]}`"
     marks = {part: content_hash(folder / part) for part in note["files"] if (folder / part).is_file()}
     damaged = [part for part, mark in note["files"].items() if marks.get(part) != mark]
     if damaged:
@@ -347,3 +369,7 @@ def _json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
