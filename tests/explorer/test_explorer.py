@@ -169,7 +169,7 @@ def test_the_button_gives_the_angles_of_all_layers(live, study):
 @pytest.mark.parametrize(
     ("control", "value", "said"),
     [("text", "", "type a sentence"), ("text", " ", "type a sentence"), ("text", "word " * 240, "shorten it"),
-     ("model", "zoo/none", "no model zoo/none"), ("model", "no such model", "check the spelling"),
+     ("model", "zoo/none", "no model zoo/none"), ("model", "no such model", "could not be fetched"),
      ("model", "org/other", "ZeroDivisionError: by &lt;")],
 )  # fmt: skip
 def test_errors_are_said_and_nothing_stays(live, control, value, said, monkeypatch):
