@@ -51,18 +51,14 @@ class Reader(gguf.GGUFReader):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.path, self.named = path, {tensor.name: tensor for tensor in self.tensors}
+        self.path, self.kind = path, str(self.fields["general.architecture"].contents())
+        self.named = {tensor.name: tensor for tensor in self.tensors}
 
     def _get(self, offset, dtype, count=1, override_order=None):
         array = super()._get(offset, dtype, count, override_order)
         if len(array) < count:
             raise ValueError(f"{count} items are announced at byte {offset}")
         return array
-
-    @property
-    def kind(self) -> str:
-        """The architecture, such as "llama"."""
-        return self.setting("general.architecture")
 
     def setting(self, key: str, default: object = None) -> object:
         """A setting by its key, or the default; one that starts with a dot is the architecture's."""
@@ -74,8 +70,8 @@ def read(path: Path) -> Reader:
     """Read a GGUF file's settings and tensors; a `ModelError` where it is none, truncated or damaged."""
     try:
         reader = Reader(path)
-        if reader.byte_order == "S" or not isinstance(reader.kind, str):
-            raise ValueError("big-endian byte order, or no architecture")
+        if reader.byte_order == "S":
+            raise ValueError("big-endian byte order")
     except Exception as error:  # the reader checks little, so that anything may fail
         raise ModelError(
             f"{path} is no GGUF file, or truncated or damaged ({first_line(error)}): fetch it again."
@@ -122,9 +118,7 @@ def converted(found: Checkpoint, base: Checkpoint | None = None) -> tuple[Checkp
     path = found.folder / found.files[0]
     digest = content_hash(path)
     if found.sha256 not in (None, digest):
-        raise ModelError(
-            f"{path} is not the file that {found.name} stands for, its SHA-256 differs: install it again."
-        )
+        raise ModelError(f"{path} is not the file of {found.name}, its SHA-256 differs: install it again.")
     made_by = json.dumps([__version__, base.config if base else None], sort_keys=True)
     folder = cache_folder() / f"{digest}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
     if not folder.is_dir():

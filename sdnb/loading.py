@@ -139,9 +139,7 @@ def load(
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
     network.eval().requires_grad_(False)
     if bad := first_not_finite(network):
-        raise ModelError(
-            f"{model} is damaged: the weight {bad} holds NaN or infinity. Fetch or save it again."
-        )
+        raise ModelError(f"{model} is damaged, fetch it again: the weight {bad} holds NaN or infinity.")
     kept = str(next(network.parameters()).dtype).removeprefix("torch.")
     slug, stored = files.slug_of(model, revision), stored or (_format(counts), None, {})
     return Loaded(network, tokenizer, model, slug, found.revision, kept, place, *stored, started)
