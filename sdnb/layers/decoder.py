@@ -165,11 +165,10 @@ def find_decoder(model: nn.Module | Loaded) -> Decoder:
         if shapes[0] != shapes[1] or shapes[0] is None or shapes[0][:-1] != (1, 3):
             raise ModelError(
                 f"the layers of {kind} turn {shapes[0]} into {shapes[1]} for one sequence of three tokens, "
-                f"not one hidden state a token into one: that residual stream is not supported"
+                "not one hidden state a token into one: that residual stream is not supported"
             )
-        _known[model] = _Known(
-            name, shapes[0][-1], None if torch.is_tensor(result) else (None,) * len(result)
-        )
+        returned = None if torch.is_tensor(result) else (None,) * len(result)
+        _known[model] = _Known(name, shapes[0][-1], returned)
         return Decoder(model, list(stack), _known[model])
     raise ModelError(f"{kind} runs no list of modules: its decoder layers are not found")
 
@@ -265,10 +264,10 @@ class IsolatedLayer:
             if given[module] is not None and returned is not None:
                 seen.append(ModuleCall(self.names[module], module, given[module], returned.clone()))
 
-        with ExitStack() as stack:
+        with ExitStack() as hooks:
             for module in [*self.names] if names is None else [self.module(name) for name in names]:
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after).remove)
+                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(after))
             self.output(x)
         return seen
 
@@ -280,9 +279,9 @@ class IsolatedLayer:
             change = answers[self.names[module]]
             return rewrap(result, change(Call.of(args, kwargs).hidden, unwrap(result)))
 
-        with ExitStack() as stack:
+        with ExitStack() as hooks:
             for name in answers:
-                stack.callback(self.module(name).register_forward_hook(answer, with_kwargs=True).remove)
+                hooks.enter_context(self.module(name).register_forward_hook(answer, with_kwargs=True))
             yield
 
     def ablated(self, *names: str) -> AbstractContextManager[None]:
@@ -317,14 +316,13 @@ class IsolatedLayer:
             got.append(unwrap(result).reshape(len(rows), -1))
             raise StopForward
 
-        with ExitStack() as stack:
-            hooks = [self.module(name).register_forward_pre_hook(enter, with_kwargs=True) for name in inputs]
+        with ExitStack() as hooks, suppress(StopForward):
+            for name in inputs:
+                hooks.enter_context(self.module(name).register_forward_pre_hook(enter, with_kwargs=True))
             if not inputs:
-                hooks.append(self.module(behind).register_forward_hook(lambda *_: rows[:, None]))
-            for hook in (*hooks, self.module(output).register_forward_hook(leave)):
-                stack.callback(hook.remove)
-            try:
-                self.output(torch.zeros_like(rows)[:, None])
-            except StopForward:
-                return got[0][:count]
-        raise LayerUnsupported(self.number, output, "is not reached in a pass of the layer")
+                hooks.enter_context(self.module(behind).register_forward_hook(lambda *_: rows[:, None]))
+            hooks.enter_context(self.module(output).register_forward_hook(leave))
+            self.output(torch.zeros_like(rows)[:, None])
+        if not got:
+            raise LayerUnsupported(self.number, output, "is not reached in a pass of the layer")
+        return got[0][:count]

@@ -49,12 +49,9 @@ Activation = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
-    """Return one decoder layer taken apart by watching a float32 copy of it, the parts checked against it.
+    """Return decoder layer 1..L taken apart by watching a float32 copy of it, the parts checked against it.
 
-    Args:
-        model: a causal language model of transformers, or what `sdnb.load` returned; on any device, in any
-            dtype, offloaded or not.
-        number: the layer, 1..L.
+    The model, of transformers or what `sdnb.load` returned, may be on any device, in any dtype, offloaded.
 
     Raises:
         LayerUnsupported: the layer is not recognised, or does not pass the check.
@@ -82,9 +79,7 @@ def layer_view(model: nn.Module | Loaded, number: int) -> LayerView:
 def each_layer(model: nn.Module | Loaded, unsupported: dict[int, str] | None = None) -> Iterator[LayerView]:
     """Yield the layers' views in order, with a progress bar; `LayerUnsupported` if none has a linear view.
 
-    Args:
-        model: a causal language model of transformers, or what `sdnb.load` returned.
-        unsupported: gets the reason for each layer that is skipped, by its number.
+    A dictionary `unsupported` gets the reason for each layer that is skipped, by its number.
     """
     first, views = None, 0
     for number in progress(range(1, len(find_decoder(model).layers) + 1), desc="layers"):

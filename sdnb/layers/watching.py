@@ -50,9 +50,7 @@ class LayerBranches:
 def residual_branches(model: nn.Module, numbers: Iterable[int] | None = None) -> list[LayerBranches]:
     """Return where in the real model branches of decoder layers begin and end, to put hooks there.
 
-    Args:
-        model: a causal language model of transformers, or what `sdnb.load` returned.
-        numbers: the layers, 1..L, in the order wanted; all of them when None.
+    `numbers` are those of the layers, 1..L, in the order wanted; all of them when None.
 
     Raises:
         LayerUnsupported: a branch is not recognised.
