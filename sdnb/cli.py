@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     ratio = "list modules whose largest input is N times the median token's (default: %(default)g)"
     detect("--min-ratio", type=float, default=32.0, metavar="N", help=ratio)
     detect("--form", metavar="NAME", help="print the list as this tool takes it, and nothing else")
-    detect("--measure", action="store_true", help="quantize, and rank modules by what skipping gives back")
+    detect("--measure", action="store_true", help="quantize, and rank modules by what skipping recovers")
     detect("--schemes", nargs="+", metavar="NAME", help="what to measure, as 'nvfp4' 'int8 tensor'")
-    detect("--share", type=float, default=0.8, help="share of the added loss to give back (default: 0.8)")
+    detect("--share", type=float, default=0.8, help="share of the added loss to recover (default: 0.8)")
     detect("--progress", action="store_true", help="say on standard error what is done")
     detect("--all", action="store_true", help="show every layer and linear module, not only some")
     signature("models", nargs="+", metavar="MODEL", help=model)

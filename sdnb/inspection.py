@@ -56,8 +56,8 @@ def inspect_model(
         min_ratio: largest input over the median token's from which on a module is on the skip list.
         costs: also look at sinks, cache and single weights, and at the error of every module in int8.
         measure: names of `SCHEMES` for which the perplexity is measured with and without the list; the first
-            one also ranks modules by what skipping each gives back.
-        share: of the loss that the first scheme adds, which the shortest list is to give back.
+            one also ranks modules by what skipping each recovers.
+        share: of the loss that the first scheme adds, which the shortest list is to recover.
         note: called with what is done next.
         reading: how the text is read: `max_lines` (64), `max_tokens` of all lines, `whole` (one sequence),
             `chat` (with the chat template), `add_special_tokens` (None: what the tokenizer does by itself).
@@ -101,7 +101,7 @@ def inspect_model(
             values["left_out"][name] = str(problem)
     if measure:
         values["measured"] = _measured(model, windows, skip, measure, note)
-        note(f"ranking modules by what skipping each gives back in {measure[0]}")
+        note(f"ranking modules by what skipping each recovers in {measure[0]}")
         if (scheme := quantize.SCHEMES[measure[0]]) != quantize.Scheme():
             statistics = quantize.input_statistics(model, encoded.lines, scheme=scheme)
         values["sensitivity"] = _sensitivity(model, windows, skip, statistics, measure[0], share)
@@ -370,7 +370,7 @@ def _measured(model: nn.Module, windows: Tensor, skip, names: Sequence[str], not
         for kind, found in losses.items():
             row[kind] = _compared(found, intact)
             row[f"{kind}_over_nothing"] = vars(quantize.perplexity_ratio(found, nothing))
-            row[f"given_back_{kind}"] = (nothing - found).mean().item() / added if added > 0 else None
+            row[f"recovered_{kind}"] = (nothing - found).mean().item() / added if added > 0 else None
         rows.append(row | ({"kept_share": quantize.kept_share(model, free)} if count else {}))
     return {
         "windows": len(windows), "window": windows.shape[1], "perplexity": intact.mean().exp().item(),
@@ -381,7 +381,7 @@ def _measured(model: nn.Module, windows: Tensor, skip, names: Sequence[str], not
 def _sensitivity(
     model: nn.Module, windows: Tensor, skip, statistics: dict, scheme: str, share: float
 ) -> dict:
-    """What skipping each module gives back, and the shortest list that gives back a share."""
+    """What skipping each module recovers, and the shortest list that recovers a share."""
     found = quantize.sensitivity(
         model, quantize.SCHEMES[scheme], lambda: _losses(model, windows), statistics, share=share
     )
@@ -518,7 +518,7 @@ def _costs_text(v: dict) -> str:
         lines.append(f"cache       {found['bits']} bits, perplexity times {'; '.join(kept[:2])}")
         lines += [f"            {text}" for text in kept[2:]]
         if not any(_helps(row["over_nothing"]) for row in found["kept"][1:]):
-            lines.append("            keeping tokens gives nothing back within two standard errors")
+            lines.append("            keeping tokens recovers nothing within two standard errors")
         if found["front"]:
             lines.append(f"            candidates to keep, or to put in front: {_few(found['front'])}")
     if chosen := v.get("single_weight", {}).get("chosen"):
@@ -545,15 +545,15 @@ def _costs_text(v: dict) -> str:
 
 
 def _measured_text(v: dict) -> str:
-    """What the list gives back, scheme by scheme, and the shortest list that gives back a share."""
+    """What the list recovers, scheme by scheme, and the shortest list that recovers a share."""
     found, ranked, cells = v["measured"], v["sensitivity"], []
     for row in found["schemes"]:
         parts = ["-"] * 4
         if "list" in row:
-            given = _percent(row["given_back_list"]) if _helps(row["list_over_nothing"]) else "nothing"
-            parts = [_times(row["list"]), given, _times(row["random"]), _percent(row["given_back_random"])]
+            given = _percent(row["recovered_list"]) if _helps(row["list_over_nothing"]) else "nothing"
+            parts = [_times(row["list"]), given, _times(row["random"]), _percent(row["recovered_random"])]
         cells.append([row["scheme"], _times(row["nothing"]), *parts])
-    heads = ["quantized ", "nothing skipped", "the list", "gives back", "random lists", "give back"]
+    heads = ["quantized ", "nothing skipped", "the list", "recovers", "random lists", "recover"]
     count, names = len(ranked["shortest"]), [f"{_times(g)}  {g['module']}" for g in ranked["gains"][:6]]
     return "\n".join([
         f"perplexity over {_number(found['perplexity'])} unquantized ({found['windows']} windows of "
@@ -562,7 +562,7 @@ def _measured_text(v: dict) -> str:
         "",
         f"{ranked['scheme']} costs {_times(ranked['cost'])}; skipping one module divides that by",
         *(f"  {name}" for name in names),
-        f"shortest list for {ranked['share']:.0%}: {count} of the {len(ranked['gains'])} tried give back "
+        f"shortest list for {ranked['share']:.0%}: {count} of the {len(ranked['gains'])} tried recover "
         f"{_percent(ranked['recovered'])} (--form NAME prints it)",
         *(f"  {name}" for name in ranked["shortest"]),
     ])  # fmt: skip

@@ -62,9 +62,8 @@ def single_weights(model: nn.Module, ids: Tensor | None = None) -> list[SingleWe
         with suppress(LayerUnsupported):
             view = layer_view(model, down.layer)
             if view.ffn.formula is not None:  # a shared expert's matrix has none
-                x, norm = largest_gain(view).input[None], view.ffn.norm
-                # a norm undoes the length; without one (OLMo 2) it is that at which the gain was found
-                inner = view.ffn.formula.inner(norm(x) if norm else x * view.hidden_size**0.5)[0]
+                x = view.hidden_size**0.5 * largest_gain(view).input[None]  # as long as where it was found
+                inner = view.ffn.formula.inner(view.ffn.normed(x))[0]
                 found["gain"] = _largest_term(W, inner, W @ inner)
         found["rank one"] = _largest_of_rank_one(W)
         for how, (row, column, size, share) in found.items():

@@ -96,7 +96,7 @@ def test_measured_list_gives_back_what_it_costs():
     values = inspect_model(load("zoo/llama"), max_tokens=1024, costs=False, measure=["int8 tensor", "nvfp4"])
     [row, block] = values["measured"]["schemes"]
     assert row["nothing"]["ratio"] > 1.02 and values["spiking_modules"] == ["model.layers.4.mlp.down_proj"]
-    assert row["given_back_list"] > 0.7 > 0.3 > row["given_back_random"]
+    assert row["recovered_list"] > 0.7 > 0.3 > row["recovered_random"]
     assert block["scheme"] == "nvfp4" and 0 < block["kept_share"] < 1
     ranked = values["sensitivity"]
     assert ranked["shortest"][0] == values["spiking_modules"][0] and ranked["recovered"] >= 0.8
