@@ -43,7 +43,6 @@ FIRST_LOOK, HOPELESS = 4, 1.08  # rows per column of a first fit, and its residu
 
 # Tried last, for layers whose `forward` calls a function.
 COMMON = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "quick_gelu")
-OF_LAYER = "layer:"  # before the path of an activation that the layer holds
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -235,7 +234,8 @@ def find_ffn(view: LayerView) -> Structure:
             return relative(inner - target, target) if inner.shape == target.shape else math.inf
         return math.inf
 
-    least, best = min(((error(phi), name) for name, phi in _activations(view)), key=lambda test: test[0])
+    trials = ((error(phi), name) for name, phi in _activations(isolated, structure))
+    least, best = min(trials, key=lambda trial: trial[0])
     if not least < RECOGNISED:
         return structure
     found = replace(structure, gate=gate, up=up, activation=best)
@@ -257,27 +257,23 @@ def _cut(isolated: IsolatedLayer, part: Rows) -> tuple[Tensor, Tensor | None]:
     return linear_weight(module)[rows], None if module.bias is None else module.bias[rows]
 
 
-def _activations(view: LayerView) -> Iterator[tuple[str, Activation]]:
+def _activations(isolated: IsolatedLayer, where: Structure) -> Iterator[tuple[str, Activation]]:
     """Functions that may be the activation: those the layer holds, the configuration names, common ones."""
-    attention, names = view.structure.attention.module, view.isolated.names
-    modules = [(name, m) for m, name in names.items() if not f"{name}.".startswith(f"{attention}.")]
-    yield from ((OF_LAYER + name, m) for name, m in modules if all(p.ndim < 2 for p in m.parameters()))
+    attention = f"{where.attention.module}."
+    modules = [(name, m) for m, name in isolated.names.items() if not f"{name}.".startswith(attention)]
+    yield from ((f"layer:{name}", m) for name, m in modules if all(p.ndim < 2 for p in m.parameters()))
     for name, module in modules:
         for key, value in vars(module).items():
             if callable(value) and not isinstance(value, (type, PretrainedConfig)):
-                yield f"{OF_LAYER}{name}.{key}", value
-    config = view.isolated.decoder.model.config.get_text_config()
+                yield f"layer:{name}.{key}", value
+    config = isolated.decoder.model.config.get_text_config()
     named = [value for value in vars(config).values() if isinstance(value, str) and value in ACT2FN]
     yield from ((name, ACT2FN[name]) for name in dict.fromkeys([*named, *COMMON]))
 
 
-def _activation(isolated: IsolatedLayer, name: str) -> Activation:
-    """An activation by its name, made to take float64 and to keep it."""
-    if name.startswith(OF_LAYER):
-        owner, _, key = name.removeprefix(OF_LAYER).rpartition(".")
-        activation = getattr(isolated.module(owner), key)
-    else:
-        activation = ACT2FN[name]
+def _activation(isolated: IsolatedLayer, where: Structure) -> Activation:
+    """The layer's activation, made to take float64 and to keep it."""
+    activation = next(phi for name, phi in _activations(isolated, where) if name == where.activation)
     with suppress(*RUN_ERRORS):
         if activation(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64:
             return activation
@@ -287,7 +283,7 @@ def _activation(isolated: IsolatedLayer, name: str) -> Activation:
 def _formula(isolated: IsolatedLayer, where: Structure) -> FFNFormula:
     """The formula that a layer's linear maps and activation make."""
     v, c = (None, None) if where.up is None else _cut(isolated, where.up)
-    down, activation = isolated.module(where.ffn.output), _activation(isolated, where.activation)
+    down, activation = isolated.module(where.ffn.output), _activation(isolated, where)
     return FFNFormula(*_cut(isolated, where.gate), v, c, activation, linear_weight(down), down.bias)
 
 
