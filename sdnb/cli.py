@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = "hub id, folder, GGUF file, or zoo/<name>"
     run("models", nargs="+", metavar="MODEL", help=f"{model}; or a models.yaml")
+    run("--only", type=_words, metavar="MODEL,...", help="only these of the models")
     run("--notebooks", type=_words, metavar="NN,...", help="01,04 (default: as the book's main model)")
     run("--templates", type=Path, metavar="DIR", help="folder of the notebooks (default: the checkout's)")
     many = {"action": "append", "default": []}
@@ -73,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     detect("--whole", action="store_true", help="take the text as one sequence instead of line by line")
     detect("--max-lines", type=int, default=64, help="lines of the text (default: %(default)s)")
     detect("--max-tokens", type=int, metavar="N", help="stop after so many tokens of all lines together")
-    detect(
-        "--no-special-tokens", action="store_true", help="add no begin token, even where the tokenizer does"
-    )
+    detect("--no-special-tokens", action="store_true", help="add no begin token where the tokenizer would")
     detect("--threshold", type=float, help="norm of a high-norm token (default: automatic)")
     ratio = "list modules whose largest input is N times the median token's (default: %(default)g)"
     detect("--min-ratio", type=float, default=32.0, metavar="N", help=ratio)
@@ -90,14 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     signature("--chance", type=float, default=1e-6, help="chance below which two models are called related")
     summary("--out", type=Path, metavar="FILE", help="the CSV file (default: print it)")
     cache("--clear", action="store_true", help="remove them; they are made again when they are needed")
-    run("--only", type=_words, metavar="MODEL,...", help="only these of the models")
+    results = {"type": Path, "default": Path("results"), "help": "folder of all results (default: results)"}
     for add in (run, summary):
-        add(
-            "--results-dir",
-            type=Path,
-            default=Path("results"),
-            help="folder of all results (default: results)",
-        )
+        add("--results-dir", **results)
     for add in (detect, signature):
         add("--revision", help="branch, tag or commit on the hub")
         add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")

@@ -131,9 +131,7 @@ def load(
         dtype = "float32" if dtype == "auto" and place == "cpu" and fits else dtype
         if place != "offload":
             item = getattr(DTYPES.get(dtype), "itemsize", None)
-            advice = (
-                'dtype="bfloat16" needs half of float32, device="offload" leaves on disk what does not fit.'
-            )
+            advice = 'dtype="bfloat16" needs half of float32; device="offload" leaves the rest on disk.'
             files.refuse_too_large(model, files.weight_bytes(counts, item), place, advice)
         network = _network(found, dtype, place, trust, pickled, (basis or found).target)
         tokenizer = _tokenizer(basis if basis and basis.has_tokenizer else found, trust)
@@ -215,21 +213,19 @@ def _network(
             f"{found.name} could not be loaded: {first_line(error)} Either its files are damaged or do "
             "not fit its config.json (fetch or save it again), or this transformers does not support it."
         ) from error
-    if encoder:  # its head is left over, and its pooler may be missing: neither is looked at
-        missing = [key for key in report["missing_keys"] if "pooler" not in key]
-        report |= {"missing_keys": missing, "unexpected_keys": []}
-    _refuse_partial(found.name, network, report)
+    _refuse_partial(found.name, network, report, encoder)
     return network
 
 
-def _refuse_partial(name: str, network: nn.Module, report: dict) -> None:
+def _refuse_partial(name: str, network: nn.Module, report: dict, encoder: bool) -> None:
     """Refuse a model of which some weights were drawn at random or some stored weights were not used."""
     reshaped = [f"{key} of {tuple(own)} for {tuple(asked)}" for key, own, asked in report["mismatched_keys"]]
-    missing, kind = report["missing_keys"], type(network).__name__
-    # a multimodal checkpoint whose text part was loaded leaves the weights of the other modalities over
+    # an encoder's head is left over, and its pooler may be missing: neither is looked at
+    missing = [key for key in report["missing_keys"] if not (encoder and "pooler" in key)]
+    left_over, kind = [] if encoder else report["unexpected_keys"], type(network).__name__
+    # so are the other modalities of a multimodal checkpoint whose text part was loaded
     modalities = ("visual", "vision", "audio", "image")
-    extra = [key for key in report["unexpected_keys"] if not any(part in key for part in modalities)]
-    extra = [key for key in extra if not key.endswith(_HARMLESS)]
+    extra = [key for key in left_over if not (key.endswith(_HARMLESS) or any(m in key for m in modalities))]
     for keys, wrong in (
         (reshaped, f"stores {len(reshaped)} of the weights in other shapes than its config.json asks for"),
         (missing, f"lacks {len(missing)} of the weights that its config.json asks for"),
@@ -277,21 +273,16 @@ def weights_fingerprint(model: nn.Module) -> str:
     # where the tensor's bytes are signed 64-bit words, filled up with zeros, in blocks of 2^20, w_i is word i
     # of block c, and sums are taken modulo 2^64: exact in any order, so a GPU and a CPU agree. The weighted
     # sum sees words that changed places. A tensor that several names share counts once, under the first.
-    lines = sorted(f"{name}|{_line(tensor)}" for name, tensor in _weights(model))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's parameters and saved buffers by name, shared ones once, offloaded ones from disk."""
     from accelerate.utils import align_module_device
 
-    saved = model.state_dict()
+    saved, lines = model.state_dict(), []
     for name, _ in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name in saved:
             owner, _, own = name.rpartition(".")
             module = model.get_submodule(owner)
-            with align_module_device(module):
-                yield name, getattr(module, own).detach()
+            with align_module_device(module):  # offloaded ones come from the disk
+                lines.append(f"{name}|{_line(getattr(module, own).detach())}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _line(tensor: torch.Tensor) -> str:

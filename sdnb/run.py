@@ -155,9 +155,7 @@ def templates_in(folder: Path | None = None) -> list[Path]:
     folder = folder or Path(__file__).resolve().parents[1] / "notebooks"
     found = sorted(folder.glob("*.ipynb"), key=lambda path: (not path.stem[:2].isdigit(), path.stem))
     if not found:
-        raise ParameterError(
-            f"There is no notebook in {folder}: install sdnb from a checkout, or give --templates."
-        )
+        raise ParameterError(f"There is no notebook in {folder}: give --templates, or use a checkout.")
     return found
 
 
