@@ -25,16 +25,7 @@ STEPS = {
     "inspection": 6, "run": 6,
     "cli": 7,
 }  # fmt: skip
-NUMERICS = (
-    "layers",
-    "gaussian",
-    "linearize",
-    "decompose",
-    "activations",
-    "spectra",
-    "quantize",
-    "signatures",
-)
+NUMERICS = {part for part, step in STEPS.items() if 2 <= step <= 5} - {"records", "plots"}
 
 
 def each_of(paths: list[Path]):

@@ -86,6 +86,12 @@ def build(
     return model
 
 
+def random_lines(*lengths: int) -> list[torch.Tensor]:
+    """Lines of ids that are no special tokens, for models of 96 items."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 96, (n,), generator=generator) for n in lengths]
+
+
 def save(model, folder: Path, vocabulary: int, dtype: torch.dtype = torch.float32) -> Path:
     """Write model and tokenizer as a `from_pretrained` folder."""
     model.to(dtype).save_pretrained(folder)

@@ -13,14 +13,7 @@ from sdnb.activations import StateReader, defect, detect, find_defect, hidden_st
 from sdnb.activations.defect import MASSIVE
 from sdnb.decompose import angle_deg
 from sdnb.errors import ParameterError, TextError
-from tests.tiny import build, planted_model
-
-VOCABULARY = 96
-
-
-def random_lines(*lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (n,), generator=generator) for n in lengths]
+from tests.tiny import build, planted_model, random_lines
 
 
 @pytest.fixture(scope="module")

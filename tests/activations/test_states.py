@@ -9,7 +9,7 @@ from sdnb.layers import model_matrices
 from tests.families import FAMILIES, STREAMED
 from tests.families import build as family_model
 from tests.restored import left_as_it_was
-from tests.tiny import build
+from tests.tiny import build, random_lines
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 U = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(0)), dim=0)
@@ -18,11 +18,6 @@ U = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().ma
 @pytest.fixture(params=["llama", "gpt2", "gpt_neox", "mpt"])
 def model(request):
     return build(request.param)
-
-
-def random_lines(*lengths):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(50, (n,), generator=generator) for n in lengths]
 
 
 def test_states_equal_the_models_own_but_for_the_final_norm(model):

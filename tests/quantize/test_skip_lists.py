@@ -14,24 +14,18 @@ from sdnb.quantize import (
     sensitivity,
     skip_list,
 )
-from tests.tiny import build, planted_model
+from tests.tiny import build, planted_model, random_lines
 
 TWELVE = {"layers": 12, "scale": 0.3}
+LINES = [torch.cat([torch.tensor([0]), line]) for line in random_lines(*[20] * 6)]  # a begin token first
 LLAMA = "model.layers.{}.mlp.down_proj"
-
-
-def lines(count: int = 6) -> list[torch.Tensor]:
-    """Lines with a begin token at position 0."""
-    generator = torch.Generator().manual_seed(0)
-    body = [torch.randint(2, 96, (20,), generator=generator) for _ in range(count)]
-    return [torch.cat([torch.tensor([0]), line]) for line in body]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_planted_spikes_are_on_the_list_and_nothing_else(tmp_path, family):
     truth = planted_model(tmp_path, family, explosion_layer=2, decay_layer=5, size=600.0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    chosen = skip_list(model, input_statistics(model, lines(), scheme=None))
+    chosen = skip_list(model, input_statistics(model, LINES, scheme=None))
     down = {"llama": LLAMA, "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h"}
     expected = {down[family].format(layer - 1) for layer in (truth.explosion_layer, truth.decay_layer)}
     assert set(chosen.spiking) == expected and chosen.fused == ()
@@ -39,7 +33,7 @@ def test_planted_spikes_are_on_the_list_and_nothing_else(tmp_path, family):
 
 def test_the_threshold_is_a_ratio_and_is_obeyed():
     model = build("llama", **TWELVE)
-    statistics = input_statistics(model, lines(), scheme=None)
+    statistics = input_statistics(model, LINES, scheme=None)
     ratios = sorted((found.token_ratio for found in statistics.values()), reverse=True)
     chosen = skip_list(model, statistics, threshold=(ratios[2] + ratios[3]) / 2)
     assert len(chosen.spiking) == 3
@@ -77,7 +71,7 @@ def spoilt():
         """Of what the intact model finds most probable, so that every change costs something."""
         return -model(ids).logits.log_softmax(-1).gather(-1, expected)[..., 0].mean(1).detach()
 
-    return model, losses, input_statistics(model, lines())
+    return model, losses, input_statistics(model, LINES)
 
 
 def test_sensitivity_finds_the_modules_that_were_spoilt_though_no_input_spikes(spoilt):
@@ -115,4 +109,4 @@ def test_nothing_to_recover_is_an_empty_list_and_nonsense_is_refused(spoilt):
     with pytest.raises(ParameterError, match="share"):
         sensitivity(model, Scheme(), losses, statistics, share=0.0)
     with pytest.raises(ParameterError, match="errors"):
-        sensitivity(model, Scheme(), losses, input_statistics(model, lines(), scheme=None))
+        sensitivity(model, Scheme(), losses, input_statistics(model, LINES, scheme=None))

@@ -12,8 +12,9 @@ from sdnb.quantize import (
     never_quantized,
     norm_feeding,
 )
-from tests.tiny import build
+from tests.tiny import build, random_lines
 
+LINES = random_lines(7, 12, 3, 12)
 DOWN = {
     "llama": "model.layers.{}.mlp.down_proj",
     "gpt2": "transformer.h.{}.mlp.c_proj",
@@ -34,17 +35,12 @@ FED = {
 }
 
 
-def lines() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(2, 96, (n,), generator=generator) for n in (7, 12, 3, 12)]
-
-
 def all_inputs(model, name: str) -> list[torch.Tensor]:
     """The module's inputs, line by line, each run alone: [(T_i, k)]."""
     kept = []
     module = model.get_submodule(name)
     hook = module.register_forward_pre_hook(lambda m, args: kept.append(args[0].flatten(0, -2)))
-    for line in lines():
+    for line in LINES:
         model(line[None], use_cache=False)
     hook.remove()
     return kept
@@ -53,7 +49,7 @@ def all_inputs(model, name: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_equal_the_inputs_themselves(family):
     model = build(family)
-    found = input_statistics(model, lines(), max_tokens=24)
+    found = input_statistics(model, LINES, max_tokens=24)
     assert list(found) == list(linear_modules(model))
     for name, statistics in found.items():
         kept = all_inputs(model, name)
@@ -83,9 +79,9 @@ def error_by_hand(kept: list[torch.Tensor], W: torch.Tensor) -> float:
 
 def test_the_median_of_many_entries_is_drawn(monkeypatch):
     model = build("llama")
-    exact = input_statistics(model, lines(), scheme=None)
+    exact = input_statistics(model, LINES, scheme=None)
     monkeypatch.setattr("sdnb.quantize.statistics.SAMPLED", 500)
-    drawn = input_statistics(model, lines(), scheme=None, max_tokens=24)
+    drawn = input_statistics(model, LINES, scheme=None, max_tokens=24)
     ratios = torch.tensor([drawn[name].median / exact[name].median for name in exact])
     assert (ratios - 1).abs().max() < 0.3 and (ratios.mean() - 1).abs() < 0.03 and (ratios != 1).any()
     assert all(found.output_error is None for found in drawn.values())
@@ -93,13 +89,13 @@ def test_the_median_of_many_entries_is_drawn(monkeypatch):
 
 def test_errors_are_those_of_the_scheme_that_is_asked_for_and_half_zeros_have_no_ratio():
     model = build("gpt2", activation_function="relu")  # biases, transposed weights
-    coarse = input_statistics(model, lines())
-    fine = input_statistics(model, lines(), scheme=Scheme("int8_block"))
+    coarse = input_statistics(model, LINES)
+    fine = input_statistics(model, LINES, scheme=Scheme("int8_block"))
     down = "transformer.h.0.mlp.c_proj"
     X = torch.cat(all_inputs(model, down))
     assert (X == 0).float().mean() > 0.4
     assert (coarse[down].ratio is None) == (X.abs().median().item() == 0)
-    half = input_statistics(model.bfloat16(), lines())
+    half = input_statistics(model.bfloat16(), LINES)
     for name in coarse:
         assert 0 < fine[name].output_error < coarse[name].output_error
         assert half[name].output_error == pytest.approx(coarse[name].output_error, rel=0.2)
@@ -110,7 +106,7 @@ def test_one_pass_and_no_trace():
     seen: list[tuple[int, int]] = []
     calls = []
     hook = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
-    input_statistics(model, lines(), visit=lambda layer, _, real, __: seen.append((layer, int(real.sum()))))
+    input_statistics(model, LINES, visit=lambda layer, _, real, __: seen.append((layer, int(real.sum()))))
     hook.remove()
     assert len(calls) == 1, "four short lines fit one batch: one forward pass"
     assert seen == [(layer, 34) for layer in range(4)]
