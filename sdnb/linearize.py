@@ -264,17 +264,9 @@ def closed_form_fit(
         plain: (m1 / s) w_i
         gated: ((w_i.v_i / s^2) m2 + (c_i / s) m1) w_i + m0 v_i
 
-    and in the limit s -> 0 (a dead unit) 0 or phi(b_i) v_i.
-
-    Args:
-        w: weights inside the activation, shape (f, d).
-        activation: elementwise function phi that takes float64.
-        b: biases inside the activation, shape (f,).
-        v: weights of the factor outside the activation, shape (f, d); None for a plain unit.
-        c: biases of that factor, shape (f,).
-
-    Returns:
-        B, shape (f, d), float64 where w is, float32 otherwise.
+    and in the limit s -> 0 (a dead unit) 0 or phi(b_i) v_i. Shapes are (f, d) of w and v, (f,) of b and c;
+    v is None for a plain unit, and the activation phi takes float64. B, (f, d), is float64 where w is, else
+    float32.
 
     Raises:
         ParameterError: if the shapes do not belong together.
@@ -330,12 +322,8 @@ def sampled_fit(
     E|B - B_limit|^2 = E[|x|^2 |y - B x|^2] / (n - 1) from 4,096 fresh ones: each sample moves B by about its
     residual times x^T / n, independently of the others.
 
-    Args:
-        function: maps float32 inputs, shape (n, d), to outputs, shape (n, m).
-        d: size of the inputs.
-        samples: number of inputs n, more than d + 1; memory does not grow with it.
-        seed: of the inputs, which are drawn on the CPU: the same on every device.
-        device: where the function runs.
+    The function maps float32 inputs, shape (n, d), to outputs, shape (n, m), on a device. Inputs are drawn on
+    the CPU, the same on every device; memory does not grow with their number.
 
     Raises:
         ParameterError: if there are too few samples, or the function answers NaN or infinity.

@@ -74,13 +74,9 @@ def detect(
 ) -> Detection:
     """Return high-norm states, the threshold and the layers that make and unmake them, by this module's rule.
 
-    Without a high-norm state the lists are empty and the threshold is None, or the one given.
-
-    Args:
-        norms: |h_l| for l = 0..L and every token, (L+1, T); tokens of several lines may be concatenated.
-        initial: which tokens stand at position 0 of their line, (T,) bool; without it all are of one kind.
-        threshold: a norm that replaces the automatic one.
-        reference: median norm of ordinary tokens of another text, (L+1,).
+    Without a high-norm state the lists are empty and the threshold is None, or the one given. `norms` are
+    |h_l|, (L+1, T), of lines one after the other; `initial` says which tokens stand at position 0, (T,) bool
+    (without it all are of one kind), and `reference` are medians of ordinary tokens of another text, (L+1,).
 
     Raises:
         TextError: fewer than three tokens and no reference: a median over them means nothing.

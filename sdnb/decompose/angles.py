@@ -12,14 +12,10 @@ from sdnb.errors import ParameterError
 
 
 def angle_deg(a: Tensor, b: Tensor) -> Tensor:
-    """Return the acute angle between directions, 0 to 90 degrees, float64, (...); NaN where one is zero.
+    """Return the acute angle between directions (..., d), 0 to 90 degrees, float64, (...); NaN if one is 0.
 
     angle = 2 atan2(|a - b|, |a + b|) for unit vectors with a.b >= 0: arccos |a.b|, as paper A (arXiv
-    2502.07004) takes it, without its loss of digits at small angles.
-
-    Args:
-        a: vectors, shape (..., d).
-        b: vectors, shape (..., d), broadcast against a.
+    2502.07004) takes it, without its loss of digits at small angles; a and b are broadcast.
     """
     a, b = (t / t.norm(dim=-1, keepdim=True) for t in (a.double(), b.to(a.device).double()))
     apart, together = (a - b).norm(dim=-1), (a + b).norm(dim=-1)
@@ -77,14 +73,10 @@ def expected_nearest_angle(d: int, n: int) -> float:
 
 
 def log10_chance(angle_deg: float, d: int) -> float:
-    """Return log10 of the probability that two random directions make at most this acute angle.
+    """Return log10 of the probability that two random directions in d dimensions make at most this angle.
 
     P = I_x(a, 1/2) with x = sin^2(angle), a = (d - 1)/2; where that is too small for a float, from its series
     x^a sqrt(1 - x) / (a B(a, 1/2)) sum_k prod_{j<k} x (a + 1/2 + j) / (a + 1 + j).
-
-    Args:
-        angle_deg: acute angle, 0 to 90 degrees; -infinity at 0.
-        d: dimension, at least 2.
 
     Raises:
         ParameterError: an angle outside 0 to 90 degrees, or a dimension below 2.

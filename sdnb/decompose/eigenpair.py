@@ -39,22 +39,18 @@ class Eigenpair:
 
 
 def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> Eigenpair | None:
-    """Return the eigenpair of R whose eigenvector's real part lies nearest to a direction.
+    """Return the eigenpair of R = L - I, (d, d), whose eigenvector's real part lies nearest to a direction.
 
-    "dense" computes all eigenvectors, and always answers. "shifted" answers where one lies within 45 degrees,
-    and returns None otherwise. It looks at the Krylov space of R and the direction first, where an eigenvalue
-    outside the bulk shows at once; if R moves the direction less than it moves a random one, it then looks at
-    that of (R - sigma)^-1, sigma an estimate of the eigenvalue from moments of the direction. What it answers
-    is checked: |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
+    Method "dense" computes all eigenvectors, and always answers. "shifted" answers where one lies within 45
+    degrees, and returns None otherwise; "auto" is dense up to d = 1024, and up to d = 100 both are. "shifted"
+    looks at the Krylov space of R and the direction first, where an eigenvalue outside the bulk shows at
+    once; if R moves the direction less than it moves a random one, it then looks at that of (R - sigma)^-1,
+    sigma an estimate of the eigenvalue from moments of the direction. What it answers is checked:
+    |R x - value x| <= 300 eps (|R|_F / sqrt(d) + |value|).
 
     It may miss. Trials: of 84 defects planted in layers R = F + A + F A (d = 200, either sign, strength 0.05
     to 20) none; of directions drawn within 44 degrees of a complex eigenvector inside the bulk of a random
     matrix 2 in 150 at d = 200 and 2 in 25 at d = 600; of a real one none in as many.
-
-    Args:
-        R: L - I, shape (d, d).
-        direction: vector, shape (d,).
-        method: "dense", "shifted", or "auto": dense up to d = 1024. Up to d = 100 it is always dense.
 
     Raises:
         ParameterError: if the shapes do not fit, the method is unknown, or a value is not finite or the

@@ -44,11 +44,8 @@ def leading_triplets(M: Tensor, k: int = 2, *, seed: int = 0, tol: float = 1e-5)
 
     Signs: in every u the entry largest in absolute value (the first of equals) is positive.
 
-    Args:
-        M: matrix, shape (d, d), or matrices, shape (n, d, d); float64 stays, all else becomes float32.
-        k: number of triplets, 1..d.
-        seed: of the starting block, drawn on the CPU: the same on every device.
-        tol: relative residual to reach.
+    M has shape (d, d) or (n, d, d); float64 stays, all else becomes float32. The block is drawn on the CPU,
+    the same on every device.
 
     Raises:
         ParameterError: if M is not square, k is out of range, or M holds NaN or infinity.
