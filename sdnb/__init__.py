@@ -39,7 +39,7 @@ _WHERE = {
     ),
     "sdnb.quantize": (
         "InputStatistics", "LinearModule", "QuantizedLinear", "SCHEMES", "Scheme", "SkipList",
-        "down_projections", "expert_statistics", "input_statistics", "kept_share", "linear_modules",
+        "down_projections", "input_statistics", "kept_share", "linear_modules",
         "never_quantized", "norm_feeding", "perplexity_ratio", "quantized", "sensitivity", "single_weights",
         "skip_list", "smoothing_factors", "super_experts", "zeroed_entries",
     ),

@@ -5,7 +5,7 @@ owns these runs its plain loop over experts, every product with a slice is seen,
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdnb.activations import input_device
-from sdnb.errors import ModelError
 from sdnb.layers import decoder_layers
 from sdnb.layers.calls import replaced_forward
 
@@ -91,21 +89,6 @@ def _watched(module: nn.Module, parameters: list, rows: list[ExpertStatistics], 
         row.largest_input = max(row.largest_input, x.abs().max().item())
         row.largest_output = max(row.largest_output, y.abs().max().item())
     return result
-
-
-@torch.no_grad()
-def expert_statistics(model: nn.Module, lines: Sequence[Tensor]) -> list[ExpertStatistics]:
-    """Return the largest input and output of every expert's down-projection over lines of token ids, (T_i,).
-
-    Raises:
-        ModelError: no experts in three-dimensional parameters.
-    """
-    with watched_experts(model) as found:
-        if not found:
-            raise ModelError(f"{type(model).__name__} has no experts in three-dimensional parameters")
-        for line in lines:  # one by one: padding would be sent to experts, too
-            model.base_model(input_ids=line[None].to(input_device(model)), use_cache=False)
-    return found
 
 
 def super_experts(statistics: list[ExpertStatistics]) -> list[ExpertStatistics]:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from sdnb.errors import ModelError
-from sdnb.quantize import Scheme, expert_statistics, kept_share, quantized, super_experts, watched_experts
+from sdnb.quantize import Scheme, kept_share, quantized, super_experts, watched_experts
 from tests.tiny import build
 
 MORE = {"qwen3_moe": {}, "mixtral": {}, "gpt_oss": {"layer_types": ["full_attention"] * 2}}
@@ -34,10 +33,17 @@ def by_hand(model, layer: int) -> list[tuple[int, float, float]]:
     return [tuple(entry) for entry in found]
 
 
+def statistics_of(model) -> list:
+    with watched_experts(model) as found:
+        for line in LINES:
+            model(line[None], use_cache=False)
+    return found
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_statistics_are_those_of_a_loop_over_tokens(family):
     model = build(family, layers=2, **MORE[family])
-    found = expert_statistics(model, LINES)
+    found = statistics_of(model)
     assert [(s.layer, s.expert) for s in found] == [(layer, e) for layer in (1, 2) for e in range(4)]
     expected = by_hand(model, 0) + by_hand(model, 1)
     for entry, (tokens, x, y) in zip(found, expected, strict=True):
@@ -53,17 +59,12 @@ def test_statistics_are_those_of_a_loop_over_tokens(family):
 @pytest.mark.parametrize("family", MORE)
 def test_one_expert_that_is_scaled_by_hand_is_named(family):
     model = build(family, layers=2, **MORE[family])
-    before = super_experts(expert_statistics(model, LINES))
+    before = super_experts(statistics_of(model))
     with torch.no_grad():
         experts_of(model, 1).down_proj[3] *= 50
-    after = expert_statistics(model, LINES)
+    after = statistics_of(model)
     assert [(s.layer, s.expert) for s in super_experts(after)] == [(2, 3)]
     assert before[0].largest_output < 0.1 * super_experts(after)[0].largest_output
-
-
-def test_a_model_without_experts_is_refused():
-    with pytest.raises(ModelError, match="experts"):
-        expert_statistics(build("llama"), LINES)
 
 
 def test_experts_count_as_what_keeps_its_precision():
