@@ -173,7 +173,7 @@ class StateReader:
         """Forget all states; `limits` are those above which they are high-norm, once they are known."""
         self._limits = limits
         self._norms: dict[int, Tensor] = defaultdict(lambda: torch.empty(len(self._line)))
-        self._first, self._squares, self._cuts = defaultdict(int), defaultdict(int), defaultdict(int)
+        self._first, self._squares = defaultdict(int), defaultdict(int)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def read(self) -> None:
@@ -191,9 +191,7 @@ class StateReader:
         rows = state[real.to(state.device)]
         self._first[layer] += state[:, 0].double().sum(dim=0).cpu()
         self._squares[layer] += rows.float().square().sum(dim=0).double().cpu()
-        cut = self._cut(layer, norms)
-        self._cuts[layer] = max(self._cuts[layer], cut)
-        kept = norms > cut
+        kept = norms > self._cut(layer, norms)
         states = rows[kept.to(rows.device)].cpu()
         self._kept.append((states, token[kept], torch.full((len(states),), layer)))
 
@@ -216,8 +214,8 @@ class StateReader:
             raise ParameterError(not_finite_because(self.loaded, self.lines[self._line[wrong[0, 0]]]))
         initial = self._position == 0
         seen = detect(norms, initial=initial, threshold=self.threshold, reference=self.reference)
-        if any(cut > seen.limits[layer] for layer, cut in self._cuts.items()):
-            self._begin(seen.limits)  # a high-norm state may not have been kept: the text is read again
+        if sum(seen.high[layer, token].sum() for _, token, layer in self._kept) < seen.high.sum():
+            self._begin(seen.limits)  # a high-norm state was not kept: the text is read again
             self.read()
         states, token, layer = (torch.cat(part) for part in zip(*self._kept, strict=True))
         high = seen.high[layer, token].nonzero().flatten()

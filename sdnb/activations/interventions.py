@@ -31,9 +31,8 @@ def zero_branch(model: object, branch: str, numbers: Iterable[int] | None = None
         raise ParameterError(f"branch is {branch!r}; a layer has the branches attention and ffn")
 
     def zeros(module: nn.Module, args: tuple, result: object) -> object:
-        return rewrap(
-            result, torch.zeros_like(unwrap(result))
-        )  # new ones: Falcon adds into what its FFN returns
+        # new ones each time, since Falcon adds into what its FFN returns
+        return rewrap(result, torch.zeros_like(unwrap(result)))
 
     with ExitStack() as hooks:
         for found in residual_branches(model, numbers):
