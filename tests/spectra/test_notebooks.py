@@ -79,10 +79,11 @@ def test_removal_restores_the_model_and_measures_each_tenth(executed, common):
         assert row["removed_share"] == sorted(row["removed_share"]), "block 1 is the smallest"
         added = [math.log(value / record["perplexity_intact"]) for value in row["perplexity"]]
         assert row["loss_added"] == pytest.approx(added, abs=1e-5)
-    some = executed.record("16_removing_singular_values")["types"]["down"]["perplexity"]  # of four tenths
-    assert [value is None for value in some].count(False) == 4
+    some = executed.record("16_removing_singular_values")["types"]["down"]["perplexity"]
+    done = [index for index, value in enumerate(some) if value is not None]
+    assert done == [0, 1, 4, 9], "the tenths that the notebook takes by itself"
     whole = record["types"]["down"]["perplexity"]
-    assert all(one == pytest.approx(other) for one, other in zip(some, whole, strict=True) if one is not None)
+    assert [whole[index] for index in done] == pytest.approx([some[index] for index in done], rel=1e-4)
     with pytest.raises(ParameterError, match="this model has"):
         run_cells("16", **options, kinds=["qq"])
 
@@ -103,9 +104,8 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(executed, common):
     kept = [run.stat().st_mtime_ns for run in runs if run.exists()]
     options = common | {"model": executed.model.name} | SMALL["17_fine_tuned_spectra"]
     again = run_cells("17", **options)
-    assert [row["score"] for row in again["record"]["rows"]] == pytest.approx(
-        [row["score"] for row in record["rows"]]
-    )
+    scores = [[row["score"] for row in found["rows"]] for found in (again["record"], record)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert [run.stat().st_mtime_ns for run in runs[:3] + runs[4:]] == kept and runs[3].exists()
     state = sdnb.load(executed.model.name, device="cpu").model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again["lm"].model.state_dict().items())
