@@ -90,14 +90,9 @@ def linear_layer(
     the FFN's inner units. With input_scale="paper" B is fitted at x ~ N(0, I) after the gain; with "gain" at
     g2 x + beta2, as real inputs are scaled, and F = multiplier diag(g_post) W_down B.
 
-    Args:
-        view: the layer.
-        method: how to find B, "closed_form" or "sampled". An FFN whose formula is not recognised is always
-            fitted from samples, as a whole.
-        input_scale: the inputs to fit it on, "paper" or "gain".
-        centre: put a LayerNorm's mean subtraction beside its gain; the paper leaves it out.
-        samples: number of inputs of the sampled fit.
-        seed: its seed.
+    The method is "closed_form" or, from so many samples drawn by a seed, "sampled"; an FFN whose formula is
+    not recognised is always fitted from samples, as a whole. `centre` puts a LayerNorm's mean subtraction
+    beside its gain, which the paper leaves out.
 
     Raises:
         ParameterError: if the method or the input scale is unknown.

@@ -73,11 +73,10 @@ def _received(model: object, ids: Tensor) -> Tensor:
 
 
 def sink_rate(model: object, ids: Tensor, *, position: int = 0, epsilon: float = EPSILON) -> float:
-    """Return the share of (layer, head) that gives `position` more than `epsilon` of its attention.
+    """Return the share of (layer, head) with alpha > epsilon at k = `position`, over all sequences (B, T).
 
-    alpha[l, h] = mean over rows i >= k of the attention probabilities P[l, h, i, k], for k = `position`; the
-    rate is the share of (l, h) with alpha > epsilon, averaged over the sequences `ids`, (B, T) (Gu et al.,
-    with 64 tokens and epsilon 0.3); all rows are real tokens.
+    alpha[l, h, k] = mean over rows i >= k of the attention probabilities P[l, h, i, k] (Gu et al., with 64
+    tokens and epsilon 0.3); all rows are real tokens.
     """
     return (_received(model, ids)[..., position] > epsilon).double().mean().item()
 

@@ -62,9 +62,7 @@ def vocabulary_sample(model: object, items: int | None = None, seed: int = 0) ->
 def batch_size(model: object, tokens: int = 1) -> int:
     """How many sequences of so many tokens fit into a forward pass, by width and free memory."""
     weight = as_module(model).get_input_embeddings().weight
-    widest = max(
-        (max(p.shape) for p in decoder_layers(model)[0].parameters() if p.ndim > 1), default=weight.shape[1]
-    )
+    widest = max(max(p.shape) for p in decoder_layers(model)[0].parameters() if p.ndim > 1)
     # The states between the modules and the inner units of one layer.
     numbers = tokens * (16 * weight.shape[1] + 4 * widest)
     place = weight.device if weight.device.type == "cuda" else torch.device("cpu")

@@ -39,12 +39,9 @@ def largest_gain(of: LayerView | Callable[[Tensor], Tensor], d: int | None = Non
     gain is kept and doubles it, any other is undone and quarters it. After 15 of 60 steps the best 8 starts
     go on, until each has slope |g| / |f| < 1e-4, or moves by less than 1e-6, or the steps are spent.
 
-    Args:
-        of: a layer, whose f is the real FFN's branch at inputs of length sqrt(d), so that the epsilon of the
-            norm in front of it does not matter; or a differentiable function that maps float32 rows, shape
-            (n, d), to rows, shape (n, m), each by itself.
-        d: size of the inputs of a function, which runs on the CPU; a layer knows it.
-        seed: of the starts, drawn on the CPU.
+    Of a layer f is the real FFN's branch at inputs of length sqrt(d), so that the epsilon of the norm in
+    front of it does not matter. Else f is a differentiable function that maps float32 rows, shape (n, d), to
+    rows, shape (n, m), each by itself, on the CPU; it needs d. Starts are drawn on the CPU.
 
     Raises:
         ParameterError: if no start gives a finite output.

@@ -139,8 +139,8 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     named = model.base_model.named_modules()
     lists = {name: m for name, m in named if isinstance(m, nn.ModuleList) and len(m)}
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in outer}
-    return {name: lists[name] for name in sorted(outer, key=lambda name: -sizes[name])}
+    outer.sort(key=lambda name: -sum(p.numel() for p in lists[name].parameters()))
+    return {name: lists[name] for name in outer}
 
 
 def find_decoder(model: nn.Module | Loaded) -> Decoder:

@@ -224,7 +224,7 @@ def watch_layer(isolated: IsolatedLayer) -> LayerView:
     errors, reasons = [], []
     for ablated in product(of_attention, of_ffn or [None]):
         try:
-            structure = _structure(isolated, calls[-1], (mixer, projection), ablated, outside, output_norm)
+            structure = _structure(calls[-1], (mixer, projection), ablated, outside, output_norm)
             view, error = fit_residual(read_norms(isolated, structure))
         except LayerUnsupported as unsupported:  # no norm where this pair needs one; another pair may do
             reasons.append(unsupported)
@@ -247,7 +247,6 @@ def watch_layer(isolated: IsolatedLayer) -> LayerView:
 
 
 def _structure(
-    isolated: IsolatedLayer,
     layer: ModuleCall,
     attention: tuple[ModuleCall, ModuleCall],
     ablated: tuple[ModuleCall, ModuleCall | None],
@@ -256,18 +255,17 @@ def _structure(
 ) -> Structure:
     """The structure of a layer if the two modules `ablated` take its branches out."""
     mixer, projection = attention
+    gate = next_to(outside, mixer.given, "returned")  # a norm, or a module that holds linear maps of its own
     if ablated[1] is None:  # a layer that is attention alone (Nemotron-H): parallel to nothing
-        norm = next_to(outside, mixer.given, "returned")
-        rest = [call for call in outside if call is not norm]
-        where = _branch(rest, [mixer], projection, ablated[0], norm, False)
-        return Structure(where, BranchStructure(), True, (norm or mixer).name, output_norm)
+        rest = [call for call in outside if call is not gate]
+        where = _branch(rest, [mixer], projection, ablated[0], gate, False)
+        return Structure(where, BranchStructure(), True, (gate or mixer).name, output_norm)
     # the FFN's input is what its first linear map reads, or the module that is ablated as a whole
-    gate = next_to(outside, mixer.given, "returned")  # may hold linear maps of its own
     linears = [c for c in outside if is_linear(c.module) and not (gate and c.inside(gate))]
     reader = linears[0] if ablated[1] in linears else ablated[1]
     readers = outermost([call for call in outside if same(call.given, reader.given)])
     norms = [gate, next_to(outside, reader.given, "returned")]
-    begin = [norm and _norm_at_the_start(outside, norm, isolated.hidden_size) for norm in norms]
+    begin = [norm and _norm_at_the_start(outside, norm, layer.given.shape[-1]) for norm in norms]
     norms = [inner or norm for inner, norm in zip(begin, norms, strict=True)]
     rest = [call for call in outside if call not in norms]  # Bloom's attention returns what a norm reads
     first = _branch(rest, [mixer], projection, ablated[0], norms[0], begin[0] is not None)
