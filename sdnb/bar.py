@@ -23,8 +23,8 @@ def progress(iterable: Iterable[Item], desc: str | None = None, total: int | Non
     """
     from tqdm.auto import tqdm
 
-    # disable=None silences the bar where the output is no terminal, as a notebook's, whose tqdm does not look at
-    # the environment itself. What takes less than two seconds shows no bar: an inner loop would add hundreds.
+    # disable=None silences the bar where the output is no terminal, as a notebook's, whose tqdm does not ask
+    # the environment. What takes less than two seconds shows no bar: an inner loop would add hundreds.
     notebook, off = "ipykernel" in sys.modules, os.environ.get("TQDM_DISABLE") == "1"
     disable = off if notebook else off or None
     return tqdm(iterable, desc=desc, total=total, leave=False, delay=2, disable=disable)

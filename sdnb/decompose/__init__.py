@@ -12,15 +12,6 @@ from sdnb.decompose.gain import Gain, largest_gain
 from sdnb.decompose.triplets import Triplets, leading_triplets
 
 __all__ = [
-    "Eigenpair",
-    "Gain",
-    "Triplets",
-    "angle_deg",
-    "expected_nearest_angle",
-    "largest_gain",
-    "leading_triplets",
-    "log10_chance",
-    "nearest_eigenpair",
-    "random_angle",
-    "random_angle_quantile",
-]
+    "Eigenpair", "Gain", "Triplets", "angle_deg", "expected_nearest_angle", "largest_gain",
+    "leading_triplets", "log10_chance", "nearest_eigenpair", "random_angle", "random_angle_quantile",
+]  # fmt: skip

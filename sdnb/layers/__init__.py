@@ -7,17 +7,7 @@ from sdnb.layers.view import FFNFormula, LayerView, Norm
 from sdnb.layers.watching import BranchModules, LayerBranches, residual_branches
 
 __all__ = [
-    "BranchModules",
-    "FFNFormula",
-    "LayerBranches",
-    "LayerView",
-    "Norm",
-    "WeightMatrix",
-    "decoder_layers",
-    "each_layer",
-    "layer_matrices",
-    "layer_view",
-    "model_matrices",
-    "replaced_matrices",
+    "BranchModules", "FFNFormula", "LayerBranches", "LayerView", "Norm", "WeightMatrix", "decoder_layers",
+    "each_layer", "layer_matrices", "layer_view", "model_matrices", "replaced_matrices",
     "residual_branches",
-]
+]  # fmt: skip

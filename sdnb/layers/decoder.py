@@ -209,6 +209,7 @@ class IsolatedLayer:
         self.decoder, self.number, self.hidden_size = decoder, number, decoder.known.hidden_size
         self.key = structure_key(decoder.layer(number))
         self._calls: dict[tuple[int, int], Call] = {}
+        self._answers: dict[tuple[str, int], object] = {}
         self._size: float | None = None
         self.layer = copy_layer(decoder.layer(number))
         self.names = {module: name for name, module in self.layer.named_modules()}
@@ -288,12 +289,15 @@ class IsolatedLayer:
         """Make modules return zeros for the length of a block."""
         return self.altered({name: lambda _, returned: torch.zeros_like(returned) for name in names})
 
-    def feed(self, rows: Tensor, inputs: Collection[str], output: str, behind: str | None = None) -> Tensor:
+    def feed(
+        self, rows: Tensor, inputs: Collection[str], output: str, behind: str | None = None, skip: str = ""
+    ) -> Tensor:
         """Output (n, d_out) of module `output` where the modules `inputs` are given one-token rows (n, d)."""
-        # without inputs the rows replace what the module `behind` returns
+        # without inputs the rows replace what the module `behind` returns; `skip` names a costly module whose
+        # answer does not matter: it is the one to the first rows of this number
         if len(rows) > ROWS_AT_ONCE:
             parts = rows.split(ROWS_AT_ONCE)
-            return torch.cat([self.feed(part, inputs, output, behind) for part in parts])
+            return torch.cat([self.feed(part, inputs, output, behind, skip) for part in parts])
         count, got = len(rows), []
         if 0 < count < FILLED:  # few sizes, so that few calls have to be recorded
             more = (FEW if count <= FEW else FILLED) - count
@@ -316,12 +320,19 @@ class IsolatedLayer:
             got.append(unwrap(result).reshape(len(rows), -1))
             raise StopForward
 
+        def remember(module: nn.Module, args: tuple, result: object) -> None:
+            self._answers[skip, len(rows)] = result
+
         with ExitStack() as hooks, suppress(StopForward):
             for name in inputs:
                 hooks.enter_context(self.module(name).register_forward_pre_hook(enter, with_kwargs=True))
             if not inputs:
                 hooks.enter_context(self.module(behind).register_forward_hook(lambda *_: rows[:, None]))
             hooks.enter_context(self.module(output).register_forward_hook(leave))
+            if (result := self._answers.get((skip, len(rows)))) is not None:
+                hooks.enter_context(replaced_forward({self.module(skip): lambda *_, **__: result}))
+            elif skip:
+                hooks.enter_context(self.module(skip).register_forward_hook(remember))
             self.output(torch.zeros_like(rows)[:, None])
         if not got:
             raise LayerUnsupported(self.number, output, "is not reached in a pass of the layer")

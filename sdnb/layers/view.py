@@ -205,14 +205,14 @@ class LayerView:
     def attention_module(self, u: Tensor) -> Tensor:
         """The real attention on normed one-token rows, before post-norm and multiplier; (n, d) in and out."""
         where = self.structure.attention
-        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm)
+        return self.isolated.feed(u, where.inputs, where.output, where.norm)
 
     def ffn_module(self, u: Tensor) -> Tensor:
         """The real FFN on normed rows, before post-norm and multiplier (zeros if there is none); (n, d)."""
         where = self.structure.ffn
         if not where.module:
             return torch.zeros_like(u)
-        return self.isolated.feed(u, where.inputs, where.output, behind=where.norm)
+        return self.isolated.feed(u, where.inputs, where.output, where.norm, self.structure.attention.module)
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What the real attention adds to one-token sequences, multiplier * post_norm(attention(norm(x)))."""
