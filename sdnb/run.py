@@ -31,7 +31,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from sdnb.checkpoint import locate, path_of, slug_of
+from sdnb.checkpoint import fetch, locate, path_of, slug_of
 from sdnb.errors import ParameterError, SdnbError
 from sdnb.files import atomic_write, content_hash, locked, sweep
 
@@ -415,11 +415,15 @@ def _work(cell: Cell, force: bool, timeout_s: int | None) -> Outcome:
 
     start, failed = time.perf_counter(), cell.notebook.with_name(f"{cell.source.stem}.failed.ipynb")
     try:
-        if cell.model:  # first: what is no model leaves no folder behind
-            locate(cell.model.name, cell.model.revision)
+        # first: what is no model leaves no folder behind
+        found = locate(cell.model.name, cell.model.revision) if cell.model else None
         with locked(cell.notebook.parent / ".runs" / f"{cell.source.stem}.lock"):
             if not force and cell.unchanged():
                 return Outcome(cell, UNCHANGED)
+            if found and found.is_gguf and not os.environ.get("SDNB_BASE"):
+                from sdnb.gguf import converted
+
+                converted(fetch(found))  # here, once: its bar belongs in the terminal, not on a page
             sweep(cell.notebook)
             key = cell_key(cell)
             content, problem = _execute(cell, timeout_s)
@@ -466,6 +470,7 @@ def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
         "JUPYTER_PREFER_ENV_PATH": "1", "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     })  # fmt: skip
+    stderr = os.dup(2)
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)  # a kernel's own stderr would stand between the lines of progress
     try:
@@ -483,6 +488,8 @@ def _execute(cell: Cell, timeout_s: int | None) -> tuple[dict | None, str]:
         problem = f"the kernel did not start or died ({error}) {' '.join(words[-1:])}".rstrip()
     finally:
         content = json.loads(running.read_text(encoding="utf-8")) if running.is_file() else None
+        os.dup2(stderr, 2)
+        os.close(stderr)
         shutil.rmtree(folder, ignore_errors=True)
     for part in (content, *content["cells"]) if content else ():  # what differs from run to run
         part["metadata"].pop("papermill", None)
