@@ -320,17 +320,17 @@ def run_all(
 ) -> list[Outcome]:
     """Run cells in a pool of processes, those that read records last; a line as each ends, then a table."""
     context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
-    events, bars, outcomes = context.Queue(), {}, []
-    workers = min(jobs, len(cells)), context, _prepare, (jobs, events)
-    pool = ProcessPoolExecutor(*workers)
+    bars, outcomes, count = {}, [], min(jobs, len(cells))
     try:
         for late in (False, True):
-            if late:  # anew: a worker that was killed has broken the pool
-                pool.shutdown()
-                pool = ProcessPoolExecutor(*workers)
+            # anew, both: a worker that was killed has broken the pool, and may hold the lock of the queue
+            events = context.Queue()
+            pool = ProcessPoolExecutor(count, context, _prepare, (jobs, events))
             chosen = [cell for cell in cells if cell.reads_records == late]
             chosen.sort(key=lambda cell: -cell.note().get("seconds", 0))  # the longest first
             futures = {pool.submit(_work, cell, force, timeout_s): cell for cell in chosen}
+            with suppress(BrokenProcessPool):
+                pool.submit(int)  # a pool watches the worker that it starts from the next submission on only
             while futures:
                 ended = wait(futures, timeout=0.3, return_when="FIRST_COMPLETED").done
                 _show_progress(events, bars)
@@ -339,6 +339,7 @@ def run_all(
                     lost = isinstance(future.exception(), BrokenProcessPool)
                     outcomes.append(Outcome(cell, FAILED, reason=_LOST) if lost else future.result())
                     _show_end(outcomes[-1], f"{len(outcomes)}/{len(cells)}", bars)
+            pool.shutdown()
     except BaseException:  # an interrupt: what runs is given up; kernels end when their parent is gone
         for worker in {*multiprocessing.active_children()} - others:
             worker.kill()
