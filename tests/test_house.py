@@ -91,7 +91,7 @@ def test_a_template_takes_from_sdnb_what_it_offers_before_anything_else_is_impor
     code = "\n".join("".join(cell["source"]) for cell in cells(path))
     taken = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
     names = {node.attr for node in taken if isinstance(node.value, ast.Name) and node.value.id == "sdnb"}
-    assert names and names <= {*sdnb.__all__, "__file__", "plots", "quantize", "spectra"}
+    assert names and names <= {*sdnb.__all__, "plots", "quantize", "spectra"}
 
 
 @each_of(sorted((ROOT / "book").glob("*.md")))

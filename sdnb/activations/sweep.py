@@ -186,7 +186,8 @@ def _by_value_path(
     # those that transformers leaves behind, once it was asked for hidden states, only watch
     if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
         return None
-    if model.get_input_embeddings().weight.dtype != torch.float32:
+    weight = model.get_input_embeddings().weight
+    if weight.dtype != torch.float32 or weight.is_meta:
         return None
     proof = torch.cat([*_rows(model, layer, sequences[:PROOF_ITEMS], reader)])
     rows = torch.cat([rows for part in sequences.split(MANY - 1) for rows in _rows(model, 0, part)])

@@ -73,10 +73,10 @@ def expected_nearest_angle(d: int, n: int) -> float:
 
 
 def log10_chance(angle_deg: float, d: int) -> float:
-    """Return log10 of the probability that two random directions in d dimensions make at most this angle.
+    """Return log10 of the probability that random directions in d dimensions are at most these degrees apart.
 
-    P = I_x(a, 1/2) with x = sin^2(angle), a = (d - 1)/2; where that is too small for a float, from its series
-    x^a sqrt(1 - x) / (a B(a, 1/2)) sum_k prod_{j<k} x (a + 1/2 + j) / (a + 1 + j).
+    P = I_x(a, 1/2) with x = sin^2(angle), a = (d - 1)/2, 0 at 0; where that is too small for a float, from
+    its series x^a sqrt(1 - x) / (a B(a, 1/2)) sum_k prod_{j<k} x (a + 1/2 + j) / (a + 1 + j).
 
     Raises:
         ParameterError: an angle outside 0 to 90 degrees, or a dimension below 2.

@@ -42,7 +42,7 @@ def nearest_eigenpair(R: Tensor, direction: Tensor, *, method: str = "auto") -> 
     """Return the eigenpair of R = L - I, (d, d), whose eigenvector's real part lies nearest to a direction.
 
     Method "dense" computes all eigenvectors, and always answers. "shifted" answers where one lies within 45
-    degrees, and returns None otherwise; "auto" is dense up to d = 1024, and up to d = 100 both are. "shifted"
+    degrees, and returns None otherwise. "auto" is dense up to d = 1024; up to d = 100 all are. "shifted"
     looks at the Krylov space of R and the direction first, where an eigenvalue outside the bulk shows at
     once; if R moves the direction less than it moves a random one, it then looks at that of (R - sigma)^-1,
     sigma an estimate of the eigenvalue from moments of the direction. What it answers is checked:

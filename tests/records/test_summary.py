@@ -129,6 +129,15 @@ def test_executed_notebooks_keep_to_the_table_of_keys(executed):
                 assert excused, f"{template} {item['key']}"
 
 
+@pytest.mark.slow
+def test_every_key_figure_is_found_on_the_planted_model(executed):
+    [row] = records.summary(executed.results, [executed.model.name]).to_dict("records")
+    figures = yaml.safe_load(records.KEY_FIGURES.read_text(encoding="utf-8"))
+    assert figures.keys() <= {*SMALL}
+    named = {column for columns in figures.values() for column in columns}
+    assert [name for name in named if not isinstance(row[name], list) and pd.isna(row[name])] == []
+
+
 def check(value: object, shape: list[str], sizes: dict, where: str) -> None:
     """Hold a value against its shape: letters have one value throughout a record, * has any."""
     if not shape or shape[0] in ("list of objects", "objects by name", "texts by name"):
